@@ -1,0 +1,28 @@
+"""Deconvolution fine-tuning (DCFT, arXiv 2503.01419) that never materialises its weight update."""
+
+from dcft_kernels.adapter_files import load_adapter, save_adapter
+from dcft_kernels.functional import dcft_linear, dcft_update, delta_weight
+from dcft_kernels.model import (
+    freeze_base,
+    merge_model,
+    parameter_counts,
+    swap_linear,
+    unmerge_model,
+)
+from dcft_kernels.module import DCFTLinear
+from dcft_kernels.regularizer import orthogonality_loss
+
+__all__ = [
+    "DCFTLinear",
+    "dcft_linear",
+    "dcft_update",
+    "delta_weight",
+    "freeze_base",
+    "load_adapter",
+    "merge_model",
+    "orthogonality_loss",
+    "parameter_counts",
+    "save_adapter",
+    "swap_linear",
+    "unmerge_model",
+]

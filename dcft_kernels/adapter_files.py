@@ -1,0 +1,297 @@
+"""Adapters on disk: a JSON config and a safetensors file, kilobytes, never half-written.
+
+    folder/dcft_config.json                   format version, layers and their settings, weights file
+    folder/dcft_adapter-<digest>.safetensors  `<layer>.dcft_A`, `.dcft_B`, `.dcft_C`
+
+The weights file is named by its content, and the config, which names it, is written after it and
+renamed into place: that rename is the moment at which a save takes effect. A crash before it leaves
+the former adapter as it was; a crash after it, at most a file that nothing refers to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as serialize_safetensors
+from torch import Tensor, nn
+
+from dcft_kernels.model import dcft_layers, swap_each
+from dcft_kernels.module import DCFTLinear, linear_sizes, why_not_adaptable
+from dcft_kernels.options import DCFTOptions
+
+CONFIG_FILE = "dcft_config.json"
+FORMAT = "dcft_adapter"
+FORMAT_VERSION = 1
+_FACTORS = ("dcft_A", "dcft_B", "dcft_C")
+
+
+@dataclasses.dataclass(frozen=True)
+class _LayerRecord:
+    """What the config says of one layer."""
+
+    in_features: int
+    out_features: int
+    options: DCFTOptions
+
+    def to_json(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "rank": options.rank,
+            "kernel_size": options.kernel_size,
+            "stride": options.stride,
+            "alpha": options.alpha,
+            "dropout": options.dropout,
+            "init": options.init,
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any], dtype: torch.dtype) -> _LayerRecord:
+        fields = dict(record)
+        in_features, out_features = fields.pop("in_features"), fields.pop("out_features")
+        options = DCFTOptions.from_keywords(fields | {"adapter_dtype": dtype})
+        options.geometry(in_features, out_features)
+        return cls(in_features, out_features, options)
+
+    @classmethod
+    def of(cls, layer: DCFTLinear) -> _LayerRecord:
+        return cls(layer.in_features, layer.out_features, layer.options)
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the adapters of `model`, merged or not, to `folder`, which is made if need be.
+
+    Only the DCFT parameters and their settings are written: a classification head that was trained
+    too is for the caller to save.
+
+    Args:
+        model: a model with `DCFTLinear` layers.
+        folder: directory; an adapter saved there before is replaced, other files are left alone.
+
+    Raises:
+        ValueError: no adapted layers.
+        OSError: the folder cannot be written; an adapter saved there before is intact.
+    """
+    layers = dcft_layers(model)
+    tensors = {
+        f"{name}.{factor}": getattr(layer, factor).detach().cpu().contiguous()
+        for name, layer in layers.items()
+        for factor in _FACTORS
+    }
+    weights = serialize_safetensors(tensors, metadata={"format": FORMAT})
+    digest = hashlib.sha256(weights).hexdigest()
+    weights_file = f"{FORMAT}-{digest[:12]}.safetensors"
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "weights": {"file": weights_file, "sha256": digest},
+        "layers": {name: _LayerRecord.of(layer).to_json() for name, layer in layers.items()},
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_atomically(folder / weights_file, weights)
+    _write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
+    for stale in folder.glob(f"{FORMAT}-*.safetensors"):
+        if stale.name != weights_file:
+            stale.unlink(missing_ok=True)
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
+    """Load what `save_adapter` wrote into `model`, in place, all or nothing.
+
+    Args:
+        model: either a base model without adapters, whose layers are then swapped as the config
+            says, or one with the same layers swapped with the same settings.
+        folder: the directory given to `save_adapter`.
+
+    Returns:
+        The names of the layers loaded.
+
+    Raises:
+        FileNotFoundError: the folder or a file in it is missing.
+        ValueError: a file that is truncated, foreign or of a newer format version; or a model that
+            differs, with a list of the differences. The model is unchanged.
+        RuntimeError: a layer is merged.
+    """
+    records, tensors = _read(Path(folder))
+    swapped = {name: m for name, m in model.named_modules() if isinstance(m, DCFTLinear)}
+    merged = [name for name, layer in swapped.items() if layer.merged]
+    if merged:
+        raise RuntimeError(f"model: {merged[0]!r} is merged; call unmerge_model(model) first")
+    differences = (
+        _differences_of_swapped(swapped, records)
+        if swapped
+        else _differences_of_base(model, records)
+    )
+    if differences:
+        shown = "\n  ".join(differences[:20])
+        more = f"\n  and {len(differences) - 20} more" if len(differences) > 20 else ""
+        raise ValueError(
+            f"model: does not fit the adapter in {os.fspath(folder)!r} "
+            f"({len(differences)} differences; nothing was loaded):\n  {shown}{more}"
+        )
+    if not swapped:
+        swap_each(model, {name: record.options for name, record in records.items()})
+    with torch.no_grad():
+        for name in records:
+            layer = model.get_submodule(name)
+            for factor in _FACTORS:
+                getattr(layer, factor).copy_(tensors[f"{name}.{factor}"])
+    return list(records)
+
+
+def _read(folder: Path) -> tuple[dict[str, _LayerRecord], dict[str, Tensor]]:
+    """Read and check both files; nothing of a model is needed for it."""
+    config_path = folder / CONFIG_FILE
+    config = _parse_config(config_path, _read_bytes(config_path, "save_adapter writes it"))
+    weights_path = folder / config["weights"]["file"]
+    weights = _read_bytes(weights_path, f"{CONFIG_FILE} names it")
+    if hashlib.sha256(weights).hexdigest() != config["weights"]["sha256"]:
+        raise ValueError(
+            f"{weights_path}: truncated or changed since it was saved: its SHA-256 is not the one "
+            f"in {CONFIG_FILE}; copy the folder again"
+        )
+    try:
+        tensors = parse_safetensors(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights_path}: not a safetensors file: {error}") from None
+    records = {
+        name: _checked_record(config_path, name, record, tensors)
+        for name, record in config["layers"].items()
+    }
+    unknown = tensors.keys() - {f"{name}.{factor}" for name in records for factor in _FACTORS}
+    if unknown:
+        raise ValueError(f"{weights_path}: holds tensors that {CONFIG_FILE} does not: {unknown}")
+    return records, tensors
+
+
+def _parse_config(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        config = json.loads(content)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: truncated or not JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(
+            f'{path}: not a DCFT adapter: expected "format": "{FORMAT}"; '
+            "was it written by another library?"
+        )
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}; "
+            "it needs another version of dcft_kernels"
+        )
+    weights, layers = config.get("weights"), config.get("layers")
+    if not (
+        isinstance(weights, dict)
+        and isinstance(weights.get("file"), str)
+        and isinstance(weights.get("sha256"), str)
+        and isinstance(layers, dict)
+        and layers
+    ):
+        raise ValueError(f'{path}: expected "weights" with "file" and "sha256", and "layers"')
+    if Path(weights["file"]).name != weights["file"]:
+        raise ValueError(f"{path}: expected a plain file name, got {weights['file']!r}")
+    return config
+
+
+def _checked_record(path: Path, name: str, record: Any, tensors: dict[str, Tensor]) -> _LayerRecord:
+    """One layer of the config, checked against its tensors."""
+    missing = [f"{name}.{factor}" for factor in _FACTORS if f"{name}.{factor}" not in tensors]
+    if missing:
+        raise ValueError(f"{path}: layer {name!r} has no tensor {', '.join(missing)}")
+    try:
+        checked = _LayerRecord.from_json(record, tensors[f"{name}.dcft_A"].dtype)
+        geometry = checked.options.geometry(checked.in_features, checked.out_features)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: layer {name!r}: {error}") from None
+    shapes = (geometry.shape_A, geometry.shape_B, geometry.shape_C)
+    for factor, shape in zip(_FACTORS, shapes, strict=True):
+        found = tuple(tensors[f"{name}.{factor}"].shape)
+        if found != shape:
+            raise ValueError(
+                f"{path}: {name}.{factor}: expected shape {list(shape)}, got {list(found)}"
+            )
+    return checked
+
+
+def _differences_of_swapped(
+    swapped: dict[str, DCFTLinear], records: dict[str, _LayerRecord]
+) -> list[str]:
+    """What keeps the adapters from being copied into layers that are swapped already."""
+    differences = [
+        f"{name}: adapted in the model, not in the file" for name in swapped.keys() - records
+    ]
+    for name, record in records.items():
+        if name not in swapped:
+            differences.append(f"{name}: adapted in the file, not in the model")
+            continue
+        here, there = _LayerRecord.of(swapped[name]).to_json(), record.to_json()
+        # Neither concerns what a loaded adapter computes.
+        for setting in ("dropout", "init"):
+            del here[setting], there[setting]
+        differences += [
+            f"{name}: {setting} is {here[setting]} in the model, {there[setting]} in the file"
+            for setting in here
+            if here[setting] != there[setting]
+        ]
+    return sorted(differences)
+
+
+def _differences_of_base(model: nn.Module, records: dict[str, _LayerRecord]) -> list[str]:
+    """What keeps the layers of a base model from being swapped as the file says."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    differences = []
+    for name, record in records.items():
+        if name not in modules:
+            differences.append(f"{name}: not in the model")
+            continue
+        reason = why_not_adaptable(modules[name])
+        if reason is not None:
+            differences.append(f"{name}: {reason}")
+            continue
+        sizes = linear_sizes(modules[name])
+        if sizes != (record.in_features, record.out_features):
+            differences.append(
+                f"{name}: (in_features, out_features) is {sizes} in the model, "
+                f"{(record.in_features, record.out_features)} in the file"
+            )
+    return differences
+
+
+def _read_bytes(path: Path, origin: str) -> bytes:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"folder: {os.fspath(path.parent)!r} is not a directory")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {origin}")
+    return path.read_bytes()
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary file beside `path`, flush it to the disk, and rename it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files for the owner's eyes only; give this one a usual file's mode.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise

@@ -1,0 +1,219 @@
+"""DCFT as functions: they check, apply autocast and flatten, then hand over to a backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dcft_kernels import validation
+from dcft_kernels.adapter import Adapter
+from dcft_kernels.dispatch import select
+from dcft_kernels.dropout import draw_seed
+from dcft_kernels.geometry import Geometry, Pair
+
+
+def dcft_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dcft_A: Tensor,
+    dcft_B: Tensor,
+    dcft_C: Tensor,
+    *,
+    scaling: float = 1.0,
+    stride: int | Pair | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """A linear layer and its DCFT increment: `x W^T + b + scaling * dropout(x) DW^T`.
+
+    `DW = ConvTranspose2d(dcft_B @ dcft_A, dcft_C)`, equations 5 and 6 of arXiv 2503.01419; for
+    `stride` equal to the kernel size it is `kron(dcft_B @ dcft_A, dcft_C)`. With windows
+    `I = ceil((n - d_in) / s_in) + 1` along the input and `J` likewise along the output, sizes that
+    the windows do not fit are covered by one window more and cropped.
+
+    Args:
+        x: `[..., n]`, float; any leading dimensions, any strides, empty too.
+        weight: `[m, n]`, in `x`'s dtype; frozen or trainable.
+        bias: `[m]` or None.
+        dcft_A: `[k, I]`, the factor that meets the input; any float dtype, like `dcft_B`, `dcft_C`.
+        dcft_B: `[J, k]`, the factor that meets the output.
+        dcft_C: `[d_out, d_in]`, the transposed-convolution kernel.
+        scaling: factor of the increment.
+        stride: distance between windows, an int or `(out, in)`; None is the kernel size.
+        dropout_p: probability of zeroing an element of the adapter's own view of `x`.
+        training: whether dropout is active.
+        backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`, see `dcft_kernels.dispatch`.
+
+    Returns:
+        `[..., m]` in `x`'s dtype, or in autocast's where autocast is on.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices or numbers that do not fit.
+        RuntimeError: a backend named explicitly that cannot run.
+    """
+    weight = validation.matrix("weight", weight)
+    out_features, in_features = weight.shape
+    x = validation.tokens("x", x, in_features)
+    if bias is not None:
+        bias = validation.float_tensor("bias", bias)
+        if bias.shape != (out_features,):
+            raise ValueError(f"bias: expected shape [{out_features}], got {list(bias.shape)}")
+    adapter = _adapter(
+        dcft_A,
+        dcft_B,
+        dcft_C,
+        in_features=in_features,
+        out_features=out_features,
+        scaling=scaling,
+        stride=stride,
+        dropout_p=dropout_p,
+        training=training,
+    )
+    validation.same_device("x", x, weight=weight, bias=bias, dcft_A=dcft_A)
+    x, weight = _autocast(x), _autocast(weight)
+    bias = None if bias is None else _autocast(bias)
+    validation.same_dtype("x", x, weight=weight, bias=bias)
+    y = select(backend).linear(x.reshape(-1, in_features), weight, bias, adapter)
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+def dcft_update(
+    y: Tensor,
+    x: Tensor,
+    dcft_A: Tensor,
+    dcft_B: Tensor,
+    dcft_C: Tensor,
+    *,
+    scaling: float = 1.0,
+    stride: int | Pair | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """The DCFT increment alone, added to a base layer's output: `y + scaling * dropout(x) DW^T`.
+
+    For base layers that are not a plain dense weight: quantised, sharded, fused.
+
+    Args:
+        y: `[..., m]`, the base layer's output, in `x`'s dtype. It is not changed.
+        x: `[..., n]`, the base layer's input; leading dimensions as `y`'s.
+        dcft_A: `[k, I]`; see `dcft_linear` for this and all other arguments.
+        dcft_B: `[J, k]`.
+        dcft_C: `[d_out, d_in]`.
+        scaling: factor of the increment.
+        stride: distance between windows, an int or `(out, in)`; None is the kernel size.
+        dropout_p: probability of zeroing an element of the adapter's own view of `x`.
+        training: whether dropout is active.
+        backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`.
+
+    Returns:
+        `[..., m]`, a new tensor in `y`'s dtype, or in autocast's where autocast is on.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices or numbers that do not fit.
+        RuntimeError: a backend named explicitly that cannot run.
+    """
+    y, x = validation.tokens("y", y), validation.tokens("x", x)
+    if y.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"y: expected leading dimensions {list(x.shape[:-1])}, those of x, "
+            f"got shape {list(y.shape)}"
+        )
+    in_features, out_features = x.shape[-1], y.shape[-1]
+    adapter = _adapter(
+        dcft_A,
+        dcft_B,
+        dcft_C,
+        in_features=in_features,
+        out_features=out_features,
+        scaling=scaling,
+        stride=stride,
+        dropout_p=dropout_p,
+        training=training,
+    )
+    validation.same_device("x", x, y=y, dcft_A=dcft_A)
+    y, x = _autocast(y), _autocast(x)
+    validation.same_dtype("x", x, y=y)
+    out = select(backend).update(y.reshape(-1, out_features), x.reshape(-1, in_features), adapter)
+    return out.reshape(y.shape)
+
+
+def delta_weight(
+    dcft_A: Tensor,
+    dcft_B: Tensor,
+    dcft_C: Tensor,
+    *,
+    in_features: int,
+    out_features: int,
+    stride: int | Pair | None = None,
+    scaling: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """The increment itself, `scaling * DW` `[m, n]`: for merging and inspection, not for training.
+
+    Args:
+        dcft_A: `[k, I]`; see `dcft_linear` for the factors.
+        dcft_B: `[J, k]`.
+        dcft_C: `[d_out, d_in]`.
+        in_features: `n`; the factors alone leave it open where the last window is cropped.
+        out_features: `m`.
+        stride: distance between windows, an int or `(out, in)`; None is the kernel size.
+        scaling: factor of the increment.
+        backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`.
+
+    Returns:
+        `[m, n]` in the factors' common dtype, differentiable with respect to all three.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices or numbers that do not fit.
+        RuntimeError: a backend named explicitly that cannot run.
+    """
+    adapter = _adapter(
+        dcft_A,
+        dcft_B,
+        dcft_C,
+        in_features=validation.positive_int("in_features", in_features),
+        out_features=validation.positive_int("out_features", out_features),
+        scaling=scaling,
+        stride=stride,
+        dropout_p=0.0,
+        training=False,
+    )
+    return select(backend).delta_weight(adapter)
+
+
+def _adapter(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    in_features: int,
+    out_features: int,
+    scaling: float,
+    stride: int | Pair | None,
+    dropout_p: float,
+    training: bool,
+) -> Adapter:
+    """Check an adapter's arguments and bundle them; draws the seed if dropout is active."""
+    geometry: Geometry = validation.factors(
+        A, B, C, in_features=in_features, out_features=out_features, stride=stride
+    )
+    scaling = validation.finite_number("scaling", scaling)
+    dropout_p = validation.probability("dropout_p", dropout_p)
+    seed = draw_seed() if training and dropout_p > 0.0 else None
+    return Adapter(A, B, C, scaling, geometry, dropout_p, seed)
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """Cast as `nn.Linear` does under `torch.autocast`: everything but float64, to autocast's dtype."""
+    device_type = tensor.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return tensor
+    if tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device_type))

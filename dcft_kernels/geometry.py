@@ -1,0 +1,83 @@
+"""How a `DW` of shape `[m, n]` is cut into the windows of a transposed convolution.
+
+Both sides of `DW` are covered by windows: along the input side, window `i` covers the columns
+`i*s .. i*s + d - 1`; along the output side, window `j` covers the rows `j*s .. j*s + d - 1`.
+With `stride == kernel_size` (the paper's choice, section 3.2.2) the windows tile the side; with
+`stride < kernel_size` (Table 5) they overlap and their contributions add. Sizes that the windows do
+not fit are ragged: the last window sticks out and what sticks out is cropped.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+Pair = tuple[int, int]
+
+
+class Windows(NamedTuple):
+    """The windows along one side of `DW`."""
+
+    size: int  # features on this side: n or m
+    count: int  # windows on this side: I or J
+    width: int  # kernel extent on this side: d
+    stride: int  # distance between window starts
+
+    @property
+    def span(self) -> int:
+        """Features that the windows cover, `size` or more (the surplus is cropped)."""
+        return (self.count - 1) * self.stride + self.width
+
+    @property
+    def tile(self) -> bool:
+        """Whether the windows neither overlap nor stick out."""
+        return self.stride == self.width and self.count * self.width == self.size
+
+
+class Geometry(NamedTuple):
+    """Shapes of one DCFT adapter: `A [k, I]`, `B [J, k]`, `C [d_out, d_in]`, `DW [m, n]`."""
+
+    rank: int
+    outputs: Windows
+    inputs: Windows
+
+    @classmethod
+    def build(
+        cls, in_features: int, out_features: int, rank: int, kernel_size: Pair, stride: Pair
+    ) -> Geometry:
+        """The geometry for given sizes; `kernel_size` and `stride` are `(out, in)` pairs."""
+        return cls(
+            rank,
+            Windows(
+                out_features,
+                window_count(out_features, kernel_size[0], stride[0]),
+                kernel_size[0],
+                stride[0],
+            ),
+            Windows(
+                in_features,
+                window_count(in_features, kernel_size[1], stride[1]),
+                kernel_size[1],
+                stride[1],
+            ),
+        )
+
+    @property
+    def shape_A(self) -> Pair:
+        return (self.rank, self.inputs.count)
+
+    @property
+    def shape_B(self) -> Pair:
+        return (self.outputs.count, self.rank)
+
+    @property
+    def shape_C(self) -> Pair:
+        return (self.outputs.width, self.inputs.width)
+
+
+def window_count(size: int, width: int, stride: int) -> int:
+    """Windows of `width` every `stride` that it takes to cover `size` features (equation 9).
+
+    `ceil((size - width) / stride) + 1`, at least one. With `stride == width` this is
+    `ceil(size / width)`.
+    """
+    return max(0, -(-(size - width) // stride)) + 1

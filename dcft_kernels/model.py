@@ -1,0 +1,206 @@
+"""Operations on whole models: swap layers in, freeze, count, merge."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from dcft_kernels.module import DCFTLinear
+from dcft_kernels.options import DCFTOptions
+from dcft_kernels.targets import ALL_LINEAR, Targets, check_patterns, matches, select_layers
+
+_ADAPTER_PREFIX = "dcft_"
+
+
+def swap_linear(
+    model: nn.Module,
+    targets: Targets = ALL_LINEAR,
+    *,
+    exclude: Targets = (),
+    **dcft_options: Any,
+) -> list[str]:
+    """Replace linear layers of `model` by `DCFTLinear`, in place; the base weights are shared.
+
+    Args:
+        model: any module; transformers' GPT-2 style `Conv1D` layers count as linear.
+        targets: `"all-linear"`: every linear layer but the output head and layers whose weight is
+            tied to an embedding. A list: names or endings of names (`["query", "value"]`). Any other
+            string: a regular expression for the whole name.
+        exclude: layers to leave as they are, a list or a regular expression likewise.
+        **dcft_options: `rank`, `kernel_size`, `stride`, `alpha`, `dropout`, `init`, `backend`,
+            `adapter_dtype`, see `DCFTLinear`.
+
+    Returns:
+        The names of the layers swapped, in the model's order. A layer registered under several names
+        stays one layer, listed under each.
+
+    Raises:
+        TypeError: an unknown option, or a target that is no plain linear layer.
+        ValueError: a target that matches nothing (near misses are listed) or is swapped already.
+        The model is untouched then.
+    """
+    options = DCFTOptions.from_keywords(dcft_options)
+    return swap_each(model, dict.fromkeys(select_layers(model, targets, exclude), options))
+
+
+def swap_each(model: nn.Module, options: dict[str, DCFTOptions]) -> list[str]:
+    """Replace the layers named by `options`, each with its own settings; all checks are done."""
+    adapted: dict[nn.Module, DCFTLinear] = {}
+    for name, layer_options in options.items():
+        linear = model.get_submodule(name)
+        if linear not in adapted:
+            keywords = {
+                field.name: getattr(layer_options, field.name)
+                for field in dataclasses.fields(layer_options)
+            }
+            adapted[linear] = DCFTLinear.from_linear(linear, **keywords)
+    replace_modules(model, adapted)
+    return list(options)
+
+
+def replace_modules(model: nn.Module, replacements: dict[nn.Module, Any]) -> None:
+    """Put each replacement in every place where its key is registered."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in replacements:
+                setattr(parent, name, replacements[child])
+
+
+def dcft_layers(model: nn.Module) -> dict[str, DCFTLinear]:
+    """The adapted layers of `model` by name; ValueError if there is none."""
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, DCFTLinear)
+    }
+    if not layers:
+        raise ValueError("model: has no DCFTLinear layers; call swap_linear(model) first")
+    return layers
+
+
+def merge_model(model: nn.Module, *, unload: bool = False) -> None:
+    """Merge every adapted layer, all or none.
+
+    Args:
+        model: a model with `DCFTLinear` layers, none of them merged.
+        unload: also replace every merged layer by a plain one, as it was before the swap, and drop
+            the adapters: for export. There is no way back from it.
+
+    Raises:
+        RuntimeError: some layers are merged already.
+        ValueError: no adapted layers, or a merged weight that is not finite. Nothing is changed then.
+    """
+    layers = dcft_layers(model)
+    if unload:
+        if isinstance(model, DCFTLinear):
+            raise ValueError(
+                "model: is itself the layer to replace, which nothing holds; use its to_linear()"
+            )
+        plain: dict[nn.Module, nn.Module] = {}
+        for name, layer in layers.items():
+            plain[layer] = _naming(name, layer.to_linear)
+        replace_modules(model, plain)
+        return
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise RuntimeError(
+            f"model: {len(merged)} of {len(layers)} layers are merged already, {merged[0]!r} "
+            "first; call unmerge_model(model) before"
+        )
+    done: list[DCFTLinear] = []
+    try:
+        for name, layer in layers.items():
+            _naming(name, layer.merge)
+            done.append(layer)
+    except ValueError:
+        for layer in done:
+            layer.unmerge()
+        raise
+
+
+def unmerge_model(model: nn.Module) -> None:
+    """Unmerge every merged layer: base weights come back bit for bit.
+
+    Raises:
+        RuntimeError: no layer is merged.
+        ValueError: no adapted layers.
+    """
+    merged = [layer for layer in dcft_layers(model).values() if layer.merged]
+    if not merged:
+        raise RuntimeError("model: no layer is merged; call merge_model(model) first")
+    for layer in merged:
+        layer.unmerge()
+
+
+def freeze_base(model: nn.Module, *, trainable: Targets = ()) -> None:
+    """Leave only the adapters trainable.
+
+    Args:
+        model: a model with `DCFTLinear` layers.
+        trainable: modules or parameters to train beside the adapters, by name or ending of name or
+            regular expression: `freeze_base(model, trainable=["classifier"])` trains a new head.
+
+    Raises:
+        ValueError: no adapted layers, or an entry of `trainable` that matches nothing.
+    """
+    dcft_layers(model)
+    check_patterns("trainable", trainable)
+    entries: list[Targets] = [trainable] if isinstance(trainable, str) else [[t] for t in trainable]
+    names = [name for name, _ in model.named_parameters()]
+    for entry in entries:
+        if not any(_is_or_is_inside(name, entry) for name in names):
+            raise ValueError(f"trainable: {entry!r} matches no parameter of the model")
+    for name, parameter in model.named_parameters():
+        is_adapter = name.rsplit(".", 1)[-1].startswith(_ADAPTER_PREFIX)
+        wanted = any(_is_or_is_inside(name, entry) for entry in entries)
+        parameter.requires_grad_(is_adapter or wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCounts:
+    """How many numbers a model holds; shared parameters count once."""
+
+    adapter: int
+    """In `dcft_A`, `dcft_B` and `dcft_C` of all layers: what `save_adapter` writes."""
+    trainable: int
+    """In parameters that require a gradient: the adapters and whatever else is not frozen."""
+    total: int
+    """In all parameters, the adapters included."""
+
+    def __str__(self) -> str:
+        share = 100 * self.adapter / self.total if self.total else 0.0
+        return (
+            f"adapter {self.adapter:,} ({share:.3f}%), trainable {self.trainable:,}, "
+            f"total {self.total:,}"
+        )
+
+
+def parameter_counts(model: nn.Module) -> ParameterCounts:
+    """Count adapter, trainable and all parameters of `model`, which may have no adapters."""
+    adapter = trainable = total = 0
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        trainable += parameter.numel() if parameter.requires_grad else 0
+        is_adapter = name.rsplit(".", 1)[-1].startswith(_ADAPTER_PREFIX)
+        adapter += parameter.numel() if is_adapter else 0
+    return ParameterCounts(adapter, trainable, total)
+
+
+def _is_or_is_inside(parameter_name: str, patterns: Targets) -> bool:
+    """Whether the parameter, or a module it lies in, is meant by `patterns`."""
+    return any(matches(ancestor, patterns) for ancestor in _ancestry(parameter_name))
+
+
+def _ancestry(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _naming(name: str, action: Any) -> Any:
+    """Run `action`; an error about values names the layer."""
+    try:
+        return action()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

@@ -1,0 +1,392 @@
+"""`DCFTLinear`: a linear layer with a DCFT adapter, in place of `nn.Linear`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcft_kernels import validation
+from dcft_kernels.functional import dcft_linear, delta_weight
+from dcft_kernels.geometry import Geometry, Pair
+from dcft_kernels.initialization import initialize
+from dcft_kernels.options import DCFTOptions
+
+_HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+class DCFTLinear(nn.Linear):
+    """A frozen linear layer plus `scaling * DW`, `DW = ConvTranspose2d(B A, C)` (equations 5, 6).
+
+    Takes the place of `nn.Linear`: the same `weight` and `bias` names and shapes, so a state dict of
+    the base loads unchanged (with `strict=False`, since it has no adapter). Added are three
+    parameters, the only trainable ones:
+
+    | parameter | shape | |
+    | --- | --- | --- |
+    | `dcft_A` | `[rank, I]` | the input side, `I = ceil((in_features - d_in) / s_in) + 1` windows |
+    | `dcft_B` | `[J, rank]` | the output side, `J` windows likewise |
+    | `dcft_C` | `[d_out, d_in]` | the transposed-convolution kernel |
+
+    The state dict never depends on `merged`: it always holds the base weight and the adapter.
+
+    Args:
+        in_features: `n`.
+        out_features: `m`.
+        bias: whether the base has a bias.
+        rank: `k`, the rank of `dcft_B @ dcft_A`; the paper uses 1.
+        kernel_size: `d`, an int or `(d_out, d_in)`.
+        stride: distance between windows, an int or `(s_out, s_in)`; None is the kernel size.
+        alpha: `scaling = alpha / rank`; None gives a scaling of 1.
+        dropout: probability of zeroing an element of the adapter's own view of the input.
+        init: `"paper"` or `"zero"`, see `dcft_kernels.initialization`.
+        backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`, see `dcft_kernels.dispatch`.
+        device: of all parameters.
+        dtype: of `weight` and `bias`.
+        adapter_dtype: of the adapter; None gives float32 over a 16-bit base, where 16-bit
+            parameters would lose small optimizer steps, else `dtype`.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: sizes or numbers out of range, unknown names.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int = 1,
+        kernel_size: int | Pair = 8,
+        stride: int | Pair | None = None,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        init: str = "paper",
+        backend: str = "auto",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        options = DCFTOptions(
+            rank, kernel_size, stride, alpha, dropout, init, backend, adapter_dtype
+        )
+        in_features = validation.positive_int("in_features", in_features)
+        out_features = validation.positive_int("out_features", out_features)
+        if dtype is not None:
+            validation.float_dtype("dtype", dtype)
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._adopt_base(self.weight, self.bias, options, fan_in_fan_out=False)
+
+    def _adopt_base(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        options: DCFTOptions,
+        *,
+        fan_in_fan_out: bool,
+    ) -> None:
+        """Take these very parameters as the frozen base and create an adapter beside them."""
+        self.rank = options.rank
+        self.kernel_size = options.kernel_size
+        self.stride = options.stride
+        self.alpha = options.alpha
+        self.dropout = options.dropout
+        self.init = options.init
+        self.backend = options.backend
+        # Whether `weight` is stored [n, m], as GPT-2's Conv1D does.
+        self.fan_in_fan_out = fan_in_fan_out
+        # The base weight while a merged one stands in for it. A tuple: nn.Module would register
+        # a bare parameter a second time.
+        self._base_while_merged: tuple[nn.Parameter, ...] = ()
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+        for parameter in (weight, bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        dtype = options.adapter_dtype
+        if dtype is None:
+            dtype = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
+        geometry = self.geometry
+        for name, shape in (
+            ("dcft_A", geometry.shape_A),
+            ("dcft_B", geometry.shape_B),
+            ("dcft_C", geometry.shape_C),
+        ):
+            factor = torch.empty(shape, device=weight.device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(factor))
+        self.reset_dcft_parameters()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, **dcft_options: Any) -> DCFTLinear:
+        """Adapt an existing layer; the result shares its weight and bias, which become frozen.
+
+        Args:
+            linear: an `nn.Linear`, or a `Conv1D` of transformers (GPT-2), whose weight is stored
+                `[in, out]` and stays so.
+            **dcft_options: `rank`, `kernel_size`, `stride`, `alpha`, `dropout`, `init`, `backend`,
+                `adapter_dtype`, as for the class.
+
+        Raises:
+            TypeError: a layer of another kind, or an unknown option.
+            ValueError: an option out of range.
+        """
+        options = DCFTOptions.from_keywords(dcft_options)
+        reason = why_not_adaptable(linear)
+        if reason is not None:
+            raise TypeError(f"linear: {reason}")
+        in_features, out_features = linear_sizes(linear)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = in_features, out_features
+        layer._adopt_base(
+            linear.weight,  # type: ignore[arg-type]
+            linear.bias,  # type: ignore[arg-type]
+            options,
+            fan_in_fan_out=is_conv1d(linear),
+        )
+        for table in _HOOK_TABLES:
+            getattr(layer, table).update(getattr(linear, table))
+        layer.train(linear.training)
+        return layer
+
+    @property
+    def scaling(self) -> float:
+        """`s = alpha / rank`, 1 when `alpha` is None."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` currently holds base plus increment."""
+        return bool(self._base_while_merged)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The adapter's shapes."""
+        return self.options.geometry(self.in_features, self.out_features)
+
+    @property
+    def options(self) -> DCFTOptions:
+        """The adapter's settings as one value."""
+        dcft_A = self._parameters.get("dcft_A")
+        return DCFTOptions(
+            self.rank,
+            self.kernel_size,
+            self.stride,
+            self.alpha,
+            self.dropout,
+            self.init,
+            self.backend,
+            None if dcft_A is None else dcft_A.dtype,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input W^T + bias + scaling * dropout(input) DW^T`; `[..., n]` to `[..., m]`."""
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        if self.merged:
+            return F.linear(input, weight, self.bias)
+        return dcft_linear(
+            input,
+            weight,
+            self.bias,
+            self.dcft_A,
+            self.dcft_B,
+            self.dcft_C,
+            scaling=self.scaling,
+            stride=self.stride,
+            dropout_p=self.dropout,
+            training=self.training,
+            backend=self.backend,
+        )
+
+    def delta_weight(self) -> Tensor:
+        """The increment `scaling * DW`, `[out_features, in_features]`, differentiable."""
+        return delta_weight(
+            self.dcft_A,
+            self.dcft_B,
+            self.dcft_C,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            stride=self.stride,
+            scaling=self.scaling,
+            backend=self.backend,
+        )
+
+    def merge(self) -> None:
+        """Put base plus increment in `weight`; the forward is then a plain linear layer's.
+
+        The base weight is kept aside, untouched, for `unmerge`, so a merged layer holds two weights;
+        `to_linear` gives one that does not. The sum is computed in float32 or wider and rounded once
+        to the base's dtype: in a 16-bit base, increments below half a unit in the last place vanish.
+
+        Raises:
+            RuntimeError: the layer is merged already.
+            ValueError: the merged weight is not finite; nothing is changed.
+        """
+        if self.merged:
+            raise RuntimeError("merge: this DCFTLinear is merged already; call unmerge() first")
+        merged = nn.Parameter(self._merged_weight(), requires_grad=False)
+        base = self.weight
+        self.weight = merged
+        self._base_while_merged = (base,)
+
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit: the very parameter that `merge` set aside.
+
+        Raises:
+            RuntimeError: the layer is not merged.
+        """
+        if not self.merged:
+            raise RuntimeError("unmerge: this DCFTLinear is not merged; call merge() first")
+        (self.weight,) = self._base_while_merged
+        self._base_while_merged = ()
+
+    def to_linear(self) -> nn.Module:
+        """A plain layer with base plus increment as its weight, of the kind that was adapted.
+
+        Its weight is a new tensor; its bias is this layer's own.
+
+        Raises:
+            ValueError: the merged weight is not finite.
+        """
+        weight = self.weight.detach().clone() if self.merged else self._merged_weight()
+        if self.fan_in_fan_out:
+            conv1d: Any = _conv1d_class()
+            plain = conv1d(1, 1)
+            plain.nf, plain.nx = self.out_features, self.in_features
+        else:
+            plain = nn.Linear(1, 1, bias=False, device="meta")
+            plain.in_features, plain.out_features = self.in_features, self.out_features
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.bias = self.bias
+        plain.train(self.training)
+        return plain
+
+    @torch.no_grad()
+    def _merged_weight(self) -> Tensor:
+        """Base plus increment, as `weight` is stored, rounded once to its dtype."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        delta = delta_weight(
+            self.dcft_A.to(wide),
+            self.dcft_B.to(wide),
+            self.dcft_C.to(wide),
+            in_features=self.in_features,
+            out_features=self.out_features,
+            stride=self.stride,
+            scaling=self.scaling,
+            backend=self.backend,
+        )
+        if self.fan_in_fan_out:
+            delta = delta.t()
+        merged = (self.weight + delta).to(self.weight.dtype)
+        if not bool(torch.isfinite(merged).all()):
+            raise ValueError(
+                "merge: base plus increment is not finite; the adapter has diverged "
+                f"or overflows {self.weight.dtype}; nothing was changed"
+            )
+        return merged
+
+    def reset_parameters(self) -> None:
+        """Draw the base as `nn.Linear` does and, once it exists, the adapter as `init` says."""
+        super().reset_parameters()
+        if "dcft_A" in self._parameters:
+            self.reset_dcft_parameters()
+
+    def reset_dcft_parameters(self) -> None:
+        """Draw the adapter anew as `init` says; the base stays."""
+        initialize(self.dcft_A, self.dcft_B, self.dcft_C, self.geometry, self.init)
+
+    def train(self, mode: bool = True) -> DCFTLinear:
+        """Set training mode; warns if merged, since a merged adapter cannot learn."""
+        if mode and self.merged:
+            warnings.warn(
+                "a merged DCFTLinear is set to train: its adapter learns nothing until unmerge()",
+                stacklevel=2,
+            )
+        super().train(mode)
+        return self
+
+    def extra_repr(self) -> str:
+        """One line: sizes, options, and what the adapter costs in parameters."""
+        count = self.dcft_A.numel() + self.dcft_B.numel() + self.dcft_C.numel()
+        return (
+            f"{super().extra_repr()}, rank={self.rank}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, scaling={self.scaling:g}, dropout={self.dropout:g}, "
+            f"init={self.init!r}, backend={self.backend!r}, adapter_parameters={count}, "
+            f"merged={self.merged}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DCFTLinear:
+        """Move or convert the base that `merge` set aside together with everything else."""
+        super()._apply(fn, recurse)
+        for base in self._base_while_merged:
+            base.data = fn(base.data)
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for base in self._base_while_merged:
+            destination[prefix + "weight"] = base if keep_vars else base.detach()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *rest: Any
+    ) -> None:
+        if self.merged:
+            error_messages: list[str] = rest[-1]
+            error_messages.append(
+                f"{prefix.rstrip('.') or 'DCFTLinear'} is merged: call unmerge() before loading"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D, without importing transformers."""
+    conv1d = _conv1d_class()
+    return conv1d is not None and type(module) is conv1d
+
+
+def why_not_adaptable(module: nn.Module) -> str | None:
+    """The reason why `DCFTLinear.from_linear` cannot take `module`, or None if it can.
+
+    Only the exact classes count: subclasses of `nn.Linear` (quantised, parametrised, attention
+    projections whose forward is bypassed) may not compute `x W^T + b` from `weight`.
+    """
+    if isinstance(module, DCFTLinear):
+        return "this layer is a DCFTLinear already"
+    if type(module) is not nn.Linear and not is_conv1d(module):
+        return (
+            f"expected an nn.Linear or a transformers Conv1D, got {type(module).__qualname__}; "
+            "for other base layers add the adapter with dcft_update"
+        )
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter) or weight.dtype not in validation.FLOAT_DTYPES:
+        return f"expected a float weight, got {getattr(weight, 'dtype', type(weight).__name__)}"
+    return None
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int]:
+    """`(in_features, out_features)` of an adaptable layer."""
+    rows, columns = module.weight.shape  # type: ignore[misc, operator]
+    return (rows, columns) if is_conv1d(module) else (columns, rows)
+
+
+def _conv1d_class() -> type | None:
+    # Whoever holds a Conv1D has imported its module.
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return None if pytorch_utils is None else getattr(pytorch_utils, "Conv1D", None)

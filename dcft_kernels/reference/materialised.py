@@ -1,0 +1,37 @@
+"""DCFT as published: build `DW` with a transposed convolution, then multiply with it.
+
+Plain differentiable PyTorch, so autograd, double backward, `torch.func` transforms and every float
+dtype up to float64 work. It costs three full matrix products a layer and a dense gradient of `DW`:
+it is what the other backends are checked against and measured against, not what to train with.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dcft_kernels.adapter import Adapter
+from dcft_kernels.dropout import drop
+
+
+def delta_weight(adapter: Adapter) -> Tensor:
+    """`scaling * ConvT(B A, C)`, equations 5 and 6 of arXiv 2503.01419, cropped to `[m, n]`."""
+    outputs, inputs = adapter.geometry.outputs, adapter.geometry.inputs
+    product = adapter.B @ adapter.A  # [J, I]
+    full = F.conv_transpose2d(
+        product[None, None],
+        adapter.C[None, None],
+        stride=(outputs.stride, inputs.stride),
+    )[0, 0]
+    return adapter.scaling * full[: outputs.size, : inputs.size]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
+    """`x W^T + b + dropout(x) DW^T`; `x [T, n]`, result `[T, m]`."""
+    return update(F.linear(x, weight, bias), x, adapter)
+
+
+def update(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
+    """`y + dropout(x) DW^T`; `y [T, m]`, `x [T, n]`."""
+    dense = delta_weight(adapter).to(x.dtype)
+    return y + F.linear(drop(x, adapter.dropout_p, adapter.seed), dense)

@@ -1,0 +1,181 @@
+"""Which layers of a model a user means: name suffixes, a regular expression, or "all-linear"."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from dcft_kernels.module import DCFTLinear, is_conv1d, why_not_adaptable
+
+ALL_LINEAR = "all-linear"
+
+Targets = str | Sequence[str]
+
+# Names that output heads go by where the model itself does not tell which of its layers is one.
+_HEAD_NAMES = frozenset(
+    {"lm_head", "head", "heads", "classifier", "score", "qa_outputs", "output_projection"}
+)
+
+
+def select_layers(model: nn.Module, targets: Targets, exclude: Targets) -> list[str]:
+    """The names of the layers to adapt, in the model's own order.
+
+    Args:
+        model: any module.
+        targets: as for `swap_linear`.
+        exclude: as for `swap_linear`.
+
+    Raises:
+        TypeError: `targets` or `exclude` of the wrong type, or a target that cannot be adapted.
+        ValueError: no layer matches, a pattern matches nothing, a match is adapted already.
+    """
+    check_patterns("targets", targets)
+    check_patterns("exclude", exclude)
+    if why_not_adaptable(model) is None:
+        raise ValueError(
+            "model: is itself a linear layer, which nothing holds; use DCFTLinear.from_linear(model)"
+        )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if targets == ALL_LINEAR:
+        left_out = _head_and_tied_names(model)
+        names = [
+            name
+            for name in _linear_names(modules)
+            if name not in left_out and not isinstance(modules[name], DCFTLinear)
+        ]
+        if not names and any(isinstance(module, DCFTLinear) for module in modules.values()):
+            raise ValueError(
+                "targets: every linear layer of this model is a DCFTLinear already; "
+                "to adapt it anew, start from the base model"
+            )
+    else:
+        _check_each_matches(targets, modules)
+        names = [
+            name for name in modules if matches(name, targets) and not _is_container(modules[name])
+        ]
+        if not names:
+            raise ValueError(_no_match("targets", targets, modules))
+    selected = [name for name in names if not matches(name, exclude)]
+    if not selected:
+        raise ValueError(
+            f"targets: {targets!r} without exclude={exclude!r} leaves no layer; "
+            + _available(modules)
+        )
+    swapped = [name for name in selected if isinstance(modules[name], DCFTLinear)]
+    if swapped:
+        raise ValueError(
+            f"targets: already swapped: {_short_list(swapped)}; layers not swapped yet: "
+            + _short_list([n for n in _linear_names(modules) if n not in set(swapped)])
+        )
+    for name in selected:
+        reason = why_not_adaptable(modules[name])
+        if reason is not None:
+            raise TypeError(f"targets: {name!r} cannot be adapted: {reason}")
+    return selected
+
+
+def matches(name: str, patterns: Targets) -> bool:
+    """Whether a module name is meant: a string is a regular expression for the whole name, a
+    sequence holds names or endings of names at a dot."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def check_patterns(argument: str, patterns: Targets) -> None:
+    """Raise TypeError or ValueError unless `patterns` is a regular expression or names."""
+    if isinstance(patterns, str):
+        try:
+            re.compile(patterns)
+        except re.error as error:
+            raise ValueError(
+                f"{argument}: {patterns!r} is no regular expression: {error}"
+            ) from None
+        return
+    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(
+            f"{argument}: expected a regular expression or a list of name endings, got {patterns!r}"
+        )
+
+
+def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
+    """Names of plain linear layers and of layers adapted already."""
+    return [
+        name
+        for name, module in modules.items()
+        if type(module) is nn.Linear or is_conv1d(module) or isinstance(module, DCFTLinear)
+    ]
+
+
+def _head_and_tied_names(model: nn.Module) -> set[str]:
+    """Names of the layers that "all-linear" leaves out: output heads, and weights tied to embeddings.
+
+    A transformers model tells where its backbone is (`base_model_prefix`): linear layers outside
+    of it are the head. It may also tell its output embeddings. For other models, a top-level
+    module with a usual head's name is one.
+    """
+    heads: set[nn.Module] = set()
+    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)
+    if callable(output_embeddings) and isinstance(found := output_embeddings(), nn.Module):
+        heads.add(found)
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    for name, child in model.named_children():
+        declared_outside = isinstance(backbone, nn.Module) and child is not backbone
+        if declared_outside or (backbone is None and name in _HEAD_NAMES):
+            heads.update(child.modules())
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    return {
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if module in heads or id(getattr(module, "weight", None)) in embeddings
+    }
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether a name that matches stands for a block of layers: it is passed over, not adapted."""
+    return next(module.children(), None) is not None
+
+
+def _check_each_matches(targets: Targets, modules: dict[str, nn.Module]) -> None:
+    """Every entry of a list must match something, or a typing error would go unnoticed."""
+    if isinstance(targets, str):
+        return
+    if not targets:
+        raise ValueError("targets: expected at least one name, got an empty list")
+    for target in targets:
+        if not any(
+            matches(name, [target]) and not _is_container(modules[name]) for name in modules
+        ):
+            raise ValueError(_no_match("targets", target, modules))
+
+
+def _no_match(argument: str, pattern: Targets, modules: dict[str, nn.Module]) -> str:
+    endings = list(dict.fromkeys(_endings(modules)))
+    wanted = pattern if isinstance(pattern, str) else " ".join(pattern)
+    near = difflib.get_close_matches(wanted, endings, n=5, cutoff=0.5)
+    hint = f"did you mean {', '.join(map(repr, near))}?" if near else _available(modules)
+    return f"{argument}: {pattern!r} matches no layer of the model; {hint}"
+
+
+def _endings(modules: dict[str, nn.Module]) -> Iterator[str]:
+    for name in _linear_names(modules):
+        parts = name.split(".")
+        for length in (1, 2, 3, len(parts)):
+            yield ".".join(parts[-length:])
+
+
+def _available(modules: dict[str, nn.Module]) -> str:
+    endings = dict.fromkeys(name.rsplit(".", 1)[-1] for name in _linear_names(modules))
+    if not endings:
+        return "the model has no linear layers"
+    return f"its linear layers are named {_short_list(list(endings))}"
+
+
+def _short_list(names: Sequence[str], most: int = 8) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

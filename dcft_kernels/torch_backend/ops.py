@@ -1,0 +1,243 @@
+"""The passes as PyTorch operators: fake kernels for tracing, autograd, autocast safety.
+
+Three operators in the namespace `dcft_kernels`, opaque to the compiler and clean under
+`torch.library.opcheck`:
+
+    linear(x, weight, bias, A, B, C, seed, ...)  -> (y, U)
+    update(y, x, A, B, C, seed, ...)             -> (y + dropout(x) DW^T, U)
+    backward(g, x, U, weight, A, B, C, seed, ..., needs) -> the six gradients
+
+`U [T, k, d_in]` is an output only because the backward pass needs it. Saved for backward are `x` (as
+passed, no copy; not even it when neither `A` nor the weight is trained), `U`, the parameters and,
+with dropout, the 8-byte seed; and of these only what the gradients asked for need.
+
+Under `create_graph=True` the backward pass runs as ordinary differentiable operations on the same
+saved tensors instead of through the opaque operator, so double backward works. `torch.func.vmap`
+has no rule for these operators: functions mapped with it use `backend="reference"`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dcft_kernels.adapter import Adapter
+from dcft_kernels.geometry import Geometry
+from dcft_kernels.torch_backend import passes
+from dcft_kernels.torch_backend.passes import Gradients, Needs
+
+_ADAPTER_SCHEMA = (
+    "Tensor dcft_A, Tensor dcft_B, Tensor dcft_C, Tensor? seed, "
+    "float scaling, int[] stride, float dropout_p"
+)
+# Argument order of the adapter's part of each operator, after its leading tensors.
+_ADAPTER_ARGUMENTS = 7
+
+_LIBRARY = torch.library.Library("dcft_kernels", "DEF")
+_LIBRARY.define(
+    f"linear(Tensor x, Tensor weight, Tensor? bias, {_ADAPTER_SCHEMA}) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(f"update(Tensor y, Tensor x, {_ADAPTER_SCHEMA}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "backward(Tensor g, Tensor? x, Tensor? u, Tensor? weight, "
+    f"{_ADAPTER_SCHEMA}, SymInt in_features, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
+    """`x W^T + b + dropout(x) DW^T`; `x [T, n]`, result `[T, m]`."""
+    y, _ = torch.ops.dcft_kernels.linear(x, weight, bias, *_flatten(adapter))
+    return y
+
+
+def update(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
+    """`y + dropout(x) DW^T`; `y [T, m]`, `x [T, n]`."""
+    out, _ = torch.ops.dcft_kernels.update(y, x, *_flatten(adapter))
+    return out
+
+
+def _flatten(adapter: Adapter) -> tuple[Any, ...]:
+    """An adapter as operator arguments, which are tensors and numbers only."""
+    geometry = adapter.geometry
+    return (
+        adapter.A,
+        adapter.B,
+        adapter.C,
+        adapter.seed,
+        adapter.scaling,
+        [geometry.outputs.stride, geometry.inputs.stride],
+        adapter.dropout_p,
+    )
+
+
+def _unflatten(arguments: Sequence[Any], in_features: int, out_features: int) -> Adapter:
+    """The inverse of `_flatten`, given the sizes that the other tensors of the call tell."""
+    A, B, C, seed, scaling, stride, dropout_p = arguments
+    geometry = Geometry.build(
+        in_features, out_features, A.shape[0], (C.shape[0], C.shape[1]), (stride[0], stride[1])
+    )
+    return Adapter(A, B, C, scaling, geometry, dropout_p, seed)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Keep autocast out of an operator's inside: the caller's casts are done, fp32 steps stay fp32."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+@torch.library.impl(_LIBRARY, "linear", "CompositeExplicitAutograd")
+def _linear_kernel(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    adapter = _unflatten(arguments, x.shape[1], weight.shape[0])
+    with _without_autocast(x.device.type):
+        # The base first, on its own: an adapter whose increment is zero changes no bit of it.
+        y = F.linear(x, weight, bias)
+        return y, passes.add_adapter_(y, x, adapter)
+
+
+@torch.library.impl(_LIBRARY, "update", "CompositeExplicitAutograd")
+def _update_kernel(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    adapter = _unflatten(arguments, x.shape[1], y.shape[1])
+    with _without_autocast(x.device.type):
+        out = y.clone(memory_format=torch.contiguous_format)
+        return out, passes.add_adapter_(out, x, adapter)
+
+
+@torch.library.impl(_LIBRARY, "backward", "CompositeExplicitAutograd")
+def _backward_kernel(
+    g: Tensor, x: Tensor | None, u: Tensor | None, weight: Tensor | None, *arguments: Any
+) -> tuple[Tensor, ...]:
+    *adapter_arguments, in_features, needs = arguments
+    adapter = _unflatten(adapter_arguments, in_features, g.shape[1])
+    with _without_autocast(g.device.type):
+        gradients = passes.backward(g, x, u, weight, adapter, Needs(*needs))
+    # An operator returns tensors only: an empty one stands for a gradient nobody asked for.
+    return tuple(g.new_empty(0) if grad is None else grad.contiguous() for grad in gradients)
+
+
+def _u_shape(x: Tensor, A: Tensor, C: Tensor) -> tuple[int, int, int]:
+    return (x.shape[0], A.shape[0], C.shape[1])
+
+
+@torch.library.register_fake("dcft_kernels::linear", lib=_LIBRARY)
+def _linear_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    A, _, C = arguments[:3]
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(_u_shape(x, A, C))
+
+
+@torch.library.register_fake("dcft_kernels::update", lib=_LIBRARY)
+def _update_fake(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    A, _, C = arguments[:3]
+    return y.new_empty(y.shape), x.new_empty(_u_shape(x, A, C))
+
+
+@torch.library.register_fake("dcft_kernels::backward", lib=_LIBRARY)
+def _backward_fake(
+    g: Tensor, x: Tensor | None, u: Tensor | None, weight: Tensor | None, *arguments: Any
+) -> tuple[Tensor, ...]:
+    A, B, C = arguments[:3]
+    in_features, needs = arguments[_ADAPTER_ARGUMENTS:]
+    full = (
+        g.new_empty(g.shape[0], in_features),
+        g.new_empty(g.shape[1], in_features),
+        g.new_empty(g.shape[1]),
+        A.new_empty(A.shape),
+        B.new_empty(B.shape),
+        C.new_empty(C.shape),
+    )
+    return tuple(
+        grad if needed else g.new_empty(0) for grad, needed in zip(full, needs, strict=True)
+    )
+
+
+def _save(
+    ctx: Any,
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    adapter_arguments: Sequence[Any],
+    needs: Needs,
+) -> None:
+    """Keep for the backward pass what the gradients asked for read, and nothing else."""
+    A, B, C, seed, *numbers = adapter_arguments
+    ctx.needs = needs
+    ctx.numbers = numbers
+    ctx.in_features = x.shape[1]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x if needs.A or needs.weight else None,
+        u if needs.B or needs.C else None,
+        weight if needs.x else None,
+        A,
+        B,
+        C,
+        seed,
+    )
+
+
+def _gradients(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> Gradients:
+    """The backward pass, fused into the opaque operator unless it is itself differentiated."""
+    x, u, weight, *factors_and_seed = ctx.saved_tensors
+    arguments = (*factors_and_seed, *ctx.numbers)
+    if grad_y is None and grad_u is None:
+        return Gradients()
+    if grad_y is None:
+        # Only a double backward reaches U and not y.
+        grad_y = grad_u.new_zeros(grad_u.shape[0], ctx.out_features)
+    if torch.is_grad_enabled() or grad_u is not None:
+        adapter = _unflatten(arguments, ctx.in_features, grad_y.shape[1])
+        with _without_autocast(grad_y.device.type):
+            return passes.backward(grad_y, x, u, weight, adapter, ctx.needs, grad_u)
+    gradients = torch.ops.dcft_kernels.backward(
+        grad_y, x, u, weight, *arguments, ctx.in_features, list(ctx.needs)
+    )
+    return Gradients(
+        *(grad if needed else None for grad, needed in zip(gradients, ctx.needs, strict=True))
+    )
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, *adapter_arguments = inputs
+    need_x, need_weight, need_bias, need_A, need_B, need_C = ctx.needs_input_grad[:6]
+    needs = Needs(need_x, need_weight, need_bias, need_A, need_B, need_C)
+    ctx.out_features = weight.shape[0]
+    _save(ctx, x, output[1], weight, adapter_arguments, needs)
+
+
+def _linear_autograd(
+    ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    return (*_gradients(ctx, grad_y, grad_u), None, None, None, None)
+
+
+def _update_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    y, x, *adapter_arguments = inputs
+    _, need_x, need_A, need_B, need_C = ctx.needs_input_grad[:5]
+    ctx.out_features = y.shape[1]
+    needs = Needs(need_x, False, False, need_A, need_B, need_C)
+    _save(ctx, x, output[1], None, adapter_arguments, needs)
+
+
+def _update_autograd(
+    ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    gradients = _gradients(ctx, grad_y, grad_u)
+    return (grad_y, gradients.x, gradients.A, gradients.B, gradients.C, None, None, None, None)
+
+
+torch.library.register_autograd(
+    "dcft_kernels::linear", _linear_autograd, setup_context=_linear_setup, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "dcft_kernels::update", _update_autograd, setup_context=_update_setup, lib=_LIBRARY
+)

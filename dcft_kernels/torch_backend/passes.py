@@ -1,0 +1,147 @@
+"""Forward and backward of the adapter, written with the primitives of `windows`.
+
+Notation and derivation: with tokens `x [T, n]`, `DW = kron(B A, C)` (windows overlapping and
+cropped as `geometry` says) and `s` the scaling,
+
+    U[t, κ, p] = shrink(x, A)                    V[t, κ, q] = s sum_p C[q, p] U[t, κ, p]
+    y = x W^T + b, then expand_(y, V, B^T)
+
+    Vb[t, κ, q] = s shrink(g, B^T)               Ub[t, κ, p] = sum_q C[q, p] Vb[t, κ, q]
+    gC[q, p] = sum_{t, κ} Vb[t, κ, q] U[t, κ, p]
+    gB^T = factor_grad(g, V)                     gA = factor_grad(x, Ub)
+    gx = g W, then expand_(gx, Ub, A)
+
+No step touches an `[m, n]` tensor other than the base weight. The functions are built of
+differentiable operations, so autograd can run through `backward` a second time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dcft_kernels.adapter import Adapter
+from dcft_kernels.dropout import drop, keep_scale
+from dcft_kernels.torch_backend.windows import expand_, factor_grad, shrink, spread
+
+
+class Needs(NamedTuple):
+    """Which gradients the backward pass was asked for."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    A: bool
+    B: bool
+    C: bool
+
+
+class Gradients(NamedTuple):
+    """The gradients, None where not asked for."""
+
+    x: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    C: Tensor | None = None
+
+
+def add_adapter_(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
+    """Add `dropout(x) DW^T` to `y [T, m]` in place and return `U [T, k, d_in]` for the backward."""
+    inputs, outputs = adapter.geometry.inputs, adapter.geometry.outputs
+    U = shrink(drop(x, adapter.dropout_p, adapter.seed), adapter.A, inputs)
+    expand_(y, _mix(U, adapter), adapter.B.t(), outputs)
+    return U.to(x.dtype)
+
+
+def backward(
+    g: Tensor,
+    x: Tensor | None,
+    U: Tensor | None,
+    weight: Tensor | None,
+    adapter: Adapter,
+    needs: Needs,
+    grad_U: Tensor | None = None,
+) -> Gradients:
+    """The gradients that `needs` asks for.
+
+    Args:
+        g: `[T, m]`, gradient of the output.
+        x: `[T, n]`, the forward's input; may be None unless `needs.A` or `needs.weight`.
+        U: `[T, k, d_in]`, what `add_adapter_` returned; may be None unless `needs.B` or `needs.C`.
+        weight: `[m, n]`, or None for an adapter without a base: then `gx` is the adapter's alone.
+        adapter: as in the forward.
+        needs: which gradients to compute.
+        grad_U: `[T, k, d_in]`, gradient of `U` as an output: only a double backward has one.
+    """
+    A, B, C, scaling, geometry, dropout_p, seed = adapter
+    inputs, outputs = geometry.inputs, geometry.outputs
+    grad_x = grad_A = grad_B = grad_C = None
+
+    if needs.x or needs.A or needs.C:
+        Vb = scaling * shrink(g, B.t(), outputs)  # [T, k, d_out]
+        if needs.C:
+            assert U is not None
+            flat_U = U.to(Vb.dtype).flatten(0, 1)
+            grad_C = (Vb.flatten(0, 1).t() @ flat_U).to(C.dtype)
+        if needs.x or needs.A:
+            Ub = Vb @ C.to(Vb.dtype)  # [T, k, d_in]
+            if grad_U is not None:
+                Ub = Ub + grad_U
+            if needs.A:
+                assert x is not None
+                grad_A = factor_grad(drop(x, dropout_p, seed), Ub, inputs).to(A.dtype)
+            if needs.x:
+                grad_x = _grad_input(g, Ub, weight, adapter)
+    if needs.B:
+        assert U is not None
+        grad_B = factor_grad(g, _mix(U, adapter), outputs).t().to(B.dtype)
+
+    return Gradients(
+        x=grad_x,
+        weight=g.t() @ x if needs.weight and x is not None else None,
+        bias=g.sum(0) if needs.bias else None,
+        A=grad_A,
+        B=grad_B,
+        C=grad_C,
+    )
+
+
+def delta_weight(adapter: Adapter) -> Tensor:
+    """`scaling * kron(B A, C)`, cropped to `[m, n]`, in the factors' common dtype; differentiable.
+
+    Row `r` of `DW` is what the adapter makes of the r-th output's row of `spread(B^T)`, mixed by
+    `C`: one `expand_` over a zero matrix, for any geometry.
+    """
+    geometry = adapter.geometry
+    dtype = torch.promote_types(
+        torch.promote_types(adapter.A.dtype, adapter.B.dtype), adapter.C.dtype
+    )
+    rows = spread(adapter.B.t().to(dtype), geometry.outputs)  # [k*d_out, m]
+    rows = rows.unflatten(0, (geometry.rank, geometry.outputs.width)).permute(2, 0, 1)
+    mixed = adapter.scaling * (rows @ adapter.C.to(dtype))  # [m, k, d_in]
+    dense = rows.new_zeros(geometry.outputs.size, geometry.inputs.size)
+    return expand_(dense, mixed, adapter.A, geometry.inputs)
+
+
+def _mix(U: Tensor, adapter: Adapter) -> Tensor:
+    """`V[t, κ, q] = s sum_p C[q, p] U[t, κ, p]`."""
+    return F.linear(U, (adapter.scaling * adapter.C).to(U.dtype))
+
+
+def _grad_input(g: Tensor, Ub: Tensor, weight: Tensor | None, adapter: Adapter) -> Tensor:
+    """`gx [T, n]`: the base layer's part, if there is a base, and the adapter's through dropout."""
+    inputs = adapter.geometry.inputs
+    shape = (g.shape[0], inputs.size)
+    if adapter.seed is None:
+        grad_x = g.new_zeros(shape) if weight is None else g @ weight
+        return expand_(grad_x, Ub, adapter.A, inputs)
+    through_adapter = expand_(g.new_zeros(shape), Ub, adapter.A, inputs)
+    through_adapter = through_adapter * keep_scale(
+        adapter.seed, adapter.dropout_p, shape, g.dtype, g.device
+    )
+    return through_adapter if weight is None else through_adapter.addmm_(g, weight)

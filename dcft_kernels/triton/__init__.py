@@ -1,0 +1,12 @@
+"""Triton kernels for DCFT. This release ships none yet; `why_unavailable` says so.
+
+The folder shadows the name `triton` only for scripts run from inside it: kernels import the
+compiler absolutely (`import triton`), and the package never binds this module at its top level.
+"""
+
+from __future__ import annotations
+
+
+def why_unavailable() -> str | None:
+    """The reason why `backend="triton"` cannot run here, or None if it can."""
+    return "this release of dcft_kernels has no Triton kernels yet"

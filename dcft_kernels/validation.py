@@ -1,0 +1,172 @@
+"""Checks of what users pass in: each error names the argument, what came, what fits, and the fix."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcft_kernels.geometry import Geometry, Pair
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def positive_int(name: str, value: Any) -> int:
+    """`value` as an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected a positive int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a positive int, got {value!r}")
+    return value
+
+
+def pair(name: str, value: Any) -> Pair:
+    """`value` as an `(out, in)` pair of positive ints; one int stands for both."""
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(f"{name}: expected an int or a pair (out, in), got {value!r}")
+        return (positive_int(f"{name}[0]", value[0]), positive_int(f"{name}[1]", value[1]))
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int or a pair (out, in) of ints, got {value!r}")
+    return (positive_int(name, value), value)
+
+
+def stride_pair(stride: Any, kernel_size: Pair) -> Pair:
+    """`stride` as an `(out, in)` pair, at most the kernel; None is the kernel size itself."""
+    if stride is None:
+        return kernel_size
+    strides = pair("stride", stride)
+    for side, step, width in zip(("out", "in"), strides, kernel_size, strict=True):
+        if step > width:
+            raise ValueError(
+                f"stride: expected at most the kernel size, {width} on the {side} side, got {step}:"
+                " a larger stride leaves gaps in DW that no parameter reaches"
+            )
+    return strides
+
+
+def finite_number(name: str, value: Any) -> float:
+    """`value` as a finite float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {_describe(value)}")
+    if not -math.inf < value < math.inf:  # false for NaN too; the compiler traces comparisons only
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
+
+
+def probability(name: str, value: Any) -> float:
+    """`value` as a float in [0, 1)."""
+    value = finite_number(name, value)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1), got {value}")
+    return value
+
+
+def float_dtype(name: str, dtype: Any) -> torch.dtype:
+    """`dtype` as one of the float dtypes that DCFT computes in."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name}: expected a torch.dtype, got {dtype!r}")
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected one of {_dtype_names()}, got {dtype}")
+    return dtype
+
+
+def float_tensor(name: str, value: Any) -> Tensor:
+    """`value` as a dense float tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {_describe(value)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name}: expected a tensor of {_dtype_names()}, got {value.dtype}; "
+            f"convert it first, for example {name}.float()"
+        )
+    return value
+
+
+def matrix(name: str, value: Any) -> Tensor:
+    """`value` as a 2-D float tensor."""
+    tensor = float_tensor(name, value)
+    if tensor.dim() != 2:
+        raise ValueError(f"{name}: expected a 2-D tensor, got shape {list(tensor.shape)}")
+    return tensor
+
+
+def tokens(name: str, value: Any, features: int | None = None) -> Tensor:
+    """`value` as a float tensor `[..., features]`."""
+    tensor = float_tensor(name, value)
+    if tensor.dim() == 0:
+        raise ValueError(f"{name}: expected shape [..., features], got a scalar")
+    if features is not None and tensor.shape[-1] != features:
+        raise ValueError(
+            f"{name}: expected a last dimension of {features}, got shape {list(tensor.shape)}"
+        )
+    return tensor
+
+
+def factors(
+    A: Any, B: Any, C: Any, *, in_features: int, out_features: int, stride: Any
+) -> Geometry:
+    """Check the three factors against the layer's sizes and return the geometry they describe."""
+    A, B, C = matrix("dcft_A", A), matrix("dcft_B", B), matrix("dcft_C", C)
+    if C.shape[0] < 1 or C.shape[1] < 1:
+        raise ValueError(
+            f"dcft_C: expected shape [d_out, d_in] with d of at least 1, got {list(C.shape)}"
+        )
+    if A.shape[0] < 1:
+        raise ValueError(f"dcft_A: expected rank (rows) of at least 1, got {list(A.shape)}")
+    kernel_size = (C.shape[0], C.shape[1])
+    strides = stride_pair(stride, kernel_size)
+    geometry = Geometry.build(in_features, out_features, A.shape[0], kernel_size, strides)
+    context = f"rank={geometry.rank}, kernel_size={kernel_size}, stride={strides}"
+    if A.shape[1] != geometry.inputs.count:
+        raise ValueError(
+            f"dcft_A: expected shape {list(geometry.shape_A)} for in_features={in_features}, "
+            f"{context}, got {list(A.shape)}"
+        )
+    if B.shape[1] != geometry.rank:
+        raise ValueError(
+            f"dcft_B: expected {geometry.rank} columns, the rank of dcft_A {list(A.shape)}, "
+            f"got shape {list(B.shape)}"
+        )
+    if B.shape[0] != geometry.outputs.count:
+        raise ValueError(
+            f"dcft_B: expected shape {list(geometry.shape_B)} for out_features={out_features}, "
+            f"{context}, got {list(B.shape)}"
+        )
+    same_device("dcft_A", A, dcft_B=B, dcft_C=C)
+    return geometry
+
+
+def same_device(name: str, tensor: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError unless every tensor given lives where `tensor` does."""
+    for other_name, other in others.items():
+        if other is not None and other.device != tensor.device:
+            raise ValueError(
+                f"{other_name}: expected device {tensor.device}, where {name} is, "
+                f"got {other.device}; move one with .to(...)"
+            )
+
+
+def same_dtype(name: str, tensor: Tensor, **others: Tensor | None) -> None:
+    """Raise TypeError unless every tensor given has `tensor`'s dtype."""
+    for other_name, other in others.items():
+        if other is not None and other.dtype != tensor.dtype:
+            raise TypeError(
+                f"{other_name}: expected {tensor.dtype}, the dtype of {name}, got {other.dtype}; "
+                f"convert one with .to(...), or run under torch.autocast"
+            )
+
+
+def _dtype_names() -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
