@@ -1,6 +1,6 @@
 """Adapters on disk: a JSON config and a safetensors file, kilobytes, never half-written.
 
-    folder/dcft_config.json                   format version, layers and their settings, weights file
+    folder/dcft_config.json                   format version, weights file, layers' settings
     folder/dcft_adapter-<digest>.safetensors  `<layer>.dcft_A`, `.dcft_B`, `.dcft_C`
 
 The weights file is named by its content, and the config, which names it, is written after it and

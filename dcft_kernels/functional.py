@@ -210,7 +210,7 @@ def _adapter(
 
 
 def _autocast(tensor: Tensor) -> Tensor:
-    """Cast as `nn.Linear` does under `torch.autocast`: everything but float64, to autocast's dtype."""
+    """Cast as `nn.Linear` does under `torch.autocast`: all but float64, to autocast's dtype."""
     device_type = tensor.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensor

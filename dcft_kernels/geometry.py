@@ -14,31 +14,31 @@ from typing import NamedTuple
 Pair = tuple[int, int]
 
 
-class Windows(NamedTuple):
+class Side(NamedTuple):
     """The windows along one side of `DW`."""
 
     size: int  # features on this side: n or m
-    count: int  # windows on this side: I or J
+    windows: int  # how many: I or J
     width: int  # kernel extent on this side: d
     stride: int  # distance between window starts
 
     @property
     def span(self) -> int:
         """Features that the windows cover, `size` or more (the surplus is cropped)."""
-        return (self.count - 1) * self.stride + self.width
+        return (self.windows - 1) * self.stride + self.width
 
     @property
     def tile(self) -> bool:
         """Whether the windows neither overlap nor stick out."""
-        return self.stride == self.width and self.count * self.width == self.size
+        return self.stride == self.width and self.windows * self.width == self.size
 
 
 class Geometry(NamedTuple):
     """Shapes of one DCFT adapter: `A [k, I]`, `B [J, k]`, `C [d_out, d_in]`, `DW [m, n]`."""
 
     rank: int
-    outputs: Windows
-    inputs: Windows
+    outputs: Side
+    inputs: Side
 
     @classmethod
     def build(
@@ -47,13 +47,13 @@ class Geometry(NamedTuple):
         """The geometry for given sizes; `kernel_size` and `stride` are `(out, in)` pairs."""
         return cls(
             rank,
-            Windows(
+            Side(
                 out_features,
                 window_count(out_features, kernel_size[0], stride[0]),
                 kernel_size[0],
                 stride[0],
             ),
-            Windows(
+            Side(
                 in_features,
                 window_count(in_features, kernel_size[1], stride[1]),
                 kernel_size[1],
@@ -63,14 +63,17 @@ class Geometry(NamedTuple):
 
     @property
     def shape_A(self) -> Pair:
-        return (self.rank, self.inputs.count)
+        """`(k, I)`."""
+        return (self.rank, self.inputs.windows)
 
     @property
     def shape_B(self) -> Pair:
-        return (self.outputs.count, self.rank)
+        """`(J, k)`."""
+        return (self.outputs.windows, self.rank)
 
     @property
     def shape_C(self) -> Pair:
+        """`(d_out, d_in)`."""
         return (self.outputs.width, self.inputs.width)
 
 

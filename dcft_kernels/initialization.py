@@ -1,7 +1,7 @@
 """How the factors of a fresh adapter are drawn.
 
-`"paper"`: every entry of A, B and C from N(0, 0.02^2), as the published code does. `DW` is then tiny
-but not zero, and the first gradients are tiny too (each holds a product of two such factors).
+`"paper"`: every entry of A, B and C from N(0, 0.02^2), as the published code does. `DW` is then
+tiny but not zero, and so are the first gradients (each holds a product of two such factors).
 
 `"zero"`: B is zero, so the layer starts exactly at the base model. The first step moves B alone,
 by the gradient `gB[j, κ] = s sum_{t, q} g[t, j, q] V[t, q, κ]`, so `V` should be as large as the
@@ -47,6 +47,6 @@ def initialize(A: Tensor, B: Tensor, C: Tensor, geometry: Geometry, init: str) -
             factor.normal_(0.0, PAPER_STD)
         return
     outputs, inputs = geometry.outputs, geometry.inputs
-    A.normal_(0.0, math.sqrt(1.0 / inputs.count))
+    A.normal_(0.0, math.sqrt(1.0 / inputs.windows))
     B.zero_()
     C.normal_(0.0, math.sqrt(outputs.stride / (outputs.width * inputs.width)))

@@ -27,15 +27,15 @@ def swap_linear(
     Args:
         model: any module; transformers' GPT-2 style `Conv1D` layers count as linear.
         targets: `"all-linear"`: every linear layer but the output head and layers whose weight is
-            tied to an embedding. A list: names or endings of names (`["query", "value"]`). Any other
-            string: a regular expression for the whole name.
+            tied to an embedding. A list: names or endings of names (`["query", "value"]`). Any
+            other string: a regular expression for the whole name.
         exclude: layers to leave as they are, a list or a regular expression likewise.
         **dcft_options: `rank`, `kernel_size`, `stride`, `alpha`, `dropout`, `init`, `backend`,
             `adapter_dtype`, see `DCFTLinear`.
 
     Returns:
-        The names of the layers swapped, in the model's order. A layer registered under several names
-        stays one layer, listed under each.
+        The names of the layers swapped, in the model's order. A layer registered under several
+        names stays one layer, listed under each.
 
     Raises:
         TypeError: an unknown option, or a target that is no plain linear layer.
@@ -89,7 +89,8 @@ def merge_model(model: nn.Module, *, unload: bool = False) -> None:
 
     Raises:
         RuntimeError: some layers are merged already.
-        ValueError: no adapted layers, or a merged weight that is not finite. Nothing is changed then.
+        ValueError: no adapted layers, or a merged weight that is not finite.
+        The model is untouched then.
     """
     layers = dcft_layers(model)
     if unload:

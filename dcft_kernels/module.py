@@ -31,8 +31,8 @@ _HOOK_TABLES = (
 class DCFTLinear(nn.Linear):
     """A frozen linear layer plus `scaling * DW`, `DW = ConvTranspose2d(B A, C)` (equations 5, 6).
 
-    Takes the place of `nn.Linear`: the same `weight` and `bias` names and shapes, so a state dict of
-    the base loads unchanged (with `strict=False`, since it has no adapter). Added are three
+    Takes the place of `nn.Linear`: the same `weight` and `bias` names and shapes, so a state dict
+    of the base loads unchanged (with `strict=False`, since it has no adapter). Added are three
     parameters, the only trainable ones:
 
     | parameter | shape | |
@@ -63,6 +63,11 @@ class DCFTLinear(nn.Linear):
         TypeError: an argument of the wrong type or dtype.
         ValueError: sizes or numbers out of range, unknown names.
     """
+
+    weight: nn.Parameter
+    dcft_A: nn.Parameter
+    dcft_B: nn.Parameter
+    dcft_C: nn.Parameter
 
     def __init__(
         self,
@@ -193,7 +198,7 @@ class DCFTLinear(nn.Linear):
             None if dcft_A is None else dcft_A.dtype,
         )
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear has
         """`input W^T + bias + scaling * dropout(input) DW^T`; `[..., n]` to `[..., m]`."""
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         if self.merged:
@@ -228,9 +233,9 @@ class DCFTLinear(nn.Linear):
     def merge(self) -> None:
         """Put base plus increment in `weight`; the forward is then a plain linear layer's.
 
-        The base weight is kept aside, untouched, for `unmerge`, so a merged layer holds two weights;
-        `to_linear` gives one that does not. The sum is computed in float32 or wider and rounded once
-        to the base's dtype: in a 16-bit base, increments below half a unit in the last place vanish.
+        The base weight is kept aside, untouched, for `unmerge`: a merged layer holds two weights,
+        a layer from `to_linear` only one. The sum is computed in float32 or wider and rounded once
+        to the base's dtype; in 16 bits, increments below half a unit in the last place vanish.
 
         Raises:
             RuntimeError: the layer is merged already.
@@ -382,7 +387,7 @@ def why_not_adaptable(module: nn.Module) -> str | None:
 
 def linear_sizes(module: nn.Module) -> tuple[int, int]:
     """`(in_features, out_features)` of an adaptable layer."""
-    rows, columns = module.weight.shape  # type: ignore[misc, operator]
+    rows, columns = module.weight.shape  # type: ignore[misc]
     return (rows, columns) if is_conv1d(module) else (columns, rows)
 
 

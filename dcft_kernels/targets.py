@@ -36,7 +36,7 @@ def select_layers(model: nn.Module, targets: Targets, exclude: Targets) -> list[
     check_patterns("exclude", exclude)
     if why_not_adaptable(model) is None:
         raise ValueError(
-            "model: is itself a linear layer, which nothing holds; use DCFTLinear.from_linear(model)"
+            "model: is itself a linear layer, which nothing holds; use DCFTLinear.from_linear"
         )
     modules = dict(model.named_modules(remove_duplicate=False))
     if targets == ALL_LINEAR:
@@ -78,21 +78,24 @@ def select_layers(model: nn.Module, targets: Targets, exclude: Targets) -> list[
 
 
 def matches(name: str, patterns: Targets) -> bool:
-    """Whether a module name is meant: a string is a regular expression for the whole name, a
-    sequence holds names or endings of names at a dot."""
+    """Whether a module name is meant.
+
+    A string is a regular expression for the whole name; a sequence holds names, or endings of
+    names that begin after a dot.
+    """
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
-def check_patterns(argument: str, patterns: Targets) -> None:
+def check_patterns(argument: str, patterns: object) -> None:
     """Raise TypeError or ValueError unless `patterns` is a regular expression or names."""
     if isinstance(patterns, str):
         try:
             re.compile(patterns)
         except re.error as error:
             raise ValueError(
-                f"{argument}: {patterns!r} is no regular expression: {error}"
+                f"{argument}: {patterns!r} is not a regular expression: {error}"
             ) from None
         return
     if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
@@ -111,7 +114,7 @@ def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _head_and_tied_names(model: nn.Module) -> set[str]:
-    """Names of the layers that "all-linear" leaves out: output heads, and weights tied to embeddings.
+    """The layers that "all-linear" leaves out: output heads and layers tied to embeddings.
 
     A transformers model tells where its backbone is (`base_model_prefix`): linear layers outside
     of it are the head. It may also tell its output embeddings. For other models, a top-level

@@ -1,4 +1,4 @@
-"""Checks of what users pass in: each error names the argument, what came, what fits, and the fix."""
+"""Checks of what users pass in: errors name the argument, what came, what fits, and the fix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def positive_int(name: str, value: Any) -> int:
     """`value` as an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected a positive int, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: expected a positive int, got {value!r}")
@@ -52,9 +52,11 @@ def finite_number(name: str, value: Any) -> float:
     """`value` as a finite float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {_describe(value)}")
-    if not -math.inf < value < math.inf:  # false for NaN too; the compiler traces comparisons only
+    value = float(value)
+    # Comparisons, false for NaN too: the compiler does not trace math.isfinite.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value}")
-    return float(value)
+    return value
 
 
 def probability(name: str, value: Any) -> float:
@@ -123,7 +125,7 @@ def factors(
     strides = stride_pair(stride, kernel_size)
     geometry = Geometry.build(in_features, out_features, A.shape[0], kernel_size, strides)
     context = f"rank={geometry.rank}, kernel_size={kernel_size}, stride={strides}"
-    if A.shape[1] != geometry.inputs.count:
+    if A.shape[1] != geometry.inputs.windows:
         raise ValueError(
             f"dcft_A: expected shape {list(geometry.shape_A)} for in_features={in_features}, "
             f"{context}, got {list(A.shape)}"
@@ -133,7 +135,7 @@ def factors(
             f"dcft_B: expected {geometry.rank} columns, the rank of dcft_A {list(A.shape)}, "
             f"got shape {list(B.shape)}"
         )
-    if B.shape[0] != geometry.outputs.count:
+    if B.shape[0] != geometry.outputs.windows:
         raise ValueError(
             f"dcft_B: expected shape {list(geometry.shape_B)} for out_features={out_features}, "
             f"{context}, got {list(B.shape)}"

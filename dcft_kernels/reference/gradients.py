@@ -34,8 +34,8 @@ class Gradients(NamedTuple):
 
 
 def closed_form_gradients(g: Tensor, x: Tensor, weight: Tensor, adapter: Adapter) -> Gradients:
-    """All gradients of `y = x W^T + b + dropout(x) DW^T` for `g = dL/dy`; shapes as in `linear`."""
-    A, B, C, scaling, geometry, dropout_p, seed = adapter
+    """All gradients of `y = x W^T + b + dropout(x) DW^T` for `g = dL/dy`; shapes as `linear`."""
+    A, B, C, scaling, _, dropout_p, seed = adapter
     dropped = drop(x, dropout_p, seed)
     windows = _windows(scaling * g.t() @ dropped, adapter)  # [J, d_out, I, d_in]
     product = B @ A

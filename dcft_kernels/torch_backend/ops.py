@@ -7,9 +7,9 @@ Three operators in the namespace `dcft_kernels`, opaque to the compiler and clea
     update(y, x, A, B, C, seed, ...)             -> (y + dropout(x) DW^T, U)
     backward(g, x, U, weight, A, B, C, seed, ..., needs) -> the six gradients
 
-`U [T, k, d_in]` is an output only because the backward pass needs it. Saved for backward are `x` (as
-passed, no copy; not even it when neither `A` nor the weight is trained), `U`, the parameters and,
-with dropout, the 8-byte seed; and of these only what the gradients asked for need.
+`U [T, k, d_in]` is an output only because the backward pass needs it. Saved for backward are `x`
+(as passed, no copy; not even it when neither `A` nor the weight is trained), `U`, the parameters
+and, with dropout, the 8-byte seed; and of these only what the gradients asked for need.
 
 Under `create_graph=True` the backward pass runs as ordinary differentiable operations on the same
 saved tensors instead of through the opaque operator, so double backward works. `torch.func.vmap`
@@ -86,7 +86,7 @@ def _unflatten(arguments: Sequence[Any], in_features: int, out_features: int) ->
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Keep autocast out of an operator's inside: the caller's casts are done, fp32 steps stay fp32."""
+    """Keep autocast out of an operator: the caller's casts are done, fp32 steps stay fp32."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
@@ -189,9 +189,9 @@ def _gradients(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> Gradie
     """The backward pass, fused into the opaque operator unless it is itself differentiated."""
     x, u, weight, *factors_and_seed = ctx.saved_tensors
     arguments = (*factors_and_seed, *ctx.numbers)
-    if grad_y is None and grad_u is None:
-        return Gradients()
     if grad_y is None:
+        if grad_u is None:
+            return Gradients()
         # Only a double backward reaches U and not y.
         grad_y = grad_u.new_zeros(grad_u.shape[0], ctx.out_features)
     if torch.is_grad_enabled() or grad_u is not None:
@@ -207,7 +207,7 @@ def _gradients(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> Gradie
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, *adapter_arguments = inputs
+    x, weight, _, *adapter_arguments = inputs
     need_x, need_weight, need_bias, need_A, need_B, need_C = ctx.needs_input_grad[:6]
     needs = Needs(need_x, need_weight, need_bias, need_A, need_B, need_C)
     ctx.out_features = weight.shape[0]

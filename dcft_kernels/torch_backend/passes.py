@@ -85,25 +85,23 @@ def backward(
     if needs.x or needs.A or needs.C:
         Vb = scaling * shrink(g, B.t(), outputs)  # [T, k, d_out]
         if needs.C:
-            assert U is not None
-            flat_U = U.to(Vb.dtype).flatten(0, 1)
+            flat_U = _saved(U).to(Vb.dtype).flatten(0, 1)
             grad_C = (Vb.flatten(0, 1).t() @ flat_U).to(C.dtype)
         if needs.x or needs.A:
             Ub = Vb @ C.to(Vb.dtype)  # [T, k, d_in]
             if grad_U is not None:
                 Ub = Ub + grad_U
             if needs.A:
-                assert x is not None
-                grad_A = factor_grad(drop(x, dropout_p, seed), Ub, inputs).to(A.dtype)
+                dropped = drop(_saved(x), dropout_p, seed)
+                grad_A = factor_grad(dropped, Ub, inputs).to(A.dtype)
             if needs.x:
                 grad_x = _grad_input(g, Ub, weight, adapter)
     if needs.B:
-        assert U is not None
-        grad_B = factor_grad(g, _mix(U, adapter), outputs).t().to(B.dtype)
+        grad_B = factor_grad(g, _mix(_saved(U), adapter), outputs).t().to(B.dtype)
 
     return Gradients(
         x=grad_x,
-        weight=g.t() @ x if needs.weight and x is not None else None,
+        weight=g.t() @ _saved(x) if needs.weight else None,
         bias=g.sum(0) if needs.bias else None,
         A=grad_A,
         B=grad_B,
@@ -126,6 +124,13 @@ def delta_weight(adapter: Adapter) -> Tensor:
     mixed = adapter.scaling * (rows @ adapter.C.to(dtype))  # [m, k, d_in]
     dense = rows.new_zeros(geometry.outputs.size, geometry.inputs.size)
     return expand_(dense, mixed, adapter.A, geometry.inputs)
+
+
+def _saved(tensor: Tensor | None) -> Tensor:
+    """A tensor that a gradient asked for reads: the forward kept it, or the caller erred."""
+    if tensor is None:
+        raise RuntimeError("backward: a gradient was asked for whose inputs were not saved")
+    return tensor
 
 
 def _mix(U: Tensor, adapter: Adapter) -> Tensor:
