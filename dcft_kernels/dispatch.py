@@ -4,7 +4,7 @@
 | --- | --- |
 | `"auto"` | the fastest backend that can run the call on its device: `torch` in this release |
 | `"torch"` | the factored identity as PyTorch operators, on any device |
-| `"reference"` | the paper's equation, materialised: the oracle, and the only one under `vmap` |
+| `"reference"` | the paper's equation, materialised: the oracle; `torch.func` transforms need it |
 | `"triton"` | fused GPU kernels; raises, and says why, where they cannot run |
 
 There is no silent fallback: a backend that was asked for by name runs or raises.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Literal, Protocol, get_args
 
+import torch
 from torch import Tensor
 
 from dcft_kernels import torch_backend
@@ -47,6 +48,11 @@ def check_backend(backend: str) -> None:
 def select(backend: str) -> Backend:
     """The backend that runs for a requested name; ValueError or RuntimeError says why none does."""
     if backend in ("auto", "torch"):
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"backend={backend!r}: torch.func transforms (vmap, grad, jvp) cannot pass through "
+                "its operators; use backend='reference' inside them"
+            )
         return torch_backend
     if backend == "reference":
         from dcft_kernels import reference  # loaded only when asked for by name

@@ -5,15 +5,16 @@ Three operators in the namespace `dcft_kernels`, opaque to the compiler and clea
 
     linear(x, weight, bias, A, B, C, seed, ...)  -> (y, U)
     update(y, x, A, B, C, seed, ...)             -> (y + dropout(x) DW^T, U)
-    backward(g, x, U, weight, A, B, C, seed, ..., needs) -> the six gradients
+    backward(g, x, U, weight, A, B, C, seed, ..., needs, grad_U) -> the six gradients
 
 `U [T, k, d_in]` is an output only because the backward pass needs it. Saved for backward are `x`
 (as passed, no copy; not even it when neither `A` nor the weight is trained), `U`, the parameters
 and, with dropout, the 8-byte seed; and of these only what the gradients asked for need.
 
 Under `create_graph=True` the backward pass runs as ordinary differentiable operations on the same
-saved tensors instead of through the opaque operator, so double backward works. `torch.func.vmap`
-has no rule for these operators: functions mapped with it use `backend="reference"`.
+saved tensors instead of through the opaque operator, so double backward works. The transforms of
+`torch.func` (vmap, grad, jvp) have no rule for these operators: `dispatch` says so, and functions
+transformed with them use `backend="reference"`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _LIBRARY.define(
 _LIBRARY.define(f"update(Tensor y, Tensor x, {_ADAPTER_SCHEMA}) -> (Tensor, Tensor)")
 _LIBRARY.define(
     "backward(Tensor g, Tensor? x, Tensor? u, Tensor? weight, "
-    f"{_ADAPTER_SCHEMA}, SymInt in_features, bool[] needs)"
+    f"{_ADAPTER_SCHEMA}, SymInt in_features, bool[] needs, Tensor? grad_u)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -115,10 +116,10 @@ def _update_kernel(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tenso
 def _backward_kernel(
     g: Tensor, x: Tensor | None, u: Tensor | None, weight: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    *adapter_arguments, in_features, needs = arguments
+    *adapter_arguments, in_features, needs, grad_u = arguments
     adapter = _unflatten(adapter_arguments, in_features, g.shape[1])
     with _without_autocast(g.device.type):
-        gradients = passes.backward(g, x, u, weight, adapter, Needs(*needs))
+        gradients = passes.backward(g, x, u, weight, adapter, Needs(*needs), grad_u)
     # An operator returns tensors only: an empty one stands for a gradient nobody asked for.
     return tuple(g.new_empty(0) if grad is None else grad.contiguous() for grad in gradients)
 
@@ -146,7 +147,7 @@ def _backward_fake(
     g: Tensor, x: Tensor | None, u: Tensor | None, weight: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
     A, B, C = arguments[:3]
-    in_features, needs = arguments[_ADAPTER_ARGUMENTS:]
+    in_features, needs, _ = arguments[_ADAPTER_ARGUMENTS:]
     full = (
         g.new_empty(g.shape[0], in_features),
         g.new_empty(g.shape[1], in_features),
@@ -186,7 +187,7 @@ def _save(
 
 
 def _gradients(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> Gradients:
-    """The backward pass, fused into the opaque operator unless it is itself differentiated."""
+    """The backward pass: the opaque operator, unless it is to be differentiated itself."""
     x, u, weight, *factors_and_seed = ctx.saved_tensors
     arguments = (*factors_and_seed, *ctx.numbers)
     if grad_y is None:
@@ -194,12 +195,12 @@ def _gradients(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> Gradie
             return Gradients()
         # Only a double backward reaches U and not y.
         grad_y = grad_u.new_zeros(grad_u.shape[0], ctx.out_features)
-    if torch.is_grad_enabled() or grad_u is not None:
+    if torch.is_grad_enabled():
         adapter = _unflatten(arguments, ctx.in_features, grad_y.shape[1])
         with _without_autocast(grad_y.device.type):
             return passes.backward(grad_y, x, u, weight, adapter, ctx.needs, grad_u)
     gradients = torch.ops.dcft_kernels.backward(
-        grad_y, x, u, weight, *arguments, ctx.in_features, list(ctx.needs)
+        grad_y, x, u, weight, *arguments, ctx.in_features, list(ctx.needs), grad_u
     )
     return Gradients(
         *(grad if needed else None for grad, needed in zip(gradients, ctx.needs, strict=True))

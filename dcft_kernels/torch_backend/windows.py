@@ -8,9 +8,13 @@ offset `r`, so that feature `l*s + r` is the r-th of window `l`:
     expand_      z[t, l*s + r] += sum_κ f[κ, l] v[t, κ, r]        (in place)
     factor_grad  g[κ, l]       = sum_{t, r} z[t, l*s + r] v[t, κ, r]
 
-On every device they are matrix products with `spread(f) [k*w, size]`, the matrix form of a factor
-(for tiling windows, `kron(f, I_w)`): as large as a LoRA factor of rank `k*w`, so that products with
-it cost `T * size * k * w`. Overlap and ragged ends are in `spread` alone.
+They are computed in one of two forms:
+
+- *spread*: one matrix product with `spread(f) [k*w, size]`, the matrix form of a factor (for
+  tiling windows, `kron(f, I_w)`), as large as a LoRA factor of rank `k*w`. It costs
+  `T * size * k * w` and takes every geometry: overlap and ragged ends are in `spread` alone.
+- *batched*: one small product a token, on `z` read as `[T, L, w]`. It costs `T * size * k`, what
+  the sums say, but takes tiling windows only, and T tiny products suit a CPU, not a GPU.
 
 On the CPU, 16-bit inputs are computed in float32, a block of rows at a time: as exact as a GPU's
 accumulators, and far quicker than 16-bit products on processors without the instructions for them.
@@ -18,8 +22,6 @@ All functions are differentiable with respect to their tensors.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,9 @@ from dcft_kernels.geometry import Side
 
 # Elements of the float32 copy of a block of rows: 1 MiB, small enough to stay in a core's cache.
 _BLOCK_ELEMENTS = 1 << 18
+
+# On a CPU, spread products with at most this many rows (k*w) run no slower than batched ones.
+_SPREAD_ROWS = 8
 
 
 def compute_dtype(like: Tensor) -> torch.dtype:
@@ -59,21 +64,17 @@ def shrink(z: Tensor, factor: Tensor, side: Side) -> Tensor:
     """
     dtype = compute_dtype(z)
     factor = factor.to(dtype)
-    rank, width = factor.shape[0], side.width
-    if side.tile and z.device.type == "cpu":
-        # One small product a token reads z once and does no more work than the sum says; on a GPU
-        # a single product with the spread factor is quicker than T tiny ones.
+    if _can_batch(z, side):
         blocks = [
-            torch.bmm(
-                factor.expand(rows.shape[0], -1, -1),
-                rows.to(dtype).unflatten(1, (side.windows, width)),
-            )
-            for rows in _row_blocks(z)
+            torch.bmm(factor.expand(len(rows), -1, -1), _in_windows(rows.to(dtype), side))
+            for rows in _row_blocks(z, _block_length(z))
         ]
     else:
-        matrix = spread(factor, side)
+        matrix = spread(factor, side).t()
+        shape = (factor.shape[0], side.width)
         blocks = [
-            (rows.to(dtype) @ matrix.t()).unflatten(1, (rank, width)) for rows in _row_blocks(z)
+            (rows.to(dtype) @ matrix).unflatten(1, shape)
+            for rows in _row_blocks(z, _block_length(z))
         ]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
@@ -91,12 +92,21 @@ def expand_(z: Tensor, v: Tensor, factor: Tensor, side: Side) -> Tensor:
         `z`.
     """
     dtype = compute_dtype(z)
-    matrix = spread(factor.to(dtype), side)
-    v = v.to(dtype).flatten(1)
-    if dtype == z.dtype:
-        return z.addmm_(v, matrix)
-    for rows, v_rows in zip(_row_blocks(z), v.split(_block_length(z)), strict=True):
-        rows.add_(v_rows @ matrix)
+    v, factor = v.to(dtype), factor.to(dtype)
+    batched = _can_batch(z, side) and v.shape[1] * v.shape[2] > _SPREAD_ROWS
+    matrix = factor.t() if batched else spread(factor, side)  # [L, k] or [k*w, size]
+    length = _block_length(z)
+    for rows, v_rows in zip(_row_blocks(z, length), _row_blocks(v, length), strict=True):
+        if batched:
+            target, left, right = _in_windows(rows, side), matrix.expand(len(rows), -1, -1), v_rows
+        else:
+            target, left, right = rows, v_rows.flatten(1), matrix
+        if dtype != z.dtype:
+            target.add_(left @ right)
+        elif batched:
+            target.baddbmm_(left, right)
+        else:
+            target.addmm_(left, right)
     return z
 
 
@@ -112,13 +122,17 @@ def factor_grad(z: Tensor, v: Tensor, side: Side) -> Tensor:
         `[k, L]` in `compute_dtype(z)`.
     """
     dtype = compute_dtype(z)
-    rank = v.shape[1]
-    v = v.to(dtype).flatten(1)
-    products = [
-        v_rows.t() @ rows.to(dtype)
-        for rows, v_rows in zip(_row_blocks(z), v.split(_block_length(z)), strict=True)
-    ]
-    matrix = products[0] if len(products) == 1 else torch.stack(products).sum(0)
+    _, rank, width = v.shape
+    length = _block_length(z)
+    blocks = list(zip(_row_blocks(z, length), _row_blocks(v.to(dtype), length), strict=True))
+    if _can_batch(z, side) and rank * width > _SPREAD_ROWS:
+        return _total(
+            [
+                torch.bmm(v_rows, _in_windows(rows.to(dtype), side).transpose(1, 2)).sum(0)
+                for rows, v_rows in blocks
+            ]
+        )
+    matrix = _total([v_rows.flatten(1).t() @ rows.to(dtype) for rows, v_rows in blocks])
     matrix = F.pad(matrix, (0, side.span - side.size))
     return _entries(matrix, rank, side).sum(1)
 
@@ -131,6 +145,21 @@ def _entries(matrix: Tensor, rank: int, side: Side) -> Tensor:
     )
 
 
+def _can_batch(z: Tensor, side: Side) -> bool:
+    """Whether the batched form applies: tiling windows, on a CPU."""
+    return side.tile and z.device.type == "cpu"
+
+
+def _in_windows(z: Tensor, side: Side) -> Tensor:
+    """Tokens `[T, size]` viewed as `[T, L, w]`, for tiling windows."""
+    return z.unflatten(1, (side.windows, side.width))
+
+
+def _total(terms: list[Tensor]) -> Tensor:
+    """The sum of the blocks' contributions."""
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
+
+
 def _block_length(z: Tensor) -> int:
     """Tokens in a block of rows: all of them where no copy to another dtype is needed."""
     if compute_dtype(z) == z.dtype:
@@ -138,6 +167,9 @@ def _block_length(z: Tensor) -> int:
     return max(1, _BLOCK_ELEMENTS // max(1, z.shape[1]))
 
 
-def _row_blocks(z: Tensor) -> Iterator[Tensor]:
-    """`z` in blocks of rows; a single empty block when there are no tokens."""
-    return iter(z.split(_block_length(z)))
+def _row_blocks(z: Tensor, length: int) -> list[Tensor]:
+    """`z` in blocks of `length` rows; a single empty block when there are no tokens."""
+    if length >= z.shape[0]:
+        return [z]
+    # Slices, not split(): autograd forbids in-place changes of views that come several at a time.
+    return [z[start : start + length] for start in range(0, z.shape[0], length)]

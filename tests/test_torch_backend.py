@@ -1,0 +1,221 @@
+"""The factored PyTorch backend against the materialised reference: values and all gradients."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcft_kernels import dcft_linear, dcft_update, delta_weight
+from dcft_kernels.torch_backend import windows
+from tests.adapter_cases import CASES, Case, Inputs, every_case, random_inputs
+from tests.error_budget import assert_within_budget
+
+NAMES = ("y", "gx", "gW", "gb", "gA", "gB", "gC")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
+
+PAPER = CASES[0]
+SCALING = 0.7
+
+
+Results = tuple[Tensor, ...]
+Run = Callable[[Inputs, str, float], Results]
+
+
+def compare(
+    names: tuple[str, ...], run: Run, inputs: Inputs, actual: Results | None = None
+) -> None:
+    """Check all results of the torch backend against float64, with the reference as the measure.
+
+    Args:
+        names: what `run` returns, in order.
+        run: computes the results from inputs, a backend's name and a scaling.
+        inputs: in the dtypes under test.
+        actual: the torch backend's results, if they were computed from other inputs.
+    """
+    wide = inputs.to(torch.float64)
+    squares = Inputs(*(tensor.square() for tensor in wide))
+    results = (
+        run(inputs, "torch", SCALING) if actual is None else actual,
+        run(inputs, "reference", SCALING),
+        run(wide, "reference", SCALING),
+        tuple(square.sqrt() for square in run(squares, "reference", SCALING**2)),
+    )
+    for name, *values in zip(names, *results, strict=True):
+        assert_within_budget(*values, dtype=inputs.x.dtype, what=name)
+
+
+def layer_run(case: Case) -> Run:
+    """The output of `dcft_linear` and all six gradients."""
+
+    def run(inputs: Inputs, backend: str, scaling: float) -> Results:
+        inputs = inputs.requiring()
+        y = dcft_linear(*inputs.operands, stride=case.stride, scaling=scaling, backend=backend)
+        return (y.detach(), *torch.autograd.grad(y, inputs.operands, inputs.grad))
+
+    return run
+
+
+def run(inputs: Inputs, case: Case, backend: str) -> Results:
+    """The output and all six gradients at the usual scaling."""
+    return layer_run(case)(inputs, backend, SCALING)
+
+
+def check(inputs: Inputs, case: Case) -> None:
+    """Everything that the layer computes is within budget."""
+    compare(NAMES, layer_run(case), inputs)
+
+
+@every_dtype
+@every_case
+def test_parity(case: Case, dtype: torch.dtype) -> None:
+    check(random_inputs(case, (33,), dtype), case)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_float32_adapter_over_16_bit_base(case: Case, dtype: torch.dtype) -> None:
+    inputs = random_inputs(case, (33,), dtype, adapter_dtype=torch.float32)
+    check(inputs, case)
+    assert run(inputs, case, "torch")[4].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kernel", [8, 16], ids=["spread", "batched"])
+def test_many_blocks_of_rows(
+    dtype: torch.dtype, kernel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16-bit inputs are taken in blocks of rows; the last one is shorter here."""
+    monkeypatch.setattr(windows, "_BLOCK_ELEMENTS", 48 * 10)
+    case = Case(48, 64, 1, (kernel, kernel), (kernel, kernel))
+    check(random_inputs(case, (37,), dtype), case)
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (1,), (3, 0, 2), (2, 3, 4)], ids=str)
+@every_dtype
+def test_leading_dimensions(leading: tuple[int, ...], dtype: torch.dtype) -> None:
+    for case in (PAPER, CASES[1], CASES[3]):
+        check(random_inputs(case, leading, dtype), case)
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.t().contiguous().t()
+
+
+def _every_other_row(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2, 0)[::2]
+
+
+def _every_other_column(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2, 1)[:, ::2]
+
+
+def _expanded(x: Tensor) -> Tensor:
+    return x[:1].expand(x.shape)
+
+
+def _offset(x: Tensor) -> Tensor:
+    return torch.cat([x.new_full((1, x.shape[1]), float("nan")), x])[1:]
+
+
+@pytest.mark.parametrize(
+    "layout", [_transposed, _every_other_row, _every_other_column, _expanded, _offset]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", [PAPER, CASES[1], CASES[3], CASES[5]], ids=str)
+def test_strides_of_input_and_gradient(case: Case, layout, dtype: torch.dtype) -> None:
+    inputs = random_inputs(case, (12,), dtype)
+    x = layout(inputs.x).requires_grad_()
+    dense = inputs._replace(x=x.detach().contiguous(), grad=layout(inputs.grad).contiguous())
+    others = [t.clone().requires_grad_() for t in inputs.operands[1:]]
+    y = dcft_linear(x, *others, stride=case.stride, scaling=SCALING, backend="torch")
+    actual = (y.detach(), *torch.autograd.grad(y, (x, *others), layout(inputs.grad)))
+    compare(NAMES, layer_run(case), dense, actual)
+
+
+def test_transposed_weight_and_factors() -> None:
+    """GPT-2's Conv1D passes `weight.t()`; factors may be views as well."""
+    case = CASES[1]
+    inputs = random_inputs(case)
+    views = inputs._replace(
+        **{n: getattr(inputs, n).t().contiguous().t() for n in ("weight", "A", "B", "C")}
+    )
+    assert not views.weight.is_contiguous()
+    for actual, expected in zip(run(views, case, "torch"), run(inputs, case, "torch"), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=6)), ids=str)
+def test_every_subset_of_gradients(flags: tuple[bool, ...]) -> None:
+    """What is asked for is right, what is not is None, whatever the combination."""
+    case = CASES[3]
+    inputs = random_inputs(case).requiring(*flags)
+    y = dcft_linear(*inputs.operands, stride=case.stride, scaling=SCALING, backend="torch")
+    assert y.requires_grad == any(flags)
+    if not any(flags):
+        return
+    y.backward(inputs.grad)
+    expected = run(random_inputs(case), case, "reference")[1:]
+    for operand, flag, gradient in zip(inputs.operands, flags, expected, strict=True):
+        if flag:
+            torch.testing.assert_close(operand.grad, gradient, rtol=1e-11, atol=1e-11)
+        else:
+            assert operand.grad is None
+
+
+@every_dtype
+@every_case
+def test_update(case: Case, dtype: torch.dtype) -> None:
+    """The adapter alone: the base's output may come from anywhere and is not changed."""
+
+    def run_update(inputs: Inputs, backend: str, scaling: float) -> Results:
+        inputs = inputs.requiring()
+        base = inputs.grad.flip(0).requires_grad_()
+        before = base.detach().clone()
+        operands = (base, inputs.x, inputs.A, inputs.B, inputs.C)
+        y = dcft_update(*operands, stride=case.stride, scaling=scaling, backend=backend)
+        assert torch.equal(base, before)
+        return (y.detach(), *torch.autograd.grad(y, operands, inputs.grad))
+
+    compare(("y", "gy", "gx", "gA", "gB", "gC"), run_update, random_inputs(case, (3, 4), dtype))
+
+
+@every_dtype
+@every_case
+def test_delta_weight(case: Case, dtype: torch.dtype) -> None:
+    """The dense increment and its gradients from a dense gradient."""
+    sizes = {"in_features": case.in_features, "out_features": case.out_features}
+
+    def run_delta(inputs: Inputs, backend: str, scaling: float) -> Results:
+        inputs = inputs.requiring()
+        factors = (inputs.A, inputs.B, inputs.C)
+        dense = delta_weight(
+            *factors, **sizes, stride=case.stride, scaling=scaling, backend=backend
+        )
+        return (dense.detach(), *torch.autograd.grad(dense, factors, inputs.weight.detach()))
+
+    compare(("DW", "gA", "gB", "gC"), run_delta, random_inputs(case, dtype=dtype))
+
+
+def test_results_repeat_bit_for_bit() -> None:
+    inputs = random_inputs(CASES[1], (64,), torch.float32)
+    first = run(inputs, CASES[1], "torch")
+    for _ in range(3):
+        assert all(map(torch.equal, first, run(inputs, CASES[1], "torch")))
+
+
+def test_zero_increment_leaves_the_base_bit_for_bit() -> None:
+    for dtype in DTYPES:
+        inputs = random_inputs(PAPER, (33,), dtype)
+        y = dcft_linear(inputs.x, inputs.weight, inputs.bias, inputs.A, inputs.B.zero_(), inputs.C)
+        assert torch.equal(y, torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias))
+
+
+def test_auto_is_torch() -> None:
+    inputs = random_inputs(PAPER, (33,), torch.float32)
+    for auto, named in zip(run(inputs, PAPER, "auto"), run(inputs, PAPER, "torch"), strict=True):
+        assert torch.equal(auto, named)
