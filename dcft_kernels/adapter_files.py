@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,16 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as serialize_safetensors
 from torch import Tensor, nn
 
+from dcft_kernels import validation
 from dcft_kernels.model import dcft_layers, swap_each
 from dcft_kernels.module import DCFTLinear, linear_sizes, why_not_adaptable
 from dcft_kernels.options import DCFTOptions
+from dcft_kernels.targets import check_holds_its_layers
 
 CONFIG_FILE = "dcft_config.json"
 FORMAT = "dcft_adapter"
 FORMAT_VERSION = 1
+_OWN_WEIGHTS = re.compile(rf"{FORMAT}-[0-9a-f]{{12}}\.safetensors")
 _FACTORS = ("dcft_A", "dcft_B", "dcft_C")
 
 
@@ -57,12 +61,17 @@ class _LayerRecord:
         }
 
     @classmethod
-    def from_json(cls, record: dict[str, Any], dtype: torch.dtype) -> _LayerRecord:
+    def from_json(cls, record: Any, dtype: torch.dtype) -> _LayerRecord:
+        if not isinstance(record, dict):
+            raise ValueError(f"expected an object with the layer's settings, got {record!r}")
         fields = dict(record)
-        in_features, out_features = fields.pop("in_features"), fields.pop("out_features")
+        sizes = []
+        for size in ("in_features", "out_features"):
+            if size not in fields:
+                raise ValueError(f"has no {size!r}")
+            sizes.append(validation.positive_int(size, fields.pop(size)))
         options = DCFTOptions.from_keywords(fields | {"adapter_dtype": dtype})
-        options.geometry(in_features, out_features)
-        return cls(in_features, out_features, options)
+        return cls(sizes[0], sizes[1], options)
 
     @classmethod
     def of(cls, layer: DCFTLinear) -> _LayerRecord:
@@ -84,8 +93,17 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         OSError: the folder cannot be written; an adapter saved there before is intact.
     """
     layers = dcft_layers(model)
+    folder = _as_path(folder)
+    for name, layer in layers.items():
+        if any(getattr(layer, factor).is_meta for factor in _FACTORS):
+            raise ValueError(
+                f"model: {name}.dcft_A is on the meta device: there is nothing to save"
+            )
     tensors = {
-        f"{name}.{factor}": getattr(layer, factor).detach().cpu().contiguous()
+        f"{name}.{factor}": getattr(layer, factor)
+        .detach()
+        .cpu()
+        .clone(memory_format=torch.contiguous_format)
         for name, layer in layers.items()
         for factor in _FACTORS
     }
@@ -98,13 +116,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "weights": {"file": weights_file, "sha256": digest},
         "layers": {name: _LayerRecord.of(layer).to_json() for name, layer in layers.items()},
     }
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_atomically(folder / weights_file, weights)
     _write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
-    for stale in folder.glob(f"{FORMAT}-*.safetensors"):
-        if stale.name != weights_file:
-            stale.unlink(missing_ok=True)
+    for file in folder.iterdir():
+        if file.name != weights_file and _OWN_WEIGHTS.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
@@ -124,7 +141,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
             differs, with a list of the differences. The model is unchanged.
         RuntimeError: a layer is merged.
     """
-    records, tensors = _read(Path(folder))
+    validation.module("model", model)
+    records, tensors = _read(_as_path(folder))
     swapped = {name: m for name, m in model.named_modules() if isinstance(m, DCFTLinear)}
     merged = [name for name, layer in swapped.items() if layer.merged]
     if merged:
@@ -201,7 +219,7 @@ def _parse_config(path: Path, content: bytes) -> dict[str, Any]:
         and layers
     ):
         raise ValueError(f'{path}: expected "weights" with "file" and "sha256", and "layers"')
-    if Path(weights["file"]).name != weights["file"]:
+    if weights["file"] in ("", "..") or Path(weights["file"]).name != weights["file"]:
         raise ValueError(f"{path}: expected a plain file name, got {weights['file']!r}")
     return config
 
@@ -214,11 +232,14 @@ def _checked_record(path: Path, name: str, record: Any, tensors: dict[str, Tenso
     try:
         checked = _LayerRecord.from_json(record, tensors[f"{name}.dcft_A"].dtype)
         geometry = checked.options.geometry(checked.in_features, checked.out_features)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: layer {name!r}: {error}") from None
     shapes = (geometry.shape_A, geometry.shape_B, geometry.shape_C)
     for factor, shape in zip(_FACTORS, shapes, strict=True):
-        found = tuple(tensors[f"{name}.{factor}"].shape)
+        tensor = tensors[f"{name}.{factor}"]
+        if tensor.dtype not in validation.FLOAT_DTYPES:
+            raise ValueError(f"{path}: {name}.{factor}: expected a float dtype, got {tensor.dtype}")
+        found = tuple(tensor.shape)
         if found != shape:
             raise ValueError(
                 f"{path}: {name}.{factor}: expected shape {list(shape)}, got {list(found)}"
@@ -251,6 +272,8 @@ def _differences_of_swapped(
 
 def _differences_of_base(model: nn.Module, records: dict[str, _LayerRecord]) -> list[str]:
     """What keeps the layers of a base model from being swapped as the file says."""
+    if "" in records:
+        check_holds_its_layers(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     differences = []
     for name, record in records.items():
@@ -268,6 +291,12 @@ def _differences_of_base(model: nn.Module, records: dict[str, _LayerRecord]) -> 
                 f"{(record.in_features, record.out_features)} in the file"
             )
     return differences
+
+
+def _as_path(folder: Any) -> Path:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"folder: expected a path, got {folder!r}")
+    return Path(folder)
 
 
 def _read_bytes(path: Path, origin: str) -> bytes:

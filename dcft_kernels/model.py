@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from dcft_kernels import validation
 from dcft_kernels.module import DCFTLinear
 from dcft_kernels.options import DCFTOptions
 from dcft_kernels.targets import ALL_LINEAR, Targets, check_patterns, matches, select_layers
@@ -42,6 +43,7 @@ def swap_linear(
         ValueError: a target that matches nothing (near misses are listed) or is swapped already.
         The model is untouched then.
     """
+    validation.module("model", model)
     options = DCFTOptions.from_keywords(dcft_options)
     return swap_each(model, dict.fromkeys(select_layers(model, targets, exclude), options))
 
@@ -52,12 +54,12 @@ def swap_each(model: nn.Module, options: dict[str, DCFTOptions]) -> list[str]:
     for name, layer_options in options.items():
         linear = model.get_submodule(name)
         if linear not in adapted:
-            keywords = {
-                field.name: getattr(layer_options, field.name)
-                for field in dataclasses.fields(layer_options)
-            }
-            adapted[linear] = DCFTLinear.from_linear(linear, **keywords)
+            adapted[linear] = DCFTLinear.beside(linear, layer_options)
+    # Nothing can fail from here on.
     replace_modules(model, adapted)
+    _leave_fused_paths(model)
+    for layer in adapted.values():
+        layer.freeze_base()
     return list(options)
 
 
@@ -69,11 +71,24 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, Any]) -> Non
                 setattr(parent, name, replacements[child])
 
 
+def _leave_fused_paths(model: nn.Module) -> None:
+    """Keep PyTorch's encoder, in inference, from reading weights past their layers' forward."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(
+            isinstance(child, DCFTLinear) for child in module.children()
+        ):
+            # What these tell the fused path is that it cannot be taken.
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(inner, DCFTLinear) for inner in module.modules()
+        ):
+            module.use_nested_tensor = False
+
+
 def dcft_layers(model: nn.Module) -> dict[str, DCFTLinear]:
     """The adapted layers of `model` by name; ValueError if there is none."""
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, DCFTLinear)
-    }
+    modules = validation.module("model", model).named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, DCFTLinear)}
     if not layers:
         raise ValueError("model: has no DCFTLinear layers; call swap_linear(model) first")
     return layers
@@ -114,7 +129,7 @@ def merge_model(model: nn.Module, *, unload: bool = False) -> None:
         for name, layer in layers.items():
             _naming(name, layer.merge)
             done.append(layer)
-    except ValueError:
+    except BaseException:
         for layer in done:
             layer.unmerge()
         raise
@@ -148,14 +163,16 @@ def freeze_base(model: nn.Module, *, trainable: Targets = ()) -> None:
     dcft_layers(model)
     check_patterns("trainable", trainable)
     entries: list[Targets] = [trainable] if isinstance(trainable, str) else [[t] for t in trainable]
-    names = [name for name, _ in model.named_parameters()]
+    # A tied parameter has several names, and any of them may be the one that is meant.
+    named = list(model.named_parameters(remove_duplicate=False))
+    trained = {parameter for name, parameter in named if _is_adapter(name)}
     for entry in entries:
-        if not any(_is_or_is_inside(name, entry) for name in names):
+        wanted = {parameter for name, parameter in named if _is_or_is_inside(name, entry)}
+        if not wanted:
             raise ValueError(f"trainable: {entry!r} matches no parameter of the model")
-    for name, parameter in model.named_parameters():
-        is_adapter = name.rsplit(".", 1)[-1].startswith(_ADAPTER_PREFIX)
-        wanted = any(_is_or_is_inside(name, entry) for entry in entries)
-        parameter.requires_grad_(is_adapter or wanted)
+        trained |= wanted
+    for _, parameter in named:
+        parameter.requires_grad_(parameter in trained)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,12 +197,15 @@ class ParameterCounts:
 def parameter_counts(model: nn.Module) -> ParameterCounts:
     """Count adapter, trainable and all parameters of `model`, which may have no adapters."""
     adapter = trainable = total = 0
-    for name, parameter in model.named_parameters():
+    for name, parameter in validation.module("model", model).named_parameters():
         total += parameter.numel()
         trainable += parameter.numel() if parameter.requires_grad else 0
-        is_adapter = name.rsplit(".", 1)[-1].startswith(_ADAPTER_PREFIX)
-        adapter += parameter.numel() if is_adapter else 0
+        adapter += parameter.numel() if _is_adapter(name) else 0
     return ParameterCounts(adapter, trainable, total)
+
+
+def _is_adapter(parameter_name: str) -> bool:
+    return parameter_name.rsplit(".", 1)[-1].startswith(_ADAPTER_PREFIX)
 
 
 def _is_or_is_inside(parameter_name: str, patterns: Targets) -> bool:

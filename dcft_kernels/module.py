@@ -25,6 +25,7 @@ _HOOK_TABLES = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_is_full_backward_hook",
 )
 
 
@@ -95,6 +96,7 @@ class DCFTLinear(nn.Linear):
             validation.float_dtype("dtype", dtype)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._adopt_base(self.weight, self.bias, options, fan_in_fan_out=False)
+        self.freeze_base()
 
     def _adopt_base(
         self,
@@ -104,7 +106,7 @@ class DCFTLinear(nn.Linear):
         *,
         fan_in_fan_out: bool,
     ) -> None:
-        """Take these very parameters as the frozen base and create an adapter beside them."""
+        """Take these very parameters as the base and create an adapter beside them."""
         self.rank = options.rank
         self.kernel_size = options.kernel_size
         self.stride = options.stride
@@ -119,9 +121,6 @@ class DCFTLinear(nn.Linear):
         self._base_while_merged: tuple[nn.Parameter, ...] = ()
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
-        for parameter in (weight, bias):
-            if parameter is not None:
-                parameter.requires_grad_(False)
         dtype = options.adapter_dtype
         if dtype is None:
             dtype = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
@@ -153,20 +152,36 @@ class DCFTLinear(nn.Linear):
         reason = why_not_adaptable(linear)
         if reason is not None:
             raise TypeError(f"linear: {reason}")
-        in_features, out_features = linear_sizes(linear)
+        layer = cls.beside(linear, options)
+        layer.freeze_base()
+        return layer
+
+    @classmethod
+    def beside(cls, linear: nn.Module, options: DCFTOptions) -> DCFTLinear:
+        """`from_linear` without its checks, and with the base not frozen yet.
+
+        `linear` is as it was, so that several layers can be prepared before any is replaced.
+        """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = in_features, out_features
+        layer.in_features, layer.out_features = linear_sizes(linear)
         layer._adopt_base(
             linear.weight,  # type: ignore[arg-type]
             linear.bias,  # type: ignore[arg-type]
             options,
             fan_in_fan_out=is_conv1d(linear),
         )
+        # The very tables, not copies: handles that users hold remove their hooks from these.
         for table in _HOOK_TABLES:
-            getattr(layer, table).update(getattr(linear, table))
+            layer.__dict__[table] = linear.__dict__[table]
         layer.train(linear.training)
         return layer
+
+    def freeze_base(self) -> None:
+        """Stop training `weight` and `bias`, wherever else these parameters are used."""
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
 
     @property
     def scaling(self) -> float:
@@ -283,6 +298,8 @@ class DCFTLinear(nn.Linear):
     @torch.no_grad()
     def _merged_weight(self) -> Tensor:
         """Base plus increment, as `weight` is stored, rounded once to its dtype."""
+        if self.weight.is_meta:
+            raise ValueError("merge: the weight is on the meta device; load its values first")
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         delta = delta_weight(
             self.dcft_A.to(wide),
@@ -338,7 +355,13 @@ class DCFTLinear(nn.Linear):
         """Move or convert the base that `merge` set aside together with everything else."""
         super()._apply(fn, recurse)
         for base in self._base_while_merged:
-            base.data = fn(base.data)
+            with torch.no_grad():
+                moved = fn(base)
+            if torch._has_compatible_shallow_copy_type(base, moved):
+                # In place, so that layers tied to the base stay tied.
+                base.data = moved
+            else:
+                self._base_while_merged = (nn.Parameter(moved, base.requires_grad),)
         return self
 
     def _save_to_state_dict(
@@ -380,8 +403,16 @@ def why_not_adaptable(module: nn.Module) -> str | None:
             "for other base layers add the adapter with dcft_update"
         )
     weight = module.weight
-    if not isinstance(weight, nn.Parameter) or weight.dtype not in validation.FLOAT_DTYPES:
-        return f"expected a float weight, got {getattr(weight, 'dtype', type(weight).__name__)}"
+    if not isinstance(weight, nn.Parameter):
+        return (
+            "expected a weight that is an nn.Parameter, got one that is computed (reparametrized)"
+        )
+    if weight.dtype not in validation.FLOAT_DTYPES:
+        return f"expected a float weight, got {weight.dtype}"
+    if weight.dim() != 2:
+        return (
+            f"expected a 2-D weight, got shape {list(weight.shape)}: is it sharded or not loaded?"
+        )
     return None
 
 

@@ -34,47 +34,53 @@ def select_layers(model: nn.Module, targets: Targets, exclude: Targets) -> list[
     """
     check_patterns("targets", targets)
     check_patterns("exclude", exclude)
-    if why_not_adaptable(model) is None:
-        raise ValueError(
-            "model: is itself a linear layer, which nothing holds; use DCFTLinear.from_linear"
-        )
+    check_holds_its_layers(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     if targets == ALL_LINEAR:
         left_out = _head_and_tied_names(model)
         names = [
             name
             for name in _linear_names(modules)
-            if name not in left_out and not isinstance(modules[name], DCFTLinear)
+            if name not in left_out and not _is_swapped(modules[name])
         ]
-        if not names and any(isinstance(module, DCFTLinear) for module in modules.values()):
+        if not names and any(map(_is_swapped, modules.values())):
             raise ValueError(
                 "targets: every linear layer of this model is a DCFTLinear already; "
                 "to adapt it anew, start from the base model"
             )
     else:
-        _check_each_matches(targets, modules)
+        if not targets:
+            raise ValueError("targets: expected at least one name, got an empty list")
+        _check_each_matches("targets", targets, modules)
         names = [
             name for name in modules if matches(name, targets) and not _is_container(modules[name])
         ]
-        if not names:
-            raise ValueError(_no_match("targets", targets, modules))
+    _check_each_matches("exclude", exclude, modules)
     selected = [name for name in names if not matches(name, exclude)]
     if not selected:
         raise ValueError(
             f"targets: {targets!r} without exclude={exclude!r} leaves no layer; "
             + _available(modules)
         )
-    swapped = [name for name in selected if isinstance(modules[name], DCFTLinear)]
+    swapped = [name for name in selected if _is_swapped(modules[name])]
     if swapped:
         raise ValueError(
             f"targets: already swapped: {_short_list(swapped)}; layers not swapped yet: "
-            + _short_list([n for n in _linear_names(modules) if n not in set(swapped)])
+            + _short_list([n for n in _linear_names(modules) if not _is_swapped(modules[n])])
         )
     for name in selected:
         reason = why_not_adaptable(modules[name])
         if reason is not None:
             raise TypeError(f"targets: {name!r} cannot be adapted: {reason}")
     return selected
+
+
+def check_holds_its_layers(model: nn.Module) -> None:
+    """Raise ValueError if `model` is itself a layer to replace: nothing holds it."""
+    if why_not_adaptable(model) is None:
+        raise ValueError(
+            "model: is itself a linear layer, which nothing holds; use DCFTLinear.from_linear"
+        )
 
 
 def matches(name: str, patterns: Targets) -> bool:
@@ -109,7 +115,7 @@ def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
     return [
         name
         for name, module in modules.items()
-        if type(module) is nn.Linear or is_conv1d(module) or isinstance(module, DCFTLinear)
+        if type(module) is nn.Linear or is_conv1d(module) or _is_swapped(module)
     ]
 
 
@@ -144,23 +150,25 @@ def _is_container(module: nn.Module) -> bool:
     return next(module.children(), None) is not None
 
 
-def _check_each_matches(targets: Targets, modules: dict[str, nn.Module]) -> None:
-    """Every entry of a list must match something, or a typing error would go unnoticed."""
-    if isinstance(targets, str):
-        return
-    if not targets:
-        raise ValueError("targets: expected at least one name, got an empty list")
-    for target in targets:
-        if not any(
-            matches(name, [target]) and not _is_container(modules[name]) for name in modules
-        ):
-            raise ValueError(_no_match("targets", target, modules))
+def _is_swapped(module: nn.Module) -> bool:
+    return isinstance(module, DCFTLinear)
 
 
-def _no_match(argument: str, pattern: Targets, modules: dict[str, nn.Module]) -> str:
+def _check_each_matches(argument: str, patterns: Targets, modules: dict[str, nn.Module]) -> None:
+    """Every entry must match a layer, or a typing error would go unnoticed."""
+    leaves = [name for name, module in modules.items() if not _is_container(module)]
+    if isinstance(patterns, str):
+        entries: list[tuple[str, Targets]] = [(patterns, patterns)]
+    else:
+        entries = [(entry, [entry]) for entry in patterns]
+    for text, entry in entries:
+        if not any(matches(name, entry) for name in leaves):
+            raise ValueError(_no_match(argument, text, modules))
+
+
+def _no_match(argument: str, pattern: str, modules: dict[str, nn.Module]) -> str:
     endings = list(dict.fromkeys(_endings(modules)))
-    wanted = pattern if isinstance(pattern, str) else " ".join(pattern)
-    near = difflib.get_close_matches(wanted, endings, n=5, cutoff=0.5)
+    near = difflib.get_close_matches(pattern, endings, n=5, cutoff=0.5)
     hint = f"did you mean {', '.join(map(repr, near))}?" if near else _available(modules)
     return f"{argument}: {pattern!r} matches no layer of the model; {hint}"
 

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import math
 import numbers
+import reprlib
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcft_kernels.geometry import Geometry, Pair
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def module(name: str, value: Any) -> nn.Module:
+    """`value` as an `nn.Module`."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: expected a torch.nn.Module, got {type(value).__name__}")
+    return value
+
+
 def positive_int(name: str, value: Any) -> int:
     """`value` as an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected a positive int, got {value!r}")
+        raise TypeError(f"{name}: expected a positive int, got {_shown(value)}")
     if value < 1:
         raise ValueError(f"{name}: expected a positive int, got {value!r}")
     return value
@@ -27,10 +35,10 @@ def pair(name: str, value: Any) -> Pair:
     """`value` as an `(out, in)` pair of positive ints; one int stands for both."""
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
-            raise ValueError(f"{name}: expected an int or a pair (out, in), got {value!r}")
+            raise ValueError(f"{name}: expected an int or a pair (out, in), got {_shown(value)}")
         return (positive_int(f"{name}[0]", value[0]), positive_int(f"{name}[1]", value[1]))
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int or a pair (out, in) of ints, got {value!r}")
+        raise TypeError(f"{name}: expected an int or a pair (out, in) of ints, got {_shown(value)}")
     return (positive_int(name, value), value)
 
 
@@ -70,7 +78,7 @@ def probability(name: str, value: Any) -> float:
 def float_dtype(name: str, dtype: Any) -> torch.dtype:
     """`dtype` as one of the float dtypes that DCFT computes in."""
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{name}: expected a torch.dtype, got {dtype!r}")
+        raise TypeError(f"{name}: expected a torch.dtype, got {_shown(dtype)}")
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected one of {_dtype_names()}, got {dtype}")
     return dtype
@@ -171,4 +179,9 @@ def _dtype_names() -> str:
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
-    return f"{type(value).__name__} {value!r}"
+    return f"{type(value).__name__} {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    """The value's repr, cut to a length that fits a line."""
+    return reprlib.repr(value)
