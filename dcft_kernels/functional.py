@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from dcft_kernels import validation
+from dcft_kernels import autocast, validation
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.dispatch import select
 from dcft_kernels.dropout import draw_seed
@@ -73,8 +72,8 @@ def dcft_linear(
         training=training,
     )
     validation.same_device("x", x, weight=weight, bias=bias, dcft_A=dcft_A)
-    x, weight = _autocast(x), _autocast(weight)
-    bias = None if bias is None else _autocast(bias)
+    x, weight = autocast.cast(x), autocast.cast(weight)
+    bias = None if bias is None else autocast.cast(bias)
     validation.same_dtype("x", x, weight=weight, bias=bias)
     y = select(backend).linear(x.reshape(-1, in_features), weight, bias, adapter)
     return y.reshape(*x.shape[:-1], out_features)
@@ -136,7 +135,7 @@ def dcft_update(
         training=training,
     )
     validation.same_device("x", x, y=y, dcft_A=dcft_A)
-    y, x = _autocast(y), _autocast(x)
+    y, x = autocast.cast(y), autocast.cast(x)
     validation.same_dtype("x", x, y=y)
     out = select(backend).update(y.reshape(-1, out_features), x.reshape(-1, in_features), adapter)
     return out.reshape(y.shape)
@@ -184,7 +183,8 @@ def delta_weight(
         dropout_p=0.0,
         training=False,
     )
-    return select(backend).delta_weight(adapter)
+    with autocast.suspended(adapter.A):
+        return select(backend).delta_weight(adapter)
 
 
 def _adapter(
@@ -207,13 +207,3 @@ def _adapter(
     dropout_p = validation.probability("dropout_p", dropout_p)
     seed = draw_seed() if training and dropout_p > 0.0 else None
     return Adapter(A, B, C, scaling, geometry, dropout_p, seed)
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """Cast as `nn.Linear` does under `torch.autocast`: all but float64, to autocast's dtype."""
-    device_type = tensor.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return tensor
-    if tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))

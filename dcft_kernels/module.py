@@ -402,6 +402,8 @@ def why_not_adaptable(module: nn.Module) -> str | None:
             f"expected an nn.Linear or a transformers Conv1D, got {type(module).__qualname__}; "
             "for other base layers add the adapter with dcft_update"
         )
+    if "forward" in module.__dict__:
+        return "expected the forward of its class, got another one set on the instance"
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
         return (

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from dcft_kernels import autocast
 from dcft_kernels.model import dcft_layers
 
 OrthogonalityForm = Literal["paper", "published_code"]
@@ -41,7 +42,8 @@ def orthogonality_loss(model: nn.Module, *, form: OrthogonalityForm = "paper") -
         for tall in (layer.dcft_A.t(), layer.dcft_B):  # [I, k] and [J, k]
             tall = tall.to(torch.promote_types(tall.dtype, torch.float32))
             identity = torch.eye(tall.shape[1], dtype=tall.dtype, device=tall.device)
-            deviations.append(tall.t() @ tall - identity)
+            with autocast.suspended(tall):
+                deviations.append(tall.t() @ tall - identity)
     if form == "paper":
         terms = [deviation.square().sum() for deviation in deviations]
         return _gather(terms).sum()

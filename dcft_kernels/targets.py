@@ -122,19 +122,21 @@ def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
 def _head_and_tied_names(model: nn.Module) -> set[str]:
     """The layers that "all-linear" leaves out: output heads and layers tied to embeddings.
 
-    A transformers model tells where its backbone is (`base_model_prefix`): linear layers outside
-    of it are the head. It may also tell its output embeddings. For other models, a top-level
-    module with a usual head's name is one.
+    A transformers model, which may be a part of this one, tells where its backbone is
+    (`base_model_prefix`): linear layers outside of it are the head. It may also tell its output
+    embeddings. For other models, a top-level module with a usual head's name is one.
     """
     heads: set[nn.Module] = set()
-    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)
-    if callable(output_embeddings) and isinstance(found := output_embeddings(), nn.Module):
-        heads.add(found)
-    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
-    for name, child in model.named_children():
-        declared_outside = isinstance(backbone, nn.Module) and child is not backbone
-        if declared_outside or (backbone is None and name in _HEAD_NAMES):
-            heads.update(child.modules())
+    for owner in model.modules():
+        # Asked of the class: wrappers pass on what their inner model has.
+        if hasattr(type(owner), "get_output_embeddings"):
+            found = owner.get_output_embeddings()  # type: ignore[operator]
+            heads.update([found] if isinstance(found, nn.Module) else [])
+        backbone = getattr(owner, getattr(type(owner), "base_model_prefix", "") or "", None)
+        for name, child in owner.named_children():
+            declared_outside = isinstance(backbone, nn.Module) and child is not backbone
+            if declared_outside or (owner is model and backbone is None and name in _HEAD_NAMES):
+                heads.update(child.modules())
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }

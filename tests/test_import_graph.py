@@ -14,7 +14,7 @@ PACKAGE = Path(dcft_kernels.__file__).parent
 # From the bottom up: a module may import from layers before its own, and from its own package.
 LAYERS: list[set[str]] = [
     {"geometry"},
-    {"adapter", "dropout", "validation", "initialization"},
+    {"adapter", "autocast", "dropout", "validation", "initialization"},
     {"reference", "torch_backend", "triton"},
     {"dispatch"},
     {"functional", "options"},

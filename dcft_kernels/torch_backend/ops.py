@@ -19,7 +19,6 @@ transformed with them use `backend="reference"`.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dcft_kernels import autocast
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.geometry import Geometry
 from dcft_kernels.torch_backend import passes
@@ -86,19 +86,12 @@ def _unflatten(arguments: Sequence[Any], in_features: int, out_features: int) ->
     return Adapter(A, B, C, scaling, geometry, dropout_p, seed)
 
 
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Keep autocast out of an operator: the caller's casts are done, fp32 steps stay fp32."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
 @torch.library.impl(_LIBRARY, "linear", "CompositeExplicitAutograd")
 def _linear_kernel(
     x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     adapter = _unflatten(arguments, x.shape[1], weight.shape[0])
-    with _without_autocast(x.device.type):
+    with autocast.suspended(x):
         # The base first, on its own: an adapter whose increment is zero changes no bit of it.
         y = F.linear(x, weight, bias)
         return y, passes.add_adapter_(y, x, adapter)
@@ -107,7 +100,7 @@ def _linear_kernel(
 @torch.library.impl(_LIBRARY, "update", "CompositeExplicitAutograd")
 def _update_kernel(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     adapter = _unflatten(arguments, x.shape[1], y.shape[1])
-    with _without_autocast(x.device.type):
+    with autocast.suspended(x):
         out = y.clone(memory_format=torch.contiguous_format)
         return out, passes.add_adapter_(out, x, adapter)
 
@@ -118,7 +111,7 @@ def _backward_kernel(
 ) -> tuple[Tensor, ...]:
     *adapter_arguments, in_features, needs, grad_u = arguments
     adapter = _unflatten(adapter_arguments, in_features, g.shape[1])
-    with _without_autocast(g.device.type):
+    with autocast.suspended(g):
         gradients = passes.backward(g, x, u, weight, adapter, Needs(*needs), grad_u)
     # An operator returns tensors only: an empty one stands for a gradient nobody asked for.
     return tuple(g.new_empty(0) if grad is None else grad.contiguous() for grad in gradients)
@@ -197,7 +190,7 @@ def _gradients(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> Gradie
         grad_y = grad_u.new_zeros(grad_u.shape[0], ctx.out_features)
     if torch.is_grad_enabled():
         adapter = _unflatten(arguments, ctx.in_features, grad_y.shape[1])
-        with _without_autocast(grad_y.device.type):
+        with autocast.suspended(grad_y):
             return passes.backward(grad_y, x, u, weight, adapter, ctx.needs, grad_u)
     gradients = torch.ops.dcft_kernels.backward(
         grad_y, x, u, weight, *arguments, ctx.in_features, list(ctx.needs), grad_u

@@ -6,7 +6,7 @@ cropped as `geometry` says) and `s` the scaling,
     U[t, κ, p] = shrink(x, A)                    V[t, κ, q] = s sum_p C[q, p] U[t, κ, p]
     y = x W^T + b, then expand_(y, V, B^T)
 
-    Vb[t, κ, q] = s shrink(g, B^T)               Ub[t, κ, p] = sum_q C[q, p] Vb[t, κ, q]
+    Vb[t, κ, q] = shrink(g, s B^T)               Ub[t, κ, p] = sum_q C[q, p] Vb[t, κ, q]
     gC[q, p] = sum_{t, κ} Vb[t, κ, q] U[t, κ, p]
     gB^T = factor_grad(g, V)                     gA = factor_grad(x, Ub)
     gx = g W, then expand_(gx, Ub, A)
@@ -20,7 +20,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dcft_kernels.adapter import Adapter
@@ -83,12 +82,12 @@ def backward(
     grad_x = grad_A = grad_B = grad_C = None
 
     if needs.x or needs.A or needs.C:
-        Vb = scaling * shrink(g, B.t(), outputs)  # [T, k, d_out]
+        Vb = shrink(g, scaling * B.t(), outputs)  # [T, k, d_out]
         if needs.C:
             flat_U = _saved(U).to(Vb.dtype).flatten(0, 1)
             grad_C = (Vb.flatten(0, 1).t() @ flat_U).to(C.dtype)
         if needs.x or needs.A:
-            Ub = Vb @ C.to(Vb.dtype)  # [T, k, d_in]
+            Ub = _on_windows(Vb, C.to(Vb.dtype))  # [T, k, d_in]
             if grad_U is not None:
                 Ub = Ub + grad_U
             if needs.A:
@@ -135,7 +134,12 @@ def _saved(tensor: Tensor | None) -> Tensor:
 
 def _mix(U: Tensor, adapter: Adapter) -> Tensor:
     """`V[t, κ, q] = s sum_p C[q, p] U[t, κ, p]`."""
-    return F.linear(U, (adapter.scaling * adapter.C).to(U.dtype))
+    return _on_windows(U, (adapter.scaling * adapter.C).to(U.dtype).t())
+
+
+def _on_windows(v: Tensor, matrix: Tensor) -> Tensor:
+    """`v [T, k, w] @ matrix [w, w']`, as a 2-D product, which is quicker than a batched one."""
+    return (v.flatten(0, 1) @ matrix).unflatten(0, v.shape[:2])
 
 
 def _grad_input(g: Tensor, Ub: Tensor, weight: Tensor | None, adapter: Adapter) -> Tensor:

@@ -32,8 +32,9 @@ from dcft_kernels.geometry import Side
 # Elements of the float32 copy of a block of rows: 1 MiB, small enough to stay in a core's cache.
 _BLOCK_ELEMENTS = 1 << 18
 
-# On a CPU, spread products with at most this many rows (k*w) run no slower than batched ones.
-_SPREAD_ROWS = 8
+# On a CPU, `expand_` with at most this many spread rows (k*w) is quicker than in the batched form;
+# `shrink` and `factor_grad` never are.
+_EXPAND_SPREAD_ROWS = 8
 
 
 def compute_dtype(like: Tensor) -> torch.dtype:
@@ -93,7 +94,7 @@ def expand_(z: Tensor, v: Tensor, factor: Tensor, side: Side) -> Tensor:
     """
     dtype = compute_dtype(z)
     v, factor = v.to(dtype), factor.to(dtype)
-    batched = _can_batch(z, side) and v.shape[1] * v.shape[2] > _SPREAD_ROWS
+    batched = _can_batch(z, side) and v.shape[1] * v.shape[2] > _EXPAND_SPREAD_ROWS
     matrix = factor.t() if batched else spread(factor, side)  # [L, k] or [k*w, size]
     length = _block_length(z)
     for rows, v_rows in zip(_row_blocks(z, length), _row_blocks(v, length), strict=True):
@@ -122,10 +123,9 @@ def factor_grad(z: Tensor, v: Tensor, side: Side) -> Tensor:
         `[k, L]` in `compute_dtype(z)`.
     """
     dtype = compute_dtype(z)
-    _, rank, width = v.shape
     length = _block_length(z)
     blocks = list(zip(_row_blocks(z, length), _row_blocks(v.to(dtype), length), strict=True))
-    if _can_batch(z, side) and rank * width > _SPREAD_ROWS:
+    if _can_batch(z, side):
         return _total(
             [
                 torch.bmm(v_rows, _in_windows(rows.to(dtype), side).transpose(1, 2)).sum(0)
@@ -134,7 +134,7 @@ def factor_grad(z: Tensor, v: Tensor, side: Side) -> Tensor:
         )
     matrix = _total([v_rows.flatten(1).t() @ rows.to(dtype) for rows, v_rows in blocks])
     matrix = F.pad(matrix, (0, side.span - side.size))
-    return _entries(matrix, rank, side).sum(1)
+    return _entries(matrix, v.shape[1], side).sum(1)
 
 
 def _entries(matrix: Tensor, rank: int, side: Side) -> Tensor:

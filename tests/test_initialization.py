@@ -1,0 +1,173 @@
+"""How fresh adapters are drawn, against what `dcft_kernels.initialization` promises."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dcft_kernels import DCFTLinear
+
+FACTORS = ("dcft_A", "dcft_B", "dcft_C")
+# How many standard errors a sample may be off: by chance once in millions of runs, and seeds are
+# fixed.
+SIGMAS = 5.0
+
+
+def _meta_based(in_features: int, out_features: int, **options) -> DCFTLinear:
+    """Adapter only: the base, which these tests never read, is drawn on no device."""
+    layer = DCFTLinear(in_features, out_features, bias=False, device="meta", **options)
+    for name in FACTORS:
+        setattr(layer, name, nn.Parameter(torch.empty(getattr(layer, name).shape)))
+    layer.reset_dcft_parameters()
+    return layer
+
+
+def _assert_normal(sample: Tensor, std: float) -> None:
+    """Mean, variance and fourth moment of N(0, std^2), each within its standard error."""
+    z = sample.detach().double().flatten() / std
+    count = z.numel()
+    assert abs(z.mean().item()) < SIGMAS * math.sqrt(1 / count)
+    assert abs(z.square().mean().item() - 1) < SIGMAS * math.sqrt(2 / count)
+    assert abs(z.pow(4).mean().item() - 3) < SIGMAS * math.sqrt(96 / count)
+
+
+@pytest.mark.parametrize("kernel_size", [4, (64, 16)])
+def test_paper_init_is_the_published_one(kernel_size):
+    """A, B, C from N(0, 0.02^2), as the code published with arXiv 2503.01419 draws them."""
+    layer = _meta_based(4096, 8192, rank=8, kernel_size=kernel_size, init="paper")
+    assert min(layer.dcft_A.numel(), layer.dcft_B.numel()) >= 1024
+    _assert_normal(layer.dcft_A, 0.02)
+    _assert_normal(layer.dcft_B, 0.02)
+    _assert_normal(layer.dcft_C, 0.02)
+
+
+def test_paper_is_the_default():
+    torch.manual_seed(1)
+    default = DCFTLinear(16, 16)
+    torch.manual_seed(1)
+    paper = DCFTLinear(16, 16, init="paper")
+    assert all(torch.equal(getattr(default, name), getattr(paper, name)) for name in FACTORS)
+    assert default.init == "paper"
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("stride", [None, 3])
+def test_zero_init_has_no_increment_at_all(backend, stride):
+    layer = DCFTLinear(37, 21, rank=2, stride=stride, alpha=64.0, init="zero", backend=backend)
+    assert torch.count_nonzero(layer.delta_weight()) == 0
+    assert torch.count_nonzero(layer.dcft_A) == layer.dcft_A.numel()
+    assert torch.count_nonzero(layer.dcft_C) == layer.dcft_C.numel()
+
+
+def test_zero_init_draws_normal_factors():
+    layer = _meta_based(16384, 16384, rank=4, kernel_size=64, init="zero")
+    _assert_normal(layer.dcft_A, math.sqrt(1 / 256))
+    _assert_normal(layer.dcft_C, math.sqrt(1 / 64))
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "options"),
+    [
+        (64, 64, {}),
+        (768, 64, {}),
+        (64, 3072, {}),
+        (64, 64, {"kernel_size": 2}),
+        (96, 96, {"kernel_size": 16}),
+        (64, 64, {"rank": 4}),
+        (64, 48, {"kernel_size": (4, 16)}),
+        (64, 48, {"kernel_size": (16, 4)}),
+        (64, 64, {"stride": 4}),
+        (64, 64, {"stride": 1}),
+        (64, 64, {"stride": (8, 2)}),
+        (64, 64, {"stride": (2, 8), "rank": 2}),
+        (72, 60, {"kernel_size": (6, 8), "stride": (3, 4)}),
+    ],
+    ids=str,
+)
+def test_zero_init_passes_the_input_on_at_its_own_size(n, m, options):
+    """Var(V) = Var(x), or its share of an output that overlapping windows add up to."""
+    d_out, d_in = _pair(options.get("kernel_size", 8))
+    s_out, s_in = _pair(options.get("stride") or (d_out, d_in))
+    input_std, tokens = 3.0, 32
+    gains = []
+    layer = _meta_based(n, m, init="zero", **options)
+    for _ in range(300):
+        layer.reset_dcft_parameters()
+        x = input_std * torch.randn(tokens, n)
+        windows = x.unfold(1, d_in, s_in)  # [T, I, d_in]
+        U = torch.einsum("tip,ki->tpk", windows, layer.dcft_A.detach())
+        V = torch.einsum("qp,tpk->tqk", layer.dcft_C.detach(), U)
+        gains.append(V.square().mean().item() / input_std**2)
+    found = torch.tensor(gains, dtype=torch.float64)
+    expected = s_out / d_out
+    standard_error = found.std().item() / math.sqrt(len(gains))
+    assert standard_error < 0.1 * expected  # sharp enough to tell a wrong variance
+    assert abs(found.mean().item() - expected) < SIGMAS * standard_error
+
+
+@pytest.mark.parametrize("overlap", [{}, {"stride": 4}, {"stride": 1}, {"kernel_size": 2}], ids=str)
+@pytest.mark.parametrize(("n", "m"), [(64, 64), (256, 64), (64, 256)])
+def test_a_step_in_B_moves_outputs_alike(n, m, overlap):
+    """A step of h in every entry of B changes an output by about h sqrt(v), whatever the shape."""
+    layer = _meta_based(n, m, init="zero", **overlap)
+    h, changes = 0.01, []
+    inner = slice(8, m - 8)  # at the ends fewer windows overlap
+    for _ in range(300):
+        layer.reset_dcft_parameters()
+        with torch.no_grad():
+            layer.dcft_B.fill_(h)
+        # Each input of variance 1 adds the square of its entry in DW.
+        rows = layer.delta_weight().detach().double().square().sum(1)
+        changes.append(rows[inner].mean().item() / h**2)
+    found = torch.tensor(changes, dtype=torch.float64)
+    standard_error = found.std().item() / math.sqrt(len(changes))
+    assert standard_error < 0.15
+    assert abs(found.mean().item() - 1.0) < SIGMAS * standard_error
+
+
+def _teacher_loss(init: str, steps: int, **options) -> tuple[float, float]:
+    """Loss before and after learning a random DCFT increment of the size of the base weight."""
+    base = nn.Linear(32, 24)
+    student = DCFTLinear.from_linear(base, kernel_size=8, init=init, **options)
+    teacher = DCFTLinear.from_linear(base, kernel_size=8, **options)
+    with torch.no_grad():
+        for name in FACTORS:
+            getattr(teacher, name).normal_(0.0, 0.6)
+    optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=0.03)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(64, 32)
+        loss = (student(x) - teacher(x).detach()).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses[0], losses[-1]
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 2}, {"stride": 4}], ids=str)
+def test_zero_init_learns_a_teacher(options):
+    first, last = _teacher_loss("zero", 250, **options)
+    assert first > 0.01
+    assert last < 0.01 * first
+
+
+def test_first_gradients_are_as_large_as_the_input_makes_them():
+    """At zero, gB = g^T V with V as large as x; the paper's holds two factors of 0.02 more."""
+    sizes = {}
+    for init in ("zero", "paper"):
+        torch.manual_seed(4)
+        layer = _meta_based(256, 256, init=init)
+        x = torch.randn(64, 256)
+        change = x @ layer.delta_weight().t()
+        (change * torch.randn(64, 256)).sum().backward()
+        sizes[init] = {name: getattr(layer, name).grad.norm().item() for name in FACTORS}
+    assert sizes["zero"]["dcft_A"] == sizes["zero"]["dcft_C"] == 0.0
+    assert sizes["zero"]["dcft_B"] > 50 * max(sizes["paper"].values())
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
