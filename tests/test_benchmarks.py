@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -489,8 +490,11 @@ def test_cases_are_those_of_the_project() -> None:
 def test_suite_fills_the_table_the_rows_and_the_json_from_the_same_samples(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--quick"]
     command += ["--results", str(tmp_path), "--device", "cpu", "-k", "dcft and not 128"]
+    # A worker of pytest-xdist tells pytest-benchmark, by its environment, to measure nothing.
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     finished = subprocess.run(
         [*command, "-p", "no:cacheprovider", "-p", "no:xdist"],
+        env=outside,
         cwd=environment.ROOT,
         capture_output=True,
         text=True,
