@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,16 @@ class _LayerRecord:
     def from_json(cls, record: Any, dtype: torch.dtype) -> _LayerRecord:
         if not isinstance(record, dict):
             raise ValueError(f"expected an object with the layer's settings, got {record!r}")
+        known = _LayerRecord(1, 1, DCFTOptions()).to_json().keys()
+        missing, unknown = known - record.keys(), record.keys() - known
+        if missing or unknown:
+            what = [f"has no {name!r}" for name in sorted(missing)]
+            what += [f"has an unknown setting {name!r}" for name in sorted(unknown)]
+            raise ValueError(", ".join(what))
         fields = dict(record)
-        sizes = []
-        for size in ("in_features", "out_features"):
-            if size not in fields:
-                raise ValueError(f"has no {size!r}")
-            sizes.append(validation.positive_int(size, fields.pop(size)))
-        options = DCFTOptions.from_keywords(fields | {"adapter_dtype": dtype})
-        return cls(sizes[0], sizes[1], options)
+        in_features = validation.positive_int("in_features", fields.pop("in_features"))
+        out_features = validation.positive_int("out_features", fields.pop("out_features"))
+        return cls(in_features, out_features, DCFTOptions(**fields, adapter_dtype=dtype))
 
     @classmethod
     def of(cls, layer: DCFTLinear) -> _LayerRecord:
@@ -121,7 +123,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     _write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
     for file in folder.iterdir():
         if file.name != weights_file and _OWN_WEIGHTS.fullmatch(file.name):
-            file.unlink(missing_ok=True)
+            # The save has taken effect; a file that stays is only in nobody's way.
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
@@ -152,6 +156,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         if swapped
         else _differences_of_base(model, records)
     )
+    differences += _differences_of_values(swapped, tensors)
     if differences:
         shown = "\n  ".join(differences[:20])
         more = f"\n  and {len(differences) - 20} more" if len(differences) > 20 else ""
@@ -270,6 +275,21 @@ def _differences_of_swapped(
     return sorted(differences)
 
 
+def _differences_of_values(swapped: dict[str, DCFTLinear], tensors: dict[str, Tensor]) -> list[str]:
+    """What keeps the numbers themselves from being held by the model's parameters."""
+    differences = []
+    for name, layer in swapped.items():
+        for factor in _FACTORS:
+            here, there = getattr(layer, factor), tensors.get(f"{name}.{factor}")
+            if here.is_meta:
+                differences.append(f"{name}.{factor}: on the meta device, which holds no values")
+            elif there is not None and bool(
+                (there.to(here.dtype).isinf() & there.isfinite()).any()
+            ):
+                differences.append(f"{name}.{factor}: values in the file overflow {here.dtype}")
+    return differences
+
+
 def _differences_of_base(model: nn.Module, records: dict[str, _LayerRecord]) -> list[str]:
     """What keeps the layers of a base model from being swapped as the file says."""
     if "" in records:
@@ -283,6 +303,9 @@ def _differences_of_base(model: nn.Module, records: dict[str, _LayerRecord]) -> 
         reason = why_not_adaptable(modules[name])
         if reason is not None:
             differences.append(f"{name}: {reason}")
+            continue
+        if modules[name].weight.is_meta:
+            differences.append(f"{name}: on the meta device; load the base model's weights first")
             continue
         sizes = linear_sizes(modules[name])
         if sizes != (record.in_features, record.out_features):
@@ -308,19 +331,26 @@ def _read_bytes(path: Path, origin: str) -> bytes:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary file beside `path`, flush it to the disk, and rename it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    """Write to a temporary file beside `path` and rename it, each step flushed to the disk."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files for the owner's eyes only; give this one a usual file's mode.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+    _flush_directory(path.parent)
+
+
+def _flush_directory(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system lets directories be flushed."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

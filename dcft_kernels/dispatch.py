@@ -7,6 +7,8 @@
 | `"reference"` | the paper's equation, materialised: the oracle; `torch.func` transforms need it |
 | `"triton"` | fused GPU kernels; raises, and says why, where they cannot run |
 
+Inside `vmap` the reference runs without dropout only: its mask is drawn from a seed's value.
+
 There is no silent fallback: a backend that was asked for by name runs or raises.
 """
 
@@ -47,13 +49,7 @@ def check_backend(backend: str) -> None:
 
 def select(backend: str) -> Backend:
     """The backend that runs for a requested name; ValueError or RuntimeError says why none does."""
-    if backend in ("auto", "torch"):
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                f"backend={backend!r}: torch.func transforms (vmap, grad, jvp) cannot pass through "
-                "its operators; use backend='reference' inside them"
-            )
-        return torch_backend
+    check_backend(backend)
     if backend == "reference":
         from dcft_kernels import reference  # loaded only when asked for by name
 
@@ -64,5 +60,9 @@ def select(backend: str) -> Backend:
         raise RuntimeError(
             f"backend='triton' cannot run: {why_unavailable()}; use backend='auto' or 'torch'"
         )
-    check_backend(backend)
-    raise AssertionError(backend)  # unreachable: check_backend raised
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"backend={backend!r}: torch.func transforms (vmap, grad, jvp) cannot pass through "
+            "its operators; use backend='reference' inside them"
+        )
+    return torch_backend

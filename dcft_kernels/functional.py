@@ -69,13 +69,14 @@ def dcft_linear(
         scaling=scaling,
         stride=stride,
         dropout_p=dropout_p,
-        training=training,
     )
     validation.same_device("x", x, weight=weight, bias=bias, dcft_A=dcft_A)
     x, weight = autocast.cast(x), autocast.cast(weight)
     bias = None if bias is None else autocast.cast(bias)
     validation.same_dtype("x", x, weight=weight, bias=bias)
-    y = select(backend).linear(x.reshape(-1, in_features), weight, bias, adapter)
+    runs = select(backend)
+    adapter = _with_dropout(adapter, training)
+    y = runs.linear(x.reshape(-1, in_features), weight, bias, adapter)
     return y.reshape(*x.shape[:-1], out_features)
 
 
@@ -132,12 +133,13 @@ def dcft_update(
         scaling=scaling,
         stride=stride,
         dropout_p=dropout_p,
-        training=training,
     )
     validation.same_device("x", x, y=y, dcft_A=dcft_A)
     y, x = autocast.cast(y), autocast.cast(x)
     validation.same_dtype("x", x, y=y)
-    out = select(backend).update(y.reshape(-1, out_features), x.reshape(-1, in_features), adapter)
+    runs = select(backend)
+    adapter = _with_dropout(adapter, training)
+    out = runs.update(y.reshape(-1, out_features), x.reshape(-1, in_features), adapter)
     return out.reshape(y.shape)
 
 
@@ -181,7 +183,6 @@ def delta_weight(
         scaling=scaling,
         stride=stride,
         dropout_p=0.0,
-        training=False,
     )
     with autocast.suspended(adapter.A):
         return select(backend).delta_weight(adapter)
@@ -197,13 +198,18 @@ def _adapter(
     scaling: float,
     stride: int | Pair | None,
     dropout_p: float,
-    training: bool,
 ) -> Adapter:
-    """Check an adapter's arguments and bundle them; draws the seed if dropout is active."""
+    """Check an adapter's arguments and bundle them, without dropout as yet."""
     geometry: Geometry = validation.factors(
         A, B, C, in_features=in_features, out_features=out_features, stride=stride
     )
     scaling = validation.finite_number("scaling", scaling)
     dropout_p = validation.probability("dropout_p", dropout_p)
-    seed = draw_seed() if training and dropout_p > 0.0 else None
-    return Adapter(A, B, C, scaling, geometry, dropout_p, seed)
+    return Adapter(A, B, C, scaling, geometry, dropout_p)
+
+
+def _with_dropout(adapter: Adapter, training: bool) -> Adapter:
+    """Draw the call's seed if dropout is active: last, so that a call that fails draws nothing."""
+    if not training or adapter.dropout_p == 0.0:
+        return adapter
+    return adapter._replace(seed=draw_seed())

@@ -27,9 +27,10 @@ def swap_linear(
 
     Args:
         model: any module; transformers' GPT-2 style `Conv1D` layers count as linear.
-        targets: `"all-linear"`: every linear layer but the output head and layers whose weight is
-            tied to an embedding. A list: names or endings of names (`["query", "value"]`). Any
-            other string: a regular expression for the whole name.
+        targets: `"all-linear"`: every plain linear layer (no subclasses, which may compute
+            something else) but the output head and layers tied to an embedding. A list:
+            names or endings of names (`["query", "value"]`). Any other string: a regular
+            expression for the whole name.
         exclude: layers to leave as they are, a list or a regular expression likewise.
         **dcft_options: `rank`, `kernel_size`, `stride`, `alpha`, `dropout`, `init`, `backend`,
             `adapter_dtype`, see `DCFTLinear`.
@@ -99,8 +100,9 @@ def merge_model(model: nn.Module, *, unload: bool = False) -> None:
 
     Args:
         model: a model with `DCFTLinear` layers, none of them merged.
-        unload: also replace every merged layer by a plain one, as it was before the swap, and drop
-            the adapters: for export. There is no way back from it.
+        unload: also replace every merged layer by a plain one, of the kind that it was before the
+            swap, and drop the adapters: for export. There is no way back from it. PyTorch's fused
+            encoder path stays off, as the swap left it.
 
     Raises:
         RuntimeError: some layers are merged already.
@@ -158,9 +160,12 @@ def freeze_base(model: nn.Module, *, trainable: Targets = ()) -> None:
             regular expression: `freeze_base(model, trainable=["classifier"])` trains a new head.
 
     Raises:
+        RuntimeError: a layer is merged.
         ValueError: no adapted layers, or an entry of `trainable` that matches nothing.
     """
-    dcft_layers(model)
+    merged = [name for name, layer in dcft_layers(model).items() if layer.merged]
+    if merged:
+        raise RuntimeError(f"model: {merged[0]!r} is merged; call unmerge_model(model) first")
     check_patterns("trainable", trainable)
     entries: list[Targets] = [trainable] if isinstance(trainable, str) else [[t] for t in trainable]
     # A tied parameter has several names, and any of them may be the one that is meant.

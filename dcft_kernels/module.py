@@ -92,6 +92,7 @@ class DCFTLinear(nn.Linear):
         )
         in_features = validation.positive_int("in_features", in_features)
         out_features = validation.positive_int("out_features", out_features)
+        validation.boolean("bias", bias)
         if dtype is not None:
             validation.float_dtype("dtype", dtype)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
@@ -217,7 +218,7 @@ class DCFTLinear(nn.Linear):
         """`input W^T + bias + scaling * dropout(input) DW^T`; `[..., n]` to `[..., m]`."""
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         if self.merged:
-            return F.linear(input, weight, self.bias)
+            return F.linear(validation.tokens("x", input, self.in_features), weight, self.bias)
         return dcft_linear(
             input,
             weight,
@@ -285,7 +286,8 @@ class DCFTLinear(nn.Linear):
         weight = self.weight.detach().clone() if self.merged else self._merged_weight()
         if self.fan_in_fan_out:
             conv1d: Any = _conv1d_class()
-            plain = conv1d(1, 1)
+            with torch.device("meta"):
+                plain = conv1d(1, 1)
             plain.nf, plain.nx = self.out_features, self.in_features
         else:
             plain = nn.Linear(1, 1, bias=False, device="meta")
@@ -316,20 +318,40 @@ class DCFTLinear(nn.Linear):
         merged = (self.weight + delta).to(self.weight.dtype)
         if not bool(torch.isfinite(merged).all()):
             raise ValueError(
-                "merge: base plus increment is not finite; the adapter has diverged "
-                f"or overflows {self.weight.dtype}; nothing was changed"
+                "merge: base plus increment is not finite: one of them has diverged, or the sum "
+                f"overflows {self.weight.dtype}; nothing was changed"
             )
         return merged
 
     def reset_parameters(self) -> None:
-        """Draw the base as `nn.Linear` does and, once it exists, the adapter as `init` says."""
-        super().reset_parameters()
-        if "dcft_A" in self._parameters:
-            self.reset_dcft_parameters()
+        """Draw the base as `nn.Linear` does and, once it exists, the adapter as `init` says.
+
+        Raises:
+            RuntimeError: the layer is merged.
+        """
+        if "dcft_A" not in self._parameters:  # nn.Linear.__init__ calls this
+            super().reset_parameters()
+            return
+        self._refuse_if_merged("reset_parameters")
+        bound = self.in_features**-0.5
+        with torch.no_grad():
+            for parameter in (self.weight, self.bias):
+                if parameter is not None:
+                    parameter.uniform_(-bound, bound)
+        self.reset_dcft_parameters()
 
     def reset_dcft_parameters(self) -> None:
-        """Draw the adapter anew as `init` says; the base stays."""
+        """Draw the adapter anew as `init` says; the base stays.
+
+        Raises:
+            RuntimeError: the layer is merged.
+        """
+        self._refuse_if_merged("reset_dcft_parameters")
         initialize(self.dcft_A, self.dcft_B, self.dcft_C, self.geometry, self.init)
+
+    def _refuse_if_merged(self, action: str) -> None:
+        if self.merged:
+            raise RuntimeError(f"{action}: this DCFTLinear is merged; call unmerge() first")
 
     def train(self, mode: bool = True) -> DCFTLinear:
         """Set training mode; warns if merged, since a merged adapter cannot learn."""

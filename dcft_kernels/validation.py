@@ -56,6 +56,13 @@ def stride_pair(stride: Any, kernel_size: Pair) -> Pair:
     return strides
 
 
+def boolean(name: str, value: Any) -> bool:
+    """`value` as a bool: a number there is an argument in the wrong place."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {_shown(value)}")
+    return value
+
+
 def finite_number(name: str, value: Any) -> float:
     """`value` as a finite float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -103,6 +110,8 @@ def matrix(name: str, value: Any) -> Tensor:
     tensor = float_tensor(name, value)
     if tensor.dim() != 2:
         raise ValueError(f"{name}: expected a 2-D tensor, got shape {list(tensor.shape)}")
+    if 0 in tensor.shape:
+        raise ValueError(f"{name}: expected positive sizes, got shape {list(tensor.shape)}")
     return tensor
 
 
@@ -115,6 +124,8 @@ def tokens(name: str, value: Any, features: int | None = None) -> Tensor:
         raise ValueError(
             f"{name}: expected a last dimension of {features}, got shape {list(tensor.shape)}"
         )
+    if tensor.shape[-1] == 0:
+        raise ValueError(f"{name}: expected at least one feature, got shape {list(tensor.shape)}")
     return tensor
 
 
@@ -123,12 +134,6 @@ def factors(
 ) -> Geometry:
     """Check the three factors against the layer's sizes and return the geometry they describe."""
     A, B, C = matrix("dcft_A", A), matrix("dcft_B", B), matrix("dcft_C", C)
-    if C.shape[0] < 1 or C.shape[1] < 1:
-        raise ValueError(
-            f"dcft_C: expected shape [d_out, d_in] with d of at least 1, got {list(C.shape)}"
-        )
-    if A.shape[0] < 1:
-        raise ValueError(f"dcft_A: expected rank (rows) of at least 1, got {list(A.shape)}")
     kernel_size = (C.shape[0], C.shape[1])
     strides = stride_pair(stride, kernel_size)
     geometry = Geometry.build(in_features, out_features, A.shape[0], kernel_size, strides)

@@ -11,6 +11,8 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# The oracle's gradients on a GPU, see dcft_kernels.reference.materialised.
+torch.backends.cudnn.allow_tf32 = False
 torch.set_num_threads(1)
 # This also fills uninitialised memory with NaN, so an element that nothing wrote shows.
 torch.use_deterministic_algorithms(True)

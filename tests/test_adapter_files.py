@@ -281,10 +281,17 @@ def _fail_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int) -> None:
     monkeypatch.setattr(os, function, failing)
 
 
-@pytest.mark.parametrize("call", [1, 2], ids=["weights", "config"])
-@pytest.mark.parametrize("function", ["fdopen", "fsync", "chmod", "replace"])
+@pytest.mark.parametrize(
+    ("function", "call", "file"),
+    [
+        ("fsync", 1, "weights"),
+        ("fsync", 3, "config"),  # the second one flushes the directory
+        ("replace", 1, "weights"),
+        ("replace", 2, "config"),
+    ],
+)
 def test_a_failing_save_leaves_the_former_adapter(
-    base, adapted, folder, monkeypatch, function, call
+    base, adapted, folder, monkeypatch, function, call, file
 ):
     expected, listing = adapted(X), _listing(folder)
     _randomize(adapted)
@@ -300,7 +307,7 @@ def test_a_failing_save_leaves_the_former_adapter(
     after = _listing(folder)
     assert not [name for name in after if name.endswith(".tmp")]
     assert {name: after[name] for name in listing} == listing
-    assert len(after) - len(listing) == (call == 2)  # new weights that no config names yet
+    assert len(after) - len(listing) == (file == "config")  # new weights that no config names yet
     fresh = copy.deepcopy(base)
     load_adapter(fresh, folder)
     assert torch.equal(fresh(X), expected)
@@ -374,6 +381,29 @@ def _truncate(path: Path, share: float) -> None:
 
 def _damaged(damage: Callable[[Path], Any], error: type[Exception], text: str, name: str):
     return pytest.param(damage, error, text, id=name)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_model_without_data_is_not_loaded_into(tmp_path, swapped):
+    """Copying to the meta device would do nothing and say nothing."""
+    model = nn.Sequential(nn.Linear(16, 16))
+    names = swap_linear(model)
+    save_adapter(model, tmp_path)
+    target = nn.Sequential(nn.Linear(16, 16, device="meta"))
+    if swapped:
+        assert swap_linear(target) == names
+    _load_fails(target, tmp_path, ValueError, r"0(\.dcft_A)?: on the meta device")
+
+
+def test_values_that_the_model_cannot_hold_are_not_loaded(tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16))
+    swap_linear(model)
+    with torch.no_grad():
+        model[0].dcft_C.fill_(1e6)
+    save_adapter(model, tmp_path)
+    target = nn.Sequential(nn.Linear(16, 16))
+    swap_linear(target, adapter_dtype=torch.float16)
+    _load_fails(target, tmp_path, ValueError, r"0\.dcft_C: .* overflow torch\.float16")
 
 
 def _set(*keys: str, value: Any) -> Callable[[Path], None]:
@@ -480,6 +510,10 @@ DAMAGES = [
              r"layer 'block\.query': expected .*got \[1\]", "layer-list"),
     _damaged(_drop(*QUERY, "in_features"), ValueError,
              r"layer 'block\.query'.*(has no|missing).*in_features", "no-in-features"),
+    _damaged(_drop(*QUERY, "alpha"), ValueError,
+             r"layer 'block\.query': has no 'alpha'", "no-alpha"),
+    _damaged(_set(*QUERY, "backend", value="auto"), ValueError,
+             r"layer 'block\.query': has an unknown setting 'backend'", "unknown-setting"),
     _damaged(_set(*QUERY, "in_features", value="20"), ValueError,
              r"layer 'block\.query': in_features: expected a positive int, got '20'",
              "in-features-as-text"),
@@ -502,7 +536,7 @@ DAMAGES = [
              r"layer 'block\.query': init: expected one of 'paper', 'zero', got 'ones'",
              "other-init"),
     _damaged(_set(*QUERY, "temperature", value=1), ValueError,
-             r"layer 'block\.query': temperature: not a DCFT option", "unknown-option"),
+             r"layer 'block\.query': has an unknown setting 'temperature'", "unknown-option"),
     _damaged(_tensors(lambda t: t.pop("block.query.dcft_C")), ValueError,
              r"layer 'block\.query' has no tensor block\.query\.dcft_C", "missing-tensor"),
     _damaged(_tensors(lambda t: t.update(head=torch.ones(1))), ValueError,

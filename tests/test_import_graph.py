@@ -24,8 +24,6 @@ LAYERS: list[set[str]] = [
     {"adapter_files", "regularizer"},
     {""},
 ]
-# Loaded inside a function, only when asked for by name.
-LAZY = {("dispatch", "reference"), ("dispatch", "triton")}
 
 
 def source_files() -> list[Path]:

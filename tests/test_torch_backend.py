@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dcft_kernels import dcft_linear, dcft_update, delta_weight
-from dcft_kernels.torch_backend import windows
+from dcft_kernels.torch_backend import base_layer, windows
 from tests.adapter_cases import CASES, Case, Inputs, every_case, random_inputs
 from tests.error_budget import assert_within_budget
 
@@ -84,6 +84,28 @@ def test_float32_adapter_over_16_bit_base(case: Case, dtype: torch.dtype) -> Non
     assert run(inputs, case, "torch")[4].dtype == torch.float32
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("adapter_dtype", [None, torch.float32], ids=["", "fp32-adapter"])
+@every_dtype
+@every_case
+def test_parity_on_a_gpu(case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype | None) -> None:
+    inputs = random_inputs(case, (33,), dtype, adapter_dtype)
+    check(Inputs(*(tensor.cuda() for tensor in inputs)), case)
+
+
+@pytest.mark.gpu
+def test_dropout_on_a_gpu_is_the_references() -> None:
+    inputs = Inputs(*(tensor.cuda() for tensor in random_inputs(PAPER, (33,))))
+    results = []
+    for backend in ("torch", "reference"):
+        torch.manual_seed(7)
+        wanted = inputs.requiring()
+        y = dcft_linear(*wanted.operands, dropout_p=0.5, backend=backend)
+        results.append((y.detach(), *torch.autograd.grad(y, wanted.operands, wanted.grad)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kernel", [8, 16], ids=["spread", "batched"])
 def test_many_blocks_of_rows(
@@ -93,6 +115,17 @@ def test_many_blocks_of_rows(
     monkeypatch.setattr(windows, "_BLOCK_ELEMENTS", 48 * 10)
     case = Case(48, 64, 1, (kernel, kernel), (kernel, kernel))
     check(random_inputs(case, (37,), dtype), case)
+
+
+@pytest.mark.parametrize("slow_16_bit", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_both_ways_to_the_input_gradient(
+    slow_16_bit: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without 16-bit products in the processor; the last block of rows is shorter."""
+    monkeypatch.setattr(base_layer, "_SLOW_16_BIT", slow_16_bit)
+    monkeypatch.setattr(base_layer, "_BLOCK_ELEMENTS", 48 * 10)
+    check(random_inputs(PAPER, (33,), dtype), PAPER)
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (1,), (3, 0, 2), (2, 3, 4)], ids=str)

@@ -3,6 +3,9 @@
 Plain differentiable PyTorch, so autograd, double backward, `torch.func` transforms and every float
 dtype up to float64 work. It costs three full matrix products a layer and a dense gradient of `DW`:
 it is what the other backends are checked against and measured against, not what to train with.
+
+As a float32 oracle on a GPU it needs `torch.backends.cudnn.allow_tf32 = False`: by default, cuDNN's
+convolutions round their operands to ten bits.
 """
 
 from __future__ import annotations

@@ -11,6 +11,10 @@ Three operators in the namespace `dcft_kernels`, opaque to the compiler and clea
 (as passed, no copy; not even it when neither `A` nor the weight is trained), `U`, the parameters
 and, with dropout, the 8-byte seed; and of these only what the gradients asked for need.
 
+Outside of a compiler, `linear` and `update` call the operators' kernels and gradient formulas from
+an ordinary `autograd.Function`: the way through the dispatcher and back into Python, twice in each
+direction, costs as much as a small layer.
+
 Under `create_graph=True` the backward pass runs as ordinary differentiable operations on the same
 saved tensors instead of through the opaque operator, so double backward works. The transforms of
 `torch.func` (vmap, grad, jvp) have no rule for these operators: `dispatch` says so, and functions
@@ -53,13 +57,21 @@ _LIBRARY.define(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
     """`x W^T + b + dropout(x) DW^T`; `x [T, n]`, result `[T, m]`."""
-    y, _ = torch.ops.dcft_kernels.linear(x, weight, bias, *_flatten(adapter))
+    arguments = (x, weight, bias, *_flatten(adapter))
+    if torch.compiler.is_compiling():
+        y, _ = torch.ops.dcft_kernels.linear(*arguments)
+    else:
+        y, _ = _EagerLinear.apply(*arguments)
     return y
 
 
 def update(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
     """`y + dropout(x) DW^T`; `y [T, m]`, `x [T, n]`."""
-    out, _ = torch.ops.dcft_kernels.update(y, x, *_flatten(adapter))
+    arguments = (y, x, *_flatten(adapter))
+    if torch.compiler.is_compiling():
+        out, _ = torch.ops.dcft_kernels.update(*arguments)
+    else:
+        out, _ = _EagerUpdate.apply(*arguments)
     return out
 
 
@@ -179,8 +191,10 @@ def _save(
     )
 
 
-def _gradients(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> Gradients:
-    """The backward pass: the opaque operator, unless it is to be differentiated itself."""
+def _gradients(
+    ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None, *, traceable: bool
+) -> Gradients:
+    """The backward pass; `traceable` if a compiler may be looking, which must see an operator."""
     x, u, weight, *factors_and_seed = ctx.saved_tensors
     arguments = (*factors_and_seed, *ctx.numbers)
     if grad_y is None:
@@ -188,7 +202,7 @@ def _gradients(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> Gradie
             return Gradients()
         # Only a double backward reaches U and not y.
         grad_y = grad_u.new_zeros(grad_u.shape[0], ctx.out_features)
-    if torch.is_grad_enabled():
+    if not traceable or torch.is_grad_enabled():
         adapter = _unflatten(arguments, ctx.in_features, grad_y.shape[1])
         with autocast.suspended(grad_y):
             return passes.backward(grad_y, x, u, weight, adapter, ctx.needs, grad_u)
@@ -211,7 +225,11 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def _linear_autograd(
     ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    return (*_gradients(ctx, grad_y, grad_u), None, None, None, None)
+    return _linear_formula(_gradients(ctx, grad_y, grad_u, traceable=True))
+
+
+def _linear_formula(gradients: Gradients) -> tuple[Tensor | None, ...]:
+    return (*gradients, None, None, None, None)
 
 
 def _update_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -225,8 +243,39 @@ def _update_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def _update_autograd(
     ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    gradients = _gradients(ctx, grad_y, grad_u)
+    return _update_formula(grad_y, _gradients(ctx, grad_y, grad_u, traceable=True))
+
+
+def _update_formula(grad_y: Tensor | None, gradients: Gradients) -> tuple[Tensor | None, ...]:
     return (grad_y, gradients.x, gradients.A, gradients.B, gradients.C, None, None, None, None)
+
+
+class _EagerLinear(torch.autograd.Function):
+    """`linear` outside of a compiler: the same kernel and formula, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        output = _linear_kernel(*arguments)
+        _linear_setup(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> Any:
+        return _linear_formula(_gradients(ctx, grad_y, grad_u, traceable=False))
+
+
+class _EagerUpdate(torch.autograd.Function):
+    """`update` outside of a compiler, likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        output = _update_kernel(*arguments)
+        _update_setup(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> Any:
+        return _update_formula(grad_y, _gradients(ctx, grad_y, grad_u, traceable=False))
 
 
 torch.library.register_autograd(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.dropout import drop, keep_scale
+from dcft_kernels.torch_backend.base_layer import base_grad_input
 from dcft_kernels.torch_backend.windows import expand_, factor_grad, shrink, spread
 
 
@@ -77,12 +78,15 @@ def backward(
         needs: which gradients to compute.
         grad_U: `[T, k, d_in]`, gradient of `U` as an output: only a double backward has one.
     """
-    A, B, C, scaling, geometry, dropout_p, seed = adapter
+    _, B, C, scaling, geometry, dropout_p, seed = adapter
     inputs, outputs = geometry.inputs, geometry.outputs
+    mask = None
+    if seed is not None and (needs.x or needs.A):
+        mask = keep_scale(seed, dropout_p, (g.shape[0], inputs.size), g.dtype, g.device)
     grad_x = grad_A = grad_B = grad_C = None
 
     if needs.x or needs.A or needs.C:
-        Vb = shrink(g, scaling * B.t(), outputs)  # [T, k, d_out]
+        Vb = shrink(g, _scaled(B.t(), scaling), outputs)  # [T, k, d_out]
         if needs.C:
             flat_U = _saved(U).to(Vb.dtype).flatten(0, 1)
             grad_C = (Vb.flatten(0, 1).t() @ flat_U).to(C.dtype)
@@ -91,10 +95,10 @@ def backward(
             if grad_U is not None:
                 Ub = Ub + grad_U
             if needs.A:
-                dropped = drop(_saved(x), dropout_p, seed)
-                grad_A = factor_grad(dropped, Ub, inputs).to(A.dtype)
+                dropped = _saved(x) if mask is None else _saved(x) * mask
+                grad_A = factor_grad(dropped, Ub, inputs).to(adapter.A.dtype)
             if needs.x:
-                grad_x = _grad_input(g, Ub, weight, adapter)
+                grad_x = _grad_input(g, Ub, weight, adapter, mask)
     if needs.B:
         grad_B = factor_grad(g, _mix(_saved(U), adapter), outputs).t().to(B.dtype)
 
@@ -134,7 +138,11 @@ def _saved(tensor: Tensor | None) -> Tensor:
 
 def _mix(U: Tensor, adapter: Adapter) -> Tensor:
     """`V[t, κ, q] = s sum_p C[q, p] U[t, κ, p]`."""
-    return _on_windows(U, (adapter.scaling * adapter.C).to(U.dtype).t())
+    return _on_windows(U, _scaled(adapter.C.t(), adapter.scaling).to(U.dtype))
+
+
+def _scaled(factor: Tensor, scaling: float) -> Tensor:
+    return factor if scaling == 1.0 else scaling * factor
 
 
 def _on_windows(v: Tensor, matrix: Tensor) -> Tensor:
@@ -142,15 +150,14 @@ def _on_windows(v: Tensor, matrix: Tensor) -> Tensor:
     return (v.flatten(0, 1) @ matrix).unflatten(0, v.shape[:2])
 
 
-def _grad_input(g: Tensor, Ub: Tensor, weight: Tensor | None, adapter: Adapter) -> Tensor:
+def _grad_input(
+    g: Tensor, Ub: Tensor, weight: Tensor | None, adapter: Adapter, mask: Tensor | None
+) -> Tensor:
     """`gx [T, n]`: the base layer's part, if there is a base, and the adapter's through dropout."""
     inputs = adapter.geometry.inputs
     shape = (g.shape[0], inputs.size)
-    if adapter.seed is None:
-        grad_x = g.new_zeros(shape) if weight is None else g @ weight
+    if mask is None:
+        grad_x = g.new_zeros(shape) if weight is None else base_grad_input(g, weight)
         return expand_(grad_x, Ub, adapter.A, inputs)
-    through_adapter = expand_(g.new_zeros(shape), Ub, adapter.A, inputs)
-    through_adapter = through_adapter * keep_scale(
-        adapter.seed, adapter.dropout_p, shape, g.dtype, g.device
-    )
-    return through_adapter if weight is None else through_adapter.addmm_(g, weight)
+    through_adapter = expand_(g.new_zeros(shape), Ub, adapter.A, inputs) * mask
+    return through_adapter if weight is None else through_adapter + base_grad_input(g, weight)

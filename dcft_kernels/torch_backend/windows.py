@@ -48,8 +48,8 @@ def spread(factor: Tensor, side: Side) -> Tensor:
     """The matrix `[k*w, size]` with `spread(f)[κ*w + r, l*s + r] = f[κ, l]` and zeros elsewhere."""
     rank, span = factor.shape[0], side.span
     matrix = factor.new_zeros(rank * side.width, span)
-    _entries(matrix, rank, side).copy_(factor[:, None, :].expand(-1, side.width, -1))
-    return matrix[:, : side.size]
+    _entries(matrix, rank, side).copy_(factor.unsqueeze(1))
+    return matrix if span == side.size else matrix[:, : side.size]
 
 
 def shrink(z: Tensor, factor: Tensor, side: Side) -> Tensor:

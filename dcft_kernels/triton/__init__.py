@@ -7,6 +7,6 @@ compiler absolutely (`import triton`), and the package never binds this module a
 from __future__ import annotations
 
 
-def why_unavailable() -> str | None:
-    """The reason why `backend="triton"` cannot run here, or None if it can."""
+def why_unavailable() -> str:
+    """The reason why `backend="triton"` cannot run here."""
     return "this release of dcft_kernels has no Triton kernels yet"
