@@ -8,8 +8,8 @@ from torch import Tensor
 # Elements of the float32 copy of a block of weight rows: 4 MiB.
 _BLOCK_ELEMENTS = 1 << 20
 
-# Below AVX-512, PyTorch has no 16-bit matrix product for the layout of `g @ W` but a scalar loop.
-# In the stored benchmark rows, a frozen layer's step takes some seventy times as long as in float32.
+# Below AVX-512, PyTorch has no 16-bit matrix product for the layout of `g @ W` but a scalar loop:
+# a frozen layer's step takes some seventy times as long as in float32 (benchmarks/results).
 _SLOW_16_BIT = not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
