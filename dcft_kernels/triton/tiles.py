@@ -1,0 +1,106 @@
+"""Which tile each kernel runs with: looked up in `tiles.json`, one table per architecture.
+
+`python -m benchmarks.tune` measures candidates on a GPU and rewrites the table. Nothing is tuned at
+run time: the first step of a new shape costs a compilation of its kernel at most, never a search.
+
+A table is keyed by kernel, by bytes an element of the tokens (2 or 4), and by the columns that
+the tokens are shrunk to (`layout.Layout.columns`); a call takes the entry of the least columns that
+hold its own. A GPU that has no table of its own takes that of the nearest older one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+TABLE = Path(__file__).with_name("tiles.json")
+
+KERNELS = ("shrink_expand", "backward", "fused_linear", "expand", "expand_backward")
+
+
+class Tile(NamedTuple):
+    """The shape of one program, and how it is compiled."""
+
+    tokens: int  # rows of x, g and y that a program holds (rows of DW: expand, expand_backward)
+    features: int  # columns of x, g or W that it takes a step of its loop
+    outputs: int  # columns of the result that it owns; 0 where it owns whole rows
+    programs: int  # programs to a multiprocessor, each looping over row blocks; 0: one a block
+    warps: int
+    stages: int
+
+
+# Set by `as_architecture`: what to look up instead of the device's own.
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def as_architecture(name: str) -> Iterator[None]:
+    """Use the table of another architecture: to compile for a GPU that is not there."""
+    global _forced
+    if name not in architectures():
+        raise ValueError(f"name: expected one of {', '.join(architectures())}, got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@functools.lru_cache(maxsize=1)
+def _table() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
+    with TABLE.open(encoding="utf-8") as file:
+        return json.load(file)
+
+
+def architectures() -> tuple[str, ...]:
+    """Names of the architectures that have a table; `interpreter` is for tests on the CPU."""
+    return tuple(_table())
+
+
+@functools.lru_cache(maxsize=None)
+def _device_architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return "gfx942"
+    capability = properties.major * 10 + properties.minor
+    known = [int(name[3:]) for name in architectures() if name.startswith("sm_")]
+    return f"sm_{max([k for k in known if k <= capability], default=min(known))}"
+
+
+def architecture(device: torch.device) -> str:
+    """The table for a device: of its own architecture, or of the nearest older one."""
+    if _forced is not None:
+        return _forced
+    if device.type != "cuda":
+        return "interpreter"
+    return _device_architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.lru_cache(maxsize=None)
+def entries(arch: str, kernel: str, itemsize: int) -> dict[int, Tile]:
+    """The tiles of a kernel by number of columns, least first."""
+    rows = _table()[arch][kernel][str(itemsize)]
+    return {int(columns): Tile(*rows[columns]) for columns in sorted(rows, key=int)}
+
+
+@functools.lru_cache(maxsize=None)
+def lookup(arch: str, kernel: str, itemsize: int, columns: int) -> Tile:
+    """The tile for a call whose tokens are shrunk to `columns`."""
+    for most, tile in entries(arch, kernel, itemsize).items():
+        if columns <= most:
+            return tile
+    raise ValueError(f"columns: no tile of {kernel} on {arch} holds {columns}")
+
+
+@functools.lru_cache(maxsize=None)
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a persistent kernel run at once, one to a multiprocessor."""
+    if device.type != "cuda" or _forced is not None:
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,159 @@
+"""Pieces of kernels: how a tile of tokens meets a factor, on one side of `DW`.
+
+A side has `L` windows of `WIDTH` features every `STRIDE` (see `dcft_kernels.geometry`) and a factor
+`f [K, L]`: `A` on the input side, `B^T` on the output side. Kernels walk over a side in tiles of
+`BLOCK_L` windows. Inside a tile, the feature axis has `BLOCK_L * WP` columns, column `l*WP + r` being
+the r-th feature of the tile's l-th window, where `WP` is `WIDTH` padded to a power of two; and what is
+shrunk to the factor's columns has `KP * WP` of them, column `κ*WP + r`, where `KP` pads `K`. A padded
+entry holds zero on every side of every product, so it changes nothing.
+
+The product with a factor is a matrix product with `spread(f) [BLOCK_L*WP, KP*WP]`, which is
+`kron(f^T, I)`: `KP * WP >= 16` columns, what a matrix unit takes at once, so it costs about as
+much as reading the tokens does. It is built in registers out of `BLOCK_L * KP` loaded values.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def window_features(
+    tile, L, size, WIDTH: tl.constexpr, STRIDE: tl.constexpr, WP: tl.constexpr, BLOCK_L: tl.constexpr
+):
+    """Features of the tile's columns and which of them exist, both `[BLOCK_L*WP]`.
+
+    Overlapping windows share features: such a side is read more than once, from the caches.
+    """
+    column = tl.arange(0, BLOCK_L * WP)
+    if STRIDE == WIDTH and WIDTH == WP:  # contiguous, which wide loads need to see
+        features = tile * (BLOCK_L * WP) + column
+        return features, features < size
+    window = tile * BLOCK_L + column // WP
+    offset = column % WP
+    features = window * STRIDE + offset
+    return features, (features < size) & (offset < WIDTH) & (window < L)
+
+
+@triton.jit
+def factor_tile(
+    f_ptr, stride_fk, stride_fl,
+    tile, L,
+    K: tl.constexpr, KP: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """The factor's values for a tile of windows, `[BLOCK_L, KP]`, in the factor's dtype."""
+    window = tile * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
+    kappa = tl.arange(0, KP)[None, :]
+    where = f_ptr + window.to(tl.int64) * stride_fl + kappa * stride_fk
+    return tl.load(where, mask=(window < L) & (kappa < K), other=0.0)
+
+
+@triton.jit
+def spread(values, WP: tl.constexpr, KP: tl.constexpr, BLOCK_L: tl.constexpr):
+    """`[BLOCK_L, KP]` to `[BLOCK_L*WP, KP*WP]`: entry `(l*WP+r, κ*WP+r')` is `f[κ, l]` if `r = r'`."""
+    offset = tl.arange(0, WP)
+    same = offset[None, :, None, None] == offset[None, None, None, :]
+    entries = tl.where(same, values[:, None, :, None], 0.0)
+    return tl.reshape(entries, [BLOCK_L * WP, KP * WP])
+
+
+@triton.jit
+def collapse(matrix, WP: tl.constexpr, KP: tl.constexpr, BLOCK_L: tl.constexpr):
+    """`[BLOCK_L*WP, KP*WP]` to `[BLOCK_L, KP]`: the sum over `r` of the entries `(l*WP+r, κ*WP+r)`.
+
+    The adjoint of `spread`: from the dense `z^T v` to the gradient of the factor.
+    """
+    offset = tl.arange(0, WP)
+    same = offset[None, :, None, None] == offset[None, None, None, :]
+    entries = tl.reshape(matrix, [BLOCK_L, WP, KP, WP])
+    return tl.sum(tl.sum(tl.where(same, entries, 0.0), axis=3), axis=1)
+
+
+@triton.jit
+def expand_tiles(
+    L, size, WIDTH: tl.constexpr, STRIDE: tl.constexpr, WP: tl.constexpr, BLOCK_L: tl.constexpr
+):
+    """How many tiles it takes to write a whole side with `expand_matrix`."""
+    if STRIDE == WIDTH:
+        return tl.cdiv(L, BLOCK_L)
+    return tl.cdiv(size, BLOCK_L * WP)
+
+
+@triton.jit
+def expand_matrix(
+    f_ptr, stride_fk, stride_fl,
+    tile, L, size,
+    dtype: tl.constexpr,
+    WIDTH: tl.constexpr, STRIDE: tl.constexpr, K: tl.constexpr,
+    WP: tl.constexpr, KP: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Features of a tile to write, which exist, and the matrix `[KP*WP, BLOCK_L*WP]` that expands.
+
+    Windows that tile the side: the transposed `spread`. Overlapping windows: the tile is a stretch
+    of features, each of which gathers its value from every window over it, so that no two programs
+    write to one place.
+    """
+    if STRIDE == WIDTH:
+        features, valid = window_features(tile, L, size, WIDTH, STRIDE, WP, BLOCK_L)
+        values = factor_tile(f_ptr, stride_fk, stride_fl, tile, L, K, KP, BLOCK_L)
+        return features, valid, tl.trans(spread(values, WP, KP, BLOCK_L).to(dtype))
+    features = tile * (BLOCK_L * WP) + tl.arange(0, BLOCK_L * WP)
+    column = tl.arange(0, KP * WP)
+    kappa = column // WP
+    offset = column % WP
+    start = features[None, :] - offset[:, None]
+    window = start // STRIDE
+    covers = (start >= 0) & (start % STRIDE == 0) & (window < L)
+    covers = covers & (offset < WIDTH)[:, None] & (kappa < K)[:, None]
+    where = f_ptr + window.to(tl.int64) * stride_fl + kappa[:, None] * stride_fk
+    return features, features < size, tl.load(where, mask=covers, other=0.0).to(dtype)
+
+
+@triton.jit
+def mixing_matrix(
+    C_ptr, stride_from, stride_to,
+    scaling,
+    WIDTH_FROM: tl.constexpr, WIDTH_TO: tl.constexpr,
+    WP_FROM: tl.constexpr, WP_TO: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """`scaling * kron(I, C)` over `GROUP` ranks, `[GROUP*WP_FROM, GROUP*WP_TO]`, in float32.
+
+    `GROUP` ranks together have the 16 columns that a matrix product takes; see `mix`.
+    """
+    row = tl.arange(0, GROUP * WP_FROM)[:, None]
+    column = tl.arange(0, GROUP * WP_TO)[None, :]
+    source = row % WP_FROM
+    target = column % WP_TO
+    same = (row // WP_FROM == column // WP_TO) & (source < WIDTH_FROM) & (target < WIDTH_TO)
+    C = tl.load(C_ptr + source * stride_from + target * stride_to, mask=same, other=0.0)
+    return C.to(tl.float32) * scaling
+
+
+@triton.jit
+def mix(
+    v, matrix,
+    WP_FROM: tl.constexpr, WP_TO: tl.constexpr,
+    KP: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Apply `C` to every rank: `[BLOCK_T, KP*WP_FROM]` to `[BLOCK_T, KP*WP_TO]`, in float32."""
+    ranks = tl.reshape(v, [BLOCK_T * KP // GROUP, GROUP * WP_FROM])
+    mixed = tl.dot(ranks, matrix, input_precision="ieee")
+    return tl.reshape(mixed, [BLOCK_T, KP * WP_TO])
+
+
+@triton.jit
+def rank_columns(
+    t, stride_t, WIDTH: tl.constexpr, K: tl.constexpr, WP: tl.constexpr, KP: tl.constexpr
+):
+    """Offsets and existence of the columns `κ*WIDTH + r` of a `[T, K*WIDTH]` tensor, for a tile.
+
+    Args:
+        t: `[BLOCK_T]`, int64 token numbers.
+        stride_t: of the tensor, whose columns are contiguous.
+    """
+    column = tl.arange(0, KP * WP)
+    kappa = column // WP
+    offset = column % WP
+    offsets = t[:, None] * stride_t + (kappa * WIDTH + offset)[None, :]
+    return offsets, ((kappa < K) & (offset < WIDTH))[None, :]
