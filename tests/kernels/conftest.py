@@ -1,0 +1,28 @@
+"""The kernels' tests run twice: on CPU tensors under Triton's interpreter, and on a GPU.
+
+`TRITON_INTERPRET=1` must be set before Triton is imported, so the interpreter's run is a process of
+its own: `make test` runs both. Without it the tests in this folder need a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/kernels/" in item.path.as_posix():
+            item.add_marker(pytest.mark.interpreter if INTERPRETED else pytest.mark.gpu)
+            if not INTERPRETED and not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, or TRITON_INTERPRET=1"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run: the CPU under the interpreter, else the GPU."""
+    return torch.device("cpu" if INTERPRETED else "cuda")
