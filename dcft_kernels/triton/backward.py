@@ -1,0 +1,344 @@
+"""Backward by row blocks: one launch reads `g` once and `x` once, and writes the adapter's `gx`.
+
+Gradients of the factors are sums over all tokens. Every program sums its own share into its own
+slice of a buffer, and a second, small launch adds the slices: no atomics, so results repeat to
+the bit. The number of programs is bounded by the GPU's size, and the buffer with it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dcft_kernels.adapter import Adapter
+from dcft_kernels.triton.launching import dot_precision, on_device_of, strides_or_zeros
+from dcft_kernels.triton.layout import layout_of, windows_per_tile
+from dcft_kernels.triton.philox import keep
+from dcft_kernels.triton.tiles import architecture, lookup, multiprocessors
+from dcft_kernels.triton.windows import (
+    collapse,
+    expand_matrix,
+    expand_tiles,
+    factor_tile,
+    mix,
+    mixing_matrix,
+    rank_columns,
+    spread,
+    window_features,
+)
+
+
+@triton.jit
+def _add_to_partial(
+    partial_ptr, values, tile, L, stride_l, stride_k, is_first,
+    K: tl.constexpr, KP: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Add a tile's `[BLOCK_L, KP]` gradient values to this program's slice of the buffer."""
+    window = tile * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
+    kappa = tl.arange(0, KP)[None, :]
+    mask = (window < L) & (kappa < K)
+    where = partial_ptr + window * stride_l + kappa * stride_k
+    # The buffer starts uninitialised: the first row block sets what later ones add to.
+    before = tl.load(where, mask=mask & (is_first == 0), other=0.0)
+    tl.store(where, before + values, mask=mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _backward_kernel(
+    g_ptr, stride_gt, stride_gm,
+    x_ptr, stride_xt, stride_xn,
+    u_ptr, stride_ut,
+    ub_ptr, stride_ubt,
+    A_ptr, stride_ak, stride_al,
+    B_ptr, stride_bk, stride_bl,
+    C_ptr, stride_cq, stride_cp,
+    gx_ptr, stride_gxt, stride_gxn,
+    partial_ptr, stride_partial, offset_b, offset_c,
+    seed_ptr, p, scaling,
+    T, n, m, I, J,
+    K: tl.constexpr, KP: tl.constexpr,
+    W_IN: tl.constexpr, S_IN: tl.constexpr, WP_IN: tl.constexpr, L_IN: tl.constexpr,
+    W_OUT: tl.constexpr, S_OUT: tl.constexpr, WP_OUT: tl.constexpr, L_OUT: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_T: tl.constexpr,
+    READ_G: tl.constexpr, WRITE_UB: tl.constexpr, WRITE_GX: tl.constexpr,
+    NEED_A: tl.constexpr, NEED_B: tl.constexpr, NEED_C: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All that the adapter's backward pass does with a block of rows.
+
+        Vb = scaling * shrink(g, B^T)     gB^T = factor_grad(g, V),  V = scaling * C U
+        gC = sum over t, κ of Vb U        Ub = C^T Vb
+        gA = factor_grad(dropout(x), Ub)  gx = mask * expand(Ub, A)
+
+    | tensor | shape | |
+    | --- | --- | --- |
+    | `g` | `[T, m]` | read once (`READ_G`) |
+    | `x` | `[T, n]` | read once (`NEED_A`) |
+    | `U` | `[T, K*W_IN]` | read (`NEED_B` or `NEED_C`) |
+    | `Ub` | `[T, K*W_IN]` | written (`WRITE_UB`), or read where `g` is not: grouped layers |
+    | `gx` | `[T, n]` | written once (`WRITE_GX`) |
+    | `partial` | `[programs, ...]` | gradients of A `[K, I]`, B `[J, K]`, C `[W_OUT, W_IN]`, float32 |
+
+    Grid: `(programs,)`, each owning every programs-th block of `BLOCK_T` whole rows. All sums are
+    in float32; `V`, `Vb` and `Ub` are rounded to the tokens' dtype for the matrix unit.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    CONTIGUOUS: tl.constexpr = S_IN == W_IN and W_IN == WP_IN and (L_IN * WP_IN) % 4 == 0
+    NEED_UB: tl.constexpr = NEED_A or WRITE_GX or WRITE_UB
+    partial_ptr += program.to(tl.int64) * stride_partial
+    grad_C = tl.zeros([GROUP * WP_OUT, GROUP * WP_IN], tl.float32)
+
+    for block in range(program, tl.cdiv(T, BLOCK_T), programs):
+        is_first = (block == program).to(tl.int32)
+        t = tl.cast(block, tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        row = t[:, None]
+        inside = row < T
+
+        if READ_G:
+            dtype: tl.constexpr = g_ptr.dtype.element_ty
+            if NEED_B or NEED_C:
+                u_offsets, u_valid = rank_columns(t, stride_ut, W_IN, K, WP_IN, KP)
+                u = tl.load(u_ptr + u_offsets, mask=inside & u_valid, other=0.0).to(tl.float32)
+            if NEED_B:
+                C = mixing_matrix(
+                    C_ptr, stride_cp, stride_cq, scaling, W_IN, W_OUT, WP_IN, WP_OUT, GROUP
+                )
+                v = mix(u, C, WP_IN, WP_OUT, KP, GROUP, BLOCK_T).to(dtype)
+            vb = tl.zeros([BLOCK_T, KP * WP_OUT], tl.float32)
+            for tile in range(tl.cdiv(J, L_OUT)):
+                features, valid = window_features(tile, J, m, W_OUT, S_OUT, WP_OUT, L_OUT)
+                g = tl.load(
+                    g_ptr + row * stride_gt + features[None, :].to(tl.int64) * stride_gm,
+                    mask=inside & valid[None, :],
+                    other=0.0,
+                )  # [BLOCK_T, L_OUT*WP_OUT]
+                if NEED_UB or NEED_C:
+                    values = factor_tile(B_ptr, stride_bk, stride_bl, tile, J, K, KP, L_OUT)
+                    matrix = spread(values, WP_OUT, KP, L_OUT).to(dtype)
+                    vb = tl.dot(g, matrix, vb, input_precision=PRECISION)
+                if NEED_B:
+                    dense = tl.dot(tl.trans(g), v, input_precision=PRECISION)
+                    _add_to_partial(
+                        partial_ptr + offset_b, collapse(dense, WP_OUT, KP, L_OUT),
+                        tile, J, K, 1, is_first, K, KP, L_OUT,
+                    )  # fmt: skip
+            vb *= scaling
+            if NEED_C:
+                grad_C = tl.dot(
+                    tl.trans(tl.reshape(vb, [BLOCK_T * KP // GROUP, GROUP * WP_OUT])),
+                    tl.reshape(u, [BLOCK_T * KP // GROUP, GROUP * WP_IN]),
+                    grad_C,
+                    input_precision="ieee",
+                )
+            if NEED_UB:
+                CT = mixing_matrix(
+                    C_ptr, stride_cq, stride_cp, 1.0, W_OUT, W_IN, WP_OUT, WP_IN, GROUP
+                )
+                ub = mix(vb, CT, WP_OUT, WP_IN, KP, GROUP, BLOCK_T).to(dtype)
+            if WRITE_UB:
+                ub_offsets, ub_valid = rank_columns(t, stride_ubt, W_IN, K, WP_IN, KP)
+                tl.store(ub_ptr + ub_offsets, ub, mask=inside & ub_valid)
+        else:
+            dtype: tl.constexpr = ub_ptr.dtype.element_ty
+            ub_offsets, ub_valid = rank_columns(t, stride_ubt, W_IN, K, WP_IN, KP)
+            ub = tl.load(ub_ptr + ub_offsets, mask=inside & ub_valid, other=0.0)
+
+        if NEED_A:
+            for tile in range(tl.cdiv(I, L_IN)):
+                features, valid = window_features(tile, I, n, W_IN, S_IN, WP_IN, L_IN)
+                x = tl.load(
+                    x_ptr + row * stride_xt + features[None, :].to(tl.int64) * stride_xn,
+                    mask=inside & valid[None, :],
+                    other=0.0,
+                )  # [BLOCK_T, L_IN*WP_IN]
+                if HAS_DROPOUT:
+                    kept = keep(
+                        tl.load(seed_ptr), p, t, features, CONTIGUOUS, BLOCK_T, L_IN * WP_IN
+                    )
+                    x = tl.where(kept, x, 0.0).to(dtype)
+                dense = tl.dot(tl.trans(x), ub, input_precision=PRECISION)
+                _add_to_partial(
+                    partial_ptr, collapse(dense, WP_IN, KP, L_IN),
+                    tile, I, 1, I, is_first, K, KP, L_IN,
+                )  # fmt: skip
+
+        if WRITE_GX:
+            for tile in range(expand_tiles(I, n, W_IN, S_IN, WP_IN, L_IN)):
+                features, valid, matrix = expand_matrix(
+                    A_ptr, stride_ak, stride_al, tile, I, n, dtype,
+                    W_IN, S_IN, K, WP_IN, KP, L_IN,
+                )  # fmt: skip
+                gx = tl.dot(ub, matrix, input_precision=PRECISION)  # [BLOCK_T, L_IN*WP_IN]
+                if HAS_DROPOUT:
+                    kept = keep(
+                        tl.load(seed_ptr), p, t, features,
+                        CONTIGUOUS or S_IN != W_IN, BLOCK_T, L_IN * WP_IN,
+                    )  # fmt: skip
+                    gx = tl.where(kept, gx, 0.0)
+                tl.store(
+                    gx_ptr + row * stride_gxt + features[None, :].to(tl.int64) * stride_gxn,
+                    gx.to(dtype),
+                    mask=inside & valid[None, :],
+                )
+
+        # What this program's threads have added to the buffer, all of them read in the next block.
+        tl.debug_barrier()
+
+    if NEED_C:
+        position_q = tl.arange(0, GROUP * WP_OUT)[:, None]
+        position_p = tl.arange(0, GROUP * WP_IN)[None, :]
+        same = position_q // WP_OUT == position_p // WP_IN
+        ranks = tl.reshape(tl.where(same, grad_C, 0.0), [GROUP, WP_OUT, GROUP, WP_IN])
+        total = tl.sum(tl.sum(ranks, axis=2), axis=0)  # [WP_OUT, WP_IN]
+        q = tl.arange(0, WP_OUT)[:, None]
+        r = tl.arange(0, WP_IN)[None, :]
+        tl.store(
+            partial_ptr + offset_c + q * W_IN + r, total, mask=(q < W_OUT) & (r < W_IN)
+        )
+
+
+@triton.jit
+def _sum_partials_kernel(
+    partial_ptr, stride_partial, programs,
+    a_ptr, b_ptr, c_ptr,
+    offset_b, offset_c, total,
+    BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
+    NEED_A: tl.constexpr, NEED_B: tl.constexpr, NEED_C: tl.constexpr,
+):  # fmt: skip
+    """`out[c] = sum over programs of partial[program, c]`, cut into the gradients of A, B and C.
+
+    | tensor | shape | |
+    | --- | --- | --- |
+    | `partial` | `[programs, total]` | read once |
+    | `a`, `b`, `c` | `[offset_b]`, `[offset_c - offset_b]`, `[total - offset_c]` | written once |
+
+    Grid: `(cdiv(total, BLOCK),)`. The sum is in float32 and in a fixed order.
+    """
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.arange(0, BLOCK_P)
+    sums = tl.zeros([BLOCK_P, BLOCK], tl.float32)
+    for start in range(0, programs, BLOCK_P):
+        where = (start + row)[:, None].to(tl.int64) * stride_partial + column[None, :]
+        mask = (start + row < programs)[:, None] & (column < total)[None, :]
+        sums += tl.load(partial_ptr + where, mask=mask, other=0.0)
+    result = tl.sum(sums, axis=0)
+    if NEED_A:
+        tl.store(a_ptr + column, result.to(a_ptr.dtype.element_ty), mask=column < offset_b)
+    if NEED_B:
+        mask = (column >= offset_b) & (column < offset_c)
+        tl.store(b_ptr + column - offset_b, result.to(b_ptr.dtype.element_ty), mask=mask)
+    if NEED_C:
+        mask = (column >= offset_c) & (column < total)
+        tl.store(c_ptr + column - offset_c, result.to(c_ptr.dtype.element_ty), mask=mask)
+
+
+# Columns and programs that a program of the reduction takes at a time.
+_SUM_BLOCK, _SUM_BLOCK_P = 32, 32
+
+
+def sum_partials(
+    partial: Tensor, like_A: Tensor | None, like_B: Tensor | None, like_C: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Sum per-program gradients.
+
+    Args:
+        partial: `[programs, columns]`, float32: side by side the flattened gradients of those of
+            the three factors that are not None.
+        like_A: the factor whose gradient comes first, for its shape and dtype; None to leave out.
+        like_B: likewise.
+        like_C: likewise.
+
+    Returns:
+        The gradients, contiguous, in their factors' dtypes; None for None.
+    """
+    grads = [
+        None if like is None else torch.empty_like(like, memory_format=torch.contiguous_format)
+        for like in (like_A, like_B, like_C)
+    ]
+    sizes = [0 if grad is None else grad.numel() for grad in grads]
+    if sum(sizes) == 0:
+        return tuple(grads)
+    programs, total = partial.shape
+    with on_device_of(partial):
+        _sum_partials_kernel[(triton.cdiv(total, _SUM_BLOCK),)](
+            partial, partial.stride(0), programs,
+            *grads,
+            sizes[0], sizes[0] + sizes[1], total,
+            BLOCK=_SUM_BLOCK, BLOCK_P=_SUM_BLOCK_P,
+            NEED_A=sizes[0] > 0, NEED_B=sizes[1] > 0, NEED_C=sizes[2] > 0,
+            num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return tuple(grads)
+
+
+def backward(
+    adapter: Adapter,
+    *,
+    g: Tensor | None = None,
+    x: Tensor | None = None,
+    u: Tensor | None = None,
+    ub: Tensor | None = None,
+    gx: Tensor | None = None,
+    needs_A: bool = False,
+    needs_B: bool = False,
+    needs_C: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the factors that are needed, and the adapter's part of `gx`.
+
+    Args:
+        adapter: as in the forward; its `seed`, if any, on the tokens' device.
+        g: `[T, m]`, or None to start from `ub`.
+        x: `[T, n]`; for `needs_A`.
+        u: `[T, K*d_in]`, from the forward; for `needs_B` and `needs_C`.
+        ub: `[T, K*d_in]`: written if `g` is given, else read.
+        gx: `[T, n]`, written; None where it is not needed.
+        needs_A: whether to compute the gradient of `A`; the others likewise.
+        needs_B: likewise; needs `g`.
+        needs_C: likewise; needs `g`.
+
+    Returns:
+        The gradients of `A`, `B` and `C` in their dtypes, None where not needed.
+    """
+    geometry, layout = adapter.geometry, layout_of(adapter.geometry)
+    inputs, outputs = geometry.inputs, geometry.outputs
+    tokens_like = ub if g is None else g
+    tokens = tokens_like.shape[0]
+    device, dtype = tokens_like.device, tokens_like.dtype
+    tile = lookup(architecture(device), "backward", dtype.itemsize, layout.columns)
+    blocks = triton.cdiv(tokens, tile.tokens)
+    programs = min(blocks, tile.programs * multiprocessors(device))
+    like_A = adapter.A if needs_A else None
+    like_B = adapter.B if needs_B else None
+    like_C = adapter.C if needs_C else None
+    sizes = [0 if like is None else like.numel() for like in (like_A, like_B, like_C)]
+    partial = torch.empty((programs, sum(sizes)), dtype=torch.float32, device=device)
+    dropout = adapter.seed is not None and (needs_A or gx is not None)
+    with on_device_of(tokens_like):
+        _backward_kernel[(programs,)](
+            g, *strides_or_zeros(g, 2),
+            x if needs_A else None, *strides_or_zeros(x if needs_A else None, 2),
+            u if needs_B or needs_C else None, 0 if u is None else u.stride(0),
+            ub, 0 if ub is None else ub.stride(0),
+            adapter.A, *adapter.A.stride(),
+            adapter.B, *adapter.B.stride()[::-1],
+            adapter.C, *adapter.C.stride(),
+            gx, *strides_or_zeros(gx, 2),
+            partial, partial.stride(0), sizes[0], sizes[0] + sizes[1],
+            adapter.seed if dropout else None, adapter.dropout_p, adapter.scaling,
+            tokens, inputs.size, outputs.size, inputs.windows, outputs.windows,
+            K=geometry.rank, KP=layout.KP,
+            W_IN=inputs.width, S_IN=inputs.stride, WP_IN=layout.WP_IN,
+            L_IN=windows_per_tile(tile.features, layout.WP_IN),
+            W_OUT=outputs.width, S_OUT=outputs.stride, WP_OUT=layout.WP_OUT,
+            L_OUT=windows_per_tile(tile.features, layout.WP_OUT),
+            GROUP=layout.GROUP, BLOCK_T=tile.tokens,
+            READ_G=g is not None, WRITE_UB=g is not None and ub is not None,
+            WRITE_GX=gx is not None,
+            NEED_A=needs_A, NEED_B=needs_B, NEED_C=needs_C,
+            HAS_DROPOUT=dropout, PRECISION=dot_precision(dtype),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return sum_partials(partial, like_A, like_B, like_C)

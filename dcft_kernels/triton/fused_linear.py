@@ -1,0 +1,196 @@
+"""The base layer's product with the adapter inside it: one launch forward, one for `gx`.
+
+For shapes where a launch and a pass through the caches cost more than what this matrix product
+loses against the vendor's: see `dcft_kernels.strategy`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dcft_kernels.adapter import Adapter
+from dcft_kernels.triton.launching import dot_precision, on_device_of, strides_or_zeros
+from dcft_kernels.triton.layout import layout_of, windows_per_tile
+from dcft_kernels.triton.philox import keep
+from dcft_kernels.triton.tiles import architecture, lookup
+from dcft_kernels.triton.windows import (
+    expand_features,
+    expand_matrix,
+    expand_tiles,
+    factor_tile,
+    mix,
+    mixing_matrix,
+    rank_columns,
+    spread,
+    window_features,
+)
+
+# Row blocks that run side by side over the same columns of W, so that the caches hold both.
+_SWIZZLE = 8
+
+
+@triton.jit(do_not_specialize=["T"])
+def _fused_linear_kernel(
+    z_ptr, stride_zt, stride_zf,
+    w_ptr, stride_wf, stride_wo,
+    fi_ptr, stride_fik, stride_fil,
+    fo_ptr, stride_fok, stride_fol,
+    C_ptr, stride_from, stride_to,
+    bias_ptr, stride_bias,
+    u_ptr, stride_ut,
+    out_ptr, stride_ot, stride_oo,
+    seed_ptr, p, scaling,
+    T, size_in, size_out, windows_in, windows_out,
+    K: tl.constexpr, KP: tl.constexpr,
+    W_IN: tl.constexpr, WP_IN: tl.constexpr, L_IN: tl.constexpr,
+    W_OUT: tl.constexpr, S_OUT: tl.constexpr, WP_OUT: tl.constexpr, L_OUT: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_T: tl.constexpr, SWIZZLE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WRITE_U: tl.constexpr,
+    DROPOUT_IN: tl.constexpr, DROPOUT_OUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`out = z W + bias + mask * expand(scaling * C shrink(z, fi), fo)`.
+
+    Forward: `z = x`, `W = weight^T`, `fi = A`, `fo = B^T`, and dropout on what is shrunk. For
+    `gx`: `z = g`, `W = weight`, `fi = B^T`, `fo = A`, `C` transposed, and dropout on what is
+    expanded.
+
+    | tensor | shape | |
+    | --- | --- | --- |
+    | `z` | `[T, size_in]` | |
+    | `W` | `[size_in, size_out]` | any strides |
+    | `fi`, `fo`, `C` | `[K, windows_in]`, `[K, windows_out]`, `[W_IN, W_OUT]` by its strides | |
+    | `U` | `[T, K*W_IN]` | what `z` was shrunk to, written by the first column of programs (`WRITE_U`) |
+    | `out` | `[T, size_out]` | written once |
+
+    Grid: `(cdiv(T, BLOCK_T) * expand_tiles(out side),)`. The contracted windows must tile their
+    side. Every program shrinks its own rows again: `KP*WP_IN` more columns to its matrix product.
+    All sums are in float32.
+    """
+    # Programs in an order that keeps a block of columns of W in the caches for SWIZZLE row blocks.
+    blocks_t = tl.cdiv(T, BLOCK_T)
+    blocks_o = expand_tiles(windows_out, size_out, W_OUT, S_OUT, WP_OUT, L_OUT)
+    in_group = SWIZZLE * blocks_o
+    first_t = (tl.program_id(0) // in_group) * SWIZZLE
+    group_size = tl.minimum(blocks_t - first_t, SWIZZLE)
+    block_t = first_t + (tl.program_id(0) % in_group) % group_size
+    block_o = (tl.program_id(0) % in_group) // group_size
+
+    t = tl.cast(block_t, tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = t[:, None]
+    inside = row < T
+    dtype: tl.constexpr = z_ptr.dtype.element_ty
+    out_features, out_valid = expand_features(
+        block_o, windows_out, size_out, W_OUT, S_OUT, WP_OUT, L_OUT
+    )
+    out_column = out_features[None, :].to(tl.int64)
+
+    u = tl.zeros([BLOCK_T, KP * WP_IN], tl.float32)
+    out = tl.zeros([BLOCK_T, L_OUT * WP_OUT], tl.float32)
+    for tile in range(tl.cdiv(windows_in, L_IN)):
+        features, valid = window_features(tile, windows_in, size_in, W_IN, W_IN, WP_IN, L_IN)
+        column = features.to(tl.int64)
+        z = tl.load(
+            z_ptr + row * stride_zt + column[None, :] * stride_zf,
+            mask=inside & valid[None, :],
+            other=0.0,
+        )  # [BLOCK_T, L_IN*WP_IN]
+        w = tl.load(
+            w_ptr + column[:, None] * stride_wf + out_column * stride_wo,
+            mask=valid[:, None] & out_valid[None, :],
+            other=0.0,
+        )  # [L_IN*WP_IN, L_OUT*WP_OUT]
+        out = tl.dot(z, w, out, input_precision=PRECISION)
+        if DROPOUT_IN:
+            CONTIGUOUS_IN: tl.constexpr = W_IN == WP_IN and (L_IN * WP_IN) % 4 == 0
+            kept = keep(tl.load(seed_ptr), p, t, features, CONTIGUOUS_IN, BLOCK_T, L_IN * WP_IN)
+            z = tl.where(kept, z, 0.0).to(dtype)
+        values = factor_tile(fi_ptr, stride_fik, stride_fil, tile, windows_in, K, KP, L_IN)
+        u = tl.dot(z, spread(values, WP_IN, KP, L_IN).to(dtype), u, input_precision=PRECISION)
+
+    if WRITE_U:
+        u_offsets, u_valid = rank_columns(t, stride_ut, W_IN, K, WP_IN, KP)
+        tl.store(u_ptr + u_offsets, u.to(dtype), mask=inside & u_valid & (block_o == 0))
+
+    C = mixing_matrix(C_ptr, stride_from, stride_to, scaling, W_IN, W_OUT, WP_IN, WP_OUT, GROUP)
+    v = mix(u, C, WP_IN, WP_OUT, KP, GROUP, BLOCK_T).to(dtype)
+    _, _, matrix = expand_matrix(
+        fo_ptr, stride_fok, stride_fol, block_o, windows_out, size_out, dtype,
+        W_OUT, S_OUT, K, WP_OUT, KP, L_OUT,
+    )  # fmt: skip
+    if DROPOUT_OUT:
+        CONTIGUOUS_OUT: tl.constexpr = (L_OUT * WP_OUT) % 4 == 0 and (
+            S_OUT != W_OUT or W_OUT == WP_OUT
+        )
+        kept = keep(tl.load(seed_ptr), p, t, out_features, CONTIGUOUS_OUT, BLOCK_T, L_OUT * WP_OUT)
+        out += tl.where(kept, tl.dot(v, matrix, input_precision=PRECISION), 0.0)
+    else:
+        out = tl.dot(v, matrix, out, input_precision=PRECISION)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + out_features * stride_bias, mask=out_valid, other=0.0)
+        out += bias[None, :].to(tl.float32)
+    tl.store(
+        out_ptr + row * stride_ot + out_column * stride_oo,
+        out.to(dtype),
+        mask=inside & out_valid[None, :],
+    )
+
+
+def fused_linear(
+    z: Tensor,
+    weight: Tensor,
+    adapter: Adapter,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    u: Tensor | None = None,
+    grad_input: bool = False,
+) -> None:
+    """Write `out = z weight^T + bias + adapter`, or with `grad_input` its gradient `gx` for `z = g`.
+
+    Args:
+        z: `[T, n]`, or `g [T, m]` for `grad_input`.
+        weight: `[m, n]`, any strides.
+        adapter: its `seed`, if any, on `z`'s device.
+        out: `[T, m]`, or `[T, n]` for `grad_input`; written.
+        bias: `[m]`.
+        u: `[T, K*d_in]`, written with `U`; None to drop it.
+        grad_input: whether this is the way back.
+    """
+    geometry, layout = adapter.geometry, layout_of(adapter.geometry)
+    inputs, outputs = geometry.inputs, geometry.outputs
+    factor_in, factor_out, C, weight = adapter.A, adapter.B.t(), adapter.C.t(), weight.t()
+    if grad_input:
+        inputs, outputs, layout = outputs, inputs, layout.reversed()
+        factor_in, factor_out, C, weight = factor_out, factor_in, C.t(), weight.t()
+    tokens = z.shape[0]
+    tile = lookup(architecture(z.device), "fused_linear", z.itemsize, layout.columns)
+    windows_out = windows_per_tile(tile.outputs, layout.WP_OUT)
+    if outputs.stride == outputs.width:
+        blocks_out = triton.cdiv(outputs.windows, windows_out)
+    else:
+        blocks_out = triton.cdiv(outputs.size, windows_out * layout.WP_OUT)
+    dropout = adapter.seed is not None
+    with on_device_of(z):
+        _fused_linear_kernel[(triton.cdiv(tokens, tile.tokens) * blocks_out,)](
+            z, *z.stride(),
+            weight, *weight.stride(),
+            factor_in, *factor_in.stride(),
+            factor_out, *factor_out.stride(),
+            C, *C.stride(),
+            bias, *strides_or_zeros(bias, 1),
+            u, 0 if u is None else u.stride(0),
+            out, *out.stride(),
+            adapter.seed, adapter.dropout_p, adapter.scaling,
+            tokens, inputs.size, outputs.size, inputs.windows, outputs.windows,
+            K=geometry.rank, KP=layout.KP,
+            W_IN=inputs.width, WP_IN=layout.WP_IN,
+            L_IN=windows_per_tile(tile.features, layout.WP_IN),
+            W_OUT=outputs.width, S_OUT=outputs.stride, WP_OUT=layout.WP_OUT, L_OUT=windows_out,
+            GROUP=layout.GROUP, BLOCK_T=tile.tokens, SWIZZLE=_SWIZZLE,
+            HAS_BIAS=bias is not None, WRITE_U=u is not None,
+            DROPOUT_IN=dropout and not grad_input, DROPOUT_OUT=dropout and grad_input,
+            PRECISION=dot_precision(z.dtype),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
