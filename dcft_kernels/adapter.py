@@ -18,4 +18,4 @@ class Adapter(NamedTuple):
     scaling: float
     geometry: Geometry
     dropout_p: float = 0.0
-    seed: Tensor | None = None  # int64 scalar on the CPU; None: no dropout in this call
+    seed: Tensor | None = None  # int64 scalar; None: no dropout in this call

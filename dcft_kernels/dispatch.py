@@ -2,10 +2,15 @@
 
 | `backend` | runs |
 | --- | --- |
-| `"auto"` | the fastest backend that can run the call on its device: `torch` in this release |
+| `"auto"` | the Triton kernels on a GPU that can run them, `torch` everywhere else |
 | `"torch"` | the factored identity as PyTorch operators, on any device |
 | `"reference"` | the paper's equation, materialised: the oracle; `torch.func` transforms need it |
-| `"triton"` | fused GPU kernels; raises, and says why, where they cannot run |
+| `"triton"` | the Triton kernels; raises, and says why, where they cannot run |
+
+`"auto"` falls back to `torch` by this rule and no other: where the kernels cannot run on the device
+(`triton.why_unavailable`) or do not take the adapter (`strategy.why_kernels_cannot`). An empty call,
+of no tokens, launches nothing and is always PyTorch's. Among the kernels' strategies, and between
+them and `torch`, `dcft_kernels.strategy` chooses.
 
 Inside `vmap` the reference runs without dropout only: its mask is drawn from a seed's value.
 
@@ -14,13 +19,14 @@ There is no silent fallback: a backend that was asked for by name runs or raises
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from dcft_kernels import torch_backend
+from dcft_kernels import ops
 from dcft_kernels.adapter import Adapter
+from dcft_kernels.strategy import Call, check_strategy, why_kernels_cannot, why_strategy_cannot
 
 BackendName = Literal["auto", "torch", "reference", "triton"]
 BACKENDS: tuple[str, ...] = get_args(BackendName)
@@ -39,6 +45,21 @@ class Backend(Protocol):
         """`scaling * DW`, `[m, n]`."""
 
 
+class _Operators(NamedTuple):
+    """The operators of `ops`, run with one strategy."""
+
+    strategy: str
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
+        return ops.linear(x, weight, bias, adapter, self.strategy)
+
+    def update(self, y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
+        return ops.update(y, x, adapter, self.strategy)
+
+    def delta_weight(self, adapter: Adapter) -> Tensor:
+        return ops.delta_weight(adapter, self.strategy)
+
+
 def check_backend(backend: str) -> None:
     """Raise ValueError unless `backend` is a known name."""
     if backend not in BACKENDS:
@@ -47,22 +68,73 @@ def check_backend(backend: str) -> None:
         )
 
 
-def select(backend: str) -> Backend:
-    """The backend that runs for a requested name; ValueError or RuntimeError says why none does."""
+def select(
+    backend: str,
+    adapter: Adapter,
+    dtype: torch.dtype,
+    strategy: str = "auto",
+    *,
+    dropout: bool = False,
+) -> Backend:
+    """Who runs a call.
+
+    Args:
+        backend: the name that was asked for.
+        adapter: the call's adapter, checked; its device is the call's.
+        dtype: of the tokens, or of the result of `delta_weight`.
+        strategy: the strategy that was asked for.
+        dropout: whether the call drops elements.
+
+    Raises:
+        ValueError: an unknown backend or strategy, or a strategy that cannot take the adapter.
+        RuntimeError: a backend that was asked for by name and cannot run.
+    """
     check_backend(backend)
+    check_strategy(strategy)
+    if backend in ("torch", "reference") and strategy not in ("auto", "torch"):
+        raise ValueError(
+            f"strategy: {strategy!r} is one of the Triton kernels', got backend={backend!r}; "
+            "use backend='auto' or 'triton'"
+        )
+    if backend == "triton" and strategy == "torch":
+        raise ValueError("strategy: 'torch' is not one of backend='triton'; use backend='torch'")
     if backend == "reference":
         from dcft_kernels import reference  # loaded only when asked for by name
 
         return reference
-    if backend == "triton":
-        from dcft_kernels.triton import why_unavailable
-
-        raise RuntimeError(
-            f"backend='triton' cannot run: {why_unavailable()}; use backend='auto' or 'torch'"
-        )
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"backend={backend!r}: torch.func transforms (vmap, grad, jvp) cannot pass through "
             "its operators; use backend='reference' inside them"
         )
-    return torch_backend
+    if backend == "torch" or strategy == "torch":
+        return _Operators("torch")
+    reason = why_not_triton(adapter, dtype)
+    if reason is None:
+        if strategy != "auto":
+            call = Call(1, adapter.geometry, dtype, adapter.A.dtype, "any", dropout=dropout)
+            reason = why_strategy_cannot(strategy, call)
+            if reason is not None:
+                raise ValueError(f"strategy: {strategy!r} cannot take this layer: {reason}")
+        return _Operators(strategy)
+    if strategy != "auto":
+        raise RuntimeError(
+            f"strategy={strategy!r} cannot run: {reason}; use strategy='auto' or 'torch'"
+        )
+    if backend == "triton":
+        raise RuntimeError(f"backend='triton' cannot run: {reason}; use backend='auto' or 'torch'")
+    return _Operators("torch")
+
+
+def why_not_triton(adapter: Adapter, dtype: torch.dtype) -> str | None:
+    """The reason why `"auto"` runs PyTorch for this call, or None if it runs the kernels."""
+    from dcft_kernels.triton import why_unavailable
+
+    reason = why_unavailable(adapter.A.device)
+    if reason is not None:
+        return reason
+    for factor in (adapter.A, adapter.B, adapter.C):
+        reason = why_kernels_cannot(adapter.geometry, dtype, factor.dtype)
+        if reason is not None:
+            return reason
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dcft_kernels import autocast, validation
@@ -24,6 +25,7 @@ def dcft_linear(
     dropout_p: float = 0.0,
     training: bool = True,
     backend: str = "auto",
+    strategy: str = "auto",
 ) -> Tensor:
     """A linear layer and its DCFT increment: `x W^T + b + scaling * dropout(x) DW^T`.
 
@@ -44,6 +46,8 @@ def dcft_linear(
         dropout_p: probability of zeroing an element of the adapter's own view of `x`.
         training: whether dropout is active.
         backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`, see `dcft_kernels.dispatch`.
+        strategy: how the Triton kernels compute it: `"auto"`, `"row_block"`, `"fused"` or
+            `"scratch"`, see `dcft_kernels.strategy`.
 
     Returns:
         `[..., m]` in `x`'s dtype, or in autocast's where autocast is on.
@@ -74,8 +78,9 @@ def dcft_linear(
     x, weight = autocast.cast(x), autocast.cast(weight)
     bias = None if bias is None else autocast.cast(bias)
     validation.same_dtype("x", x, weight=weight, bias=bias)
-    runs = select(backend)
-    adapter = _with_dropout(adapter, training)
+    dropout = training and dropout_p > 0.0
+    runs = select(backend, adapter, x.dtype, strategy, dropout=dropout)
+    adapter = _with_dropout(adapter, training, x.device)
     y = runs.linear(x.reshape(-1, in_features), weight, bias, adapter)
     return y.reshape(*x.shape[:-1], out_features)
 
@@ -137,8 +142,8 @@ def dcft_update(
     validation.same_device("x", x, y=y, dcft_A=dcft_A)
     y, x = autocast.cast(y), autocast.cast(x)
     validation.same_dtype("x", x, y=y)
-    runs = select(backend)
-    adapter = _with_dropout(adapter, training)
+    runs = select(backend, adapter, x.dtype)
+    adapter = _with_dropout(adapter, training, x.device)
     out = runs.update(y.reshape(-1, out_features), x.reshape(-1, in_features), adapter)
     return out.reshape(y.shape)
 
@@ -185,7 +190,7 @@ def delta_weight(
         dropout_p=0.0,
     )
     with autocast.suspended(adapter.A):
-        return select(backend).delta_weight(adapter)
+        return select(backend, adapter, dcft_A.dtype).delta_weight(adapter)
 
 
 def _adapter(
@@ -208,8 +213,13 @@ def _adapter(
     return Adapter(A, B, C, scaling, geometry, dropout_p)
 
 
-def _with_dropout(adapter: Adapter, training: bool) -> Adapter:
-    """Draw the call's seed if dropout is active: last, so that a call that fails draws nothing."""
-    if not training or adapter.dropout_p == 0.0:
+def _with_dropout(adapter: Adapter, training: bool, device: torch.device) -> Adapter:
+    """Draw the call's seed if dropout is active: last, so that a call that fails draws nothing.
+
+    What is kept of `x` counts `1 / (1 - p)` times: the increment is linear in `x`, so its scaling
+    takes that in, and masks are of zeros and ones.
+    """
+    p = adapter.dropout_p
+    if not training or p == 0.0:
         return adapter
-    return adapter._replace(seed=draw_seed())
+    return adapter._replace(scaling=adapter.scaling / (1.0 - p), seed=draw_seed(device))

@@ -14,12 +14,16 @@ PACKAGE = Path(dcft_kernels.__file__).parent
 # From the bottom up: a module may import from layers before its own, and from its own package.
 LAYERS: list[set[str]] = [
     {"geometry"},
-    {"adapter", "autocast", "dropout", "validation", "initialization"},
+    {"adapter", "autocast", "dropout", "gradients", "rounding", "validation", "initialization"},
+    {"gpu_rates"},
+    {"cost_model"},
+    {"strategy"},
     {"reference", "torch_backend", "triton"},
+    {"ops"},
     {"dispatch"},
     {"functional", "options"},
     {"module"},
-    {"targets"},
+    {"targets", "explain"},
     {"model"},
     {"adapter_files", "regularizer"},
     {""},

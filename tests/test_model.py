@@ -332,7 +332,7 @@ def _ask_for_missing_kernels(layer: DCFTLinear) -> None:
     ("spoil", "error", "text"),
     [
         (_diverge, ValueError, r"^second: merge: base plus increment is not finite"),
-        (_ask_for_missing_kernels, RuntimeError, r"backend='triton' cannot run: .*no Triton"),
+        (_ask_for_missing_kernels, RuntimeError, r"backend='triton' cannot run: .*need a GPU"),
     ],
 )
 def test_merge_model_is_all_or_nothing(adapted, spoil, error, text, unload):

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dcft_kernels import DCFTLinear, dcft_linear, dcft_update
 from dcft_kernels.dropout import draw_seed
+from dcft_kernels.gradients import Needs
 from dcft_kernels.torch_backend import passes
 from tests.adapter_cases import CASES, Case, adapter_of, every_case, random_inputs
 
@@ -80,14 +81,14 @@ def test_double_backward_for_every_subset_of_factors(trained: tuple[bool, ...]) 
 
 def op_arguments(case: Case, dtype: torch.dtype, seed: Tensor | None) -> tuple[Any, ...]:
     inputs = random_inputs(case, (5,), dtype).requiring()
-    return (*inputs.operands, seed, 0.7, list(case.stride), 0.0 if seed is None else 0.3)
+    return (*inputs.operands, seed, 0.7, list(case.stride), 0.0 if seed is None else 0.3, "torch")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
 @every_case
 def test_opcheck(case: Case, dtype: torch.dtype, dropout: bool) -> None:
-    arguments = op_arguments(case, dtype, draw_seed() if dropout else None)
+    arguments = op_arguments(case, dtype, draw_seed(torch.device("cpu")) if dropout else None)
     x, weight, _, *adapter = arguments
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     if case in (CASES[0], CASES[6]):
@@ -176,7 +177,7 @@ def test_never_as_large_as_the_weight() -> None:
     adapter = adapter_of(inputs, case)
     with Watch(), torch.no_grad():
         U = passes.add_adapter_(torch.zeros(2, 320), inputs.x, adapter)
-        needs = passes.Needs(True, False, True, True, True, True)
+        needs = Needs(True, False, True, True, True, True)
         passes.backward(inputs.grad, inputs.x, U, inputs.weight, adapter, needs)
     # The spread factors, k * d * max(n, m) elements, are the largest tensors there are.
     assert max(sizes) == 8 * 320

@@ -11,26 +11,14 @@ With `g = dL/dy [T, m]` and `xd = dropout(x)`, everything follows from the dense
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dcft_kernels.adapter import Adapter
-from dcft_kernels.dropout import drop, keep_scale
+from dcft_kernels.dropout import drop, keep_mask
+from dcft_kernels.gradients import Gradients
 from dcft_kernels.reference.materialised import delta_weight
-
-
-class Gradients(NamedTuple):
-    """Gradients of a scalar loss with respect to each input of `dcft_linear`."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
 
 
 def closed_form_gradients(g: Tensor, x: Tensor, weight: Tensor, adapter: Adapter) -> Gradients:
@@ -42,7 +30,7 @@ def closed_form_gradients(g: Tensor, x: Tensor, weight: Tensor, adapter: Adapter
     grad_product = torch.einsum("qp,jqip->ji", C, windows)
     through_adapter = g @ delta_weight(adapter)
     if seed is not None:
-        through_adapter = through_adapter * keep_scale(
+        through_adapter = through_adapter * keep_mask(
             seed, dropout_p, tuple(x.shape), x.dtype, x.device
         )
     return Gradients(

@@ -17,37 +17,30 @@ differentiable operations, so autograd can run through `backward` a second time.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dcft_kernels.adapter import Adapter
-from dcft_kernels.dropout import drop, keep_scale
+from dcft_kernels.dropout import drop, keep_mask
+from dcft_kernels.gradients import Gradients, Needs, saved
 from dcft_kernels.torch_backend.base_layer import base_grad_input
 from dcft_kernels.torch_backend.windows import expand_, factor_grad, shrink, spread
 
 
-class Needs(NamedTuple):
-    """Which gradients the backward pass was asked for."""
-
-    x: bool
-    weight: bool
-    bias: bool
-    A: bool
-    B: bool
-    C: bool
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter
+) -> tuple[Tensor, Tensor]:
+    """`y = x W^T + b + dropout(x) DW^T` `[T, m]`, and `U [T, k, d_in]` for the backward."""
+    # The base first, on its own: an adapter whose increment is zero changes no bit of it.
+    y = F.linear(x, weight, bias)
+    return y, add_adapter_(y, x, adapter)
 
 
-class Gradients(NamedTuple):
-    """The gradients, None where not asked for."""
-
-    x: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    A: Tensor | None = None
-    B: Tensor | None = None
-    C: Tensor | None = None
+def update(y: Tensor, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """A new `y + dropout(x) DW^T` `[T, m]`, and `U [T, k, d_in]` for the backward."""
+    out = y.clone(memory_format=torch.contiguous_format)
+    return out, add_adapter_(out, x, adapter)
 
 
 def add_adapter_(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
@@ -82,29 +75,29 @@ def backward(
     inputs, outputs = geometry.inputs, geometry.outputs
     mask = None
     if seed is not None and (needs.x or needs.A):
-        mask = keep_scale(seed, dropout_p, (g.shape[0], inputs.size), g.dtype, g.device)
+        mask = keep_mask(seed, dropout_p, (g.shape[0], inputs.size), g.dtype, g.device)
     grad_x = grad_A = grad_B = grad_C = None
 
     if needs.x or needs.A or needs.C:
         Vb = shrink(g, _scaled(B.t(), scaling), outputs)  # [T, k, d_out]
         if needs.C:
-            flat_U = _saved(U).to(Vb.dtype).flatten(0, 1)
+            flat_U = saved(U).to(Vb.dtype).flatten(0, 1)
             grad_C = (Vb.flatten(0, 1).t() @ flat_U).to(C.dtype)
         if needs.x or needs.A:
             Ub = _on_windows(Vb, C.to(Vb.dtype))  # [T, k, d_in]
             if grad_U is not None:
                 Ub = Ub + grad_U
             if needs.A:
-                dropped = _saved(x) if mask is None else _saved(x) * mask
+                dropped = saved(x) if mask is None else saved(x) * mask
                 grad_A = factor_grad(dropped, Ub, inputs).to(adapter.A.dtype)
             if needs.x:
                 grad_x = _grad_input(g, Ub, weight, adapter, mask)
     if needs.B:
-        grad_B = factor_grad(g, _mix(_saved(U), adapter), outputs).t().to(B.dtype)
+        grad_B = factor_grad(g, _mix(saved(U), adapter), outputs).t().to(B.dtype)
 
     return Gradients(
         x=grad_x,
-        weight=g.t() @ _saved(x) if needs.weight else None,
+        weight=g.t() @ saved(x) if needs.weight else None,
         bias=g.sum(0) if needs.bias else None,
         A=grad_A,
         B=grad_B,
@@ -127,13 +120,6 @@ def delta_weight(adapter: Adapter) -> Tensor:
     mixed = adapter.scaling * (rows @ adapter.C.to(dtype))  # [m, k, d_in]
     dense = rows.new_zeros(geometry.outputs.size, geometry.inputs.size)
     return expand_(dense, mixed, adapter.A, geometry.inputs)
-
-
-def _saved(tensor: Tensor | None) -> Tensor:
-    """A tensor that a gradient asked for reads: the forward kept it, or the caller erred."""
-    if tensor is None:
-        raise RuntimeError("backward: a gradient was asked for whose inputs were not saved")
-    return tensor
 
 
 def _mix(U: Tensor, adapter: Adapter) -> Tensor:

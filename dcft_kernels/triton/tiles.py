@@ -38,6 +38,9 @@ class Tile(NamedTuple):
 # Set by `as_architecture`: what to look up instead of the device's own.
 _forced: str | None = None
 
+# Set by `override`: by kernel, the tile to take instead of the table's.
+_overrides: dict[str, Tile] = {}
+
 
 @contextlib.contextmanager
 def as_architecture(name: str) -> Iterator[None]:
@@ -50,6 +53,24 @@ def as_architecture(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextlib.contextmanager
+def override(kernel: str, tile: Tile) -> Iterator[None]:
+    """Run a kernel with this tile, whatever the table says: to measure candidates."""
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
+    before = _overrides.get(kernel)
+    _overrides[kernel] = tile
+    lookup.cache_clear()
+    try:
+        yield
+    finally:
+        if before is None:
+            del _overrides[kernel]
+        else:
+            _overrides[kernel] = before
+        lookup.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)
@@ -83,6 +104,12 @@ def architecture(device: torch.device) -> str:
 
 
 @functools.lru_cache(maxsize=None)
+def device_name(device: torch.device) -> str | None:
+    """The GPU's name; None for a device that is none."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+@functools.lru_cache(maxsize=None)
 def entries(arch: str, kernel: str, itemsize: int) -> dict[int, Tile]:
     """The tiles of a kernel by number of columns, least first."""
     rows = _table()[arch][kernel][str(itemsize)]
@@ -92,6 +119,8 @@ def entries(arch: str, kernel: str, itemsize: int) -> dict[int, Tile]:
 @functools.lru_cache(maxsize=None)
 def lookup(arch: str, kernel: str, itemsize: int, columns: int) -> Tile:
     """The tile for a call whose tokens are shrunk to `columns`."""
+    if kernel in _overrides:
+        return _overrides[kernel]
     for most, tile in entries(arch, kernel, itemsize).items():
         if columns <= most:
             return tile

@@ -1,24 +1,12 @@
-"""The passes as PyTorch operators: fake kernels for tracing, autograd, autocast safety.
+"""One layer: `linear` and `update`, their gradients, and which tensors they keep for them.
 
-Three operators in the namespace `dcft_kernels`, opaque to the compiler and clean under
-`torch.library.opcheck`:
-
-    linear(x, weight, bias, A, B, C, seed, ...)  -> (y, U)
-    update(y, x, A, B, C, seed, ...)             -> (y + dropout(x) DW^T, U)
-    backward(g, x, U, weight, A, B, C, seed, ..., needs, grad_U) -> the six gradients
-
-`U [T, k, d_in]` is an output only because the backward pass needs it. Saved for backward are `x`
-(as passed, no copy; not even it when neither `A` nor the weight is trained), `U`, the parameters
-and, with dropout, the 8-byte seed; and of these only what the gradients asked for need.
+Saved for backward are `x` (as passed, no copy; not even it when neither `A` nor the weight is
+trained), `U`, the parameters and, with dropout, the 8-byte seed; and of these only what the
+gradients asked for need.
 
 Outside of a compiler, `linear` and `update` call the operators' kernels and gradient formulas from
 an ordinary `autograd.Function`: the way through the dispatcher and back into Python, twice in each
 direction, costs as much as a small layer.
-
-Under `create_graph=True` the backward pass runs as ordinary differentiable operations on the same
-saved tensors instead of through the opaque operator, so double backward works. The transforms of
-`torch.func` (vmap, grad, jvp) have no rule for these operators: `dispatch` says so, and functions
-transformed with them use `backend="reference"`.
 """
 
 from __future__ import annotations
@@ -27,37 +15,36 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dcft_kernels import autocast
+from dcft_kernels import autocast, torch_backend
 from dcft_kernels.adapter import Adapter
-from dcft_kernels.geometry import Geometry
-from dcft_kernels.torch_backend import passes
-from dcft_kernels.torch_backend.passes import Gradients, Needs
-
-_ADAPTER_SCHEMA = (
-    "Tensor dcft_A, Tensor dcft_B, Tensor dcft_C, Tensor? seed, "
-    "float scaling, int[] stride, float dropout_p"
+from dcft_kernels.gradients import Gradients, Needs
+from dcft_kernels.ops.library import (
+    ADAPTER_ARGUMENTS,
+    ADAPTER_SCHEMA,
+    LIBRARY,
+    flatten,
+    resolve,
+    unflatten,
 )
-# Argument order of the adapter's part of each operator, after its leading tensors.
-_ADAPTER_ARGUMENTS = 7
 
-_LIBRARY = torch.library.Library("dcft_kernels", "DEF")
-_LIBRARY.define(
-    f"linear(Tensor x, Tensor weight, Tensor? bias, {_ADAPTER_SCHEMA}) -> (Tensor, Tensor)"
+LIBRARY.define(
+    f"linear(Tensor x, Tensor weight, Tensor? bias, {ADAPTER_SCHEMA}) -> (Tensor, Tensor)"
 )
-_LIBRARY.define(f"update(Tensor y, Tensor x, {_ADAPTER_SCHEMA}) -> (Tensor, Tensor)")
-_LIBRARY.define(
+LIBRARY.define(f"update(Tensor y, Tensor x, {ADAPTER_SCHEMA}) -> (Tensor, Tensor)")
+LIBRARY.define(
     "backward(Tensor g, Tensor? x, Tensor? u, Tensor? weight, "
-    f"{_ADAPTER_SCHEMA}, SymInt in_features, bool[] needs, Tensor? grad_u)"
+    f"{ADAPTER_SCHEMA}, SymInt in_features, bool[] needs, Tensor? grad_u)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, strategy: str
+) -> Tensor:
     """`x W^T + b + dropout(x) DW^T`; `x [T, n]`, result `[T, m]`."""
-    arguments = (x, weight, bias, *_flatten(adapter))
+    arguments = (x, weight, bias, *flatten(adapter, strategy))
     if torch.compiler.is_compiling():
         y, _ = torch.ops.dcft_kernels.linear(*arguments)
     else:
@@ -65,9 +52,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> 
     return y
 
 
-def update(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
+def update(y: Tensor, x: Tensor, adapter: Adapter, strategy: str) -> Tensor:
     """`y + dropout(x) DW^T`; `y [T, m]`, `x [T, n]`."""
-    arguments = (y, x, *_flatten(adapter))
+    arguments = (y, x, *flatten(adapter, strategy))
     if torch.compiler.is_compiling():
         out, _ = torch.ops.dcft_kernels.update(*arguments)
     else:
@@ -75,65 +62,69 @@ def update(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
     return out
 
 
-def _flatten(adapter: Adapter) -> tuple[Any, ...]:
-    """An adapter as operator arguments, which are tensors and numbers only."""
-    geometry = adapter.geometry
-    return (
-        adapter.A,
-        adapter.B,
-        adapter.C,
-        adapter.seed,
-        adapter.scaling,
-        [geometry.outputs.stride, geometry.inputs.stride],
-        adapter.dropout_p,
-    )
-
-
-def _unflatten(arguments: Sequence[Any], in_features: int, out_features: int) -> Adapter:
-    """The inverse of `_flatten`, given the sizes that the other tensors of the call tell."""
-    A, B, C, seed, scaling, stride, dropout_p = arguments
-    geometry = Geometry.build(
-        in_features, out_features, A.shape[0], (C.shape[0], C.shape[1]), (stride[0], stride[1])
-    )
-    return Adapter(A, B, C, scaling, geometry, dropout_p, seed)
-
-
-@torch.library.impl(_LIBRARY, "linear", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "linear", "CompositeExplicitAutograd")
 def _linear_kernel(
     x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    adapter = _unflatten(arguments, x.shape[1], weight.shape[0])
+    adapter, strategy = unflatten(arguments, x.shape[1], weight.shape[0])
+    strategy = resolve(strategy, x, adapter)
     with autocast.suspended(x):
-        # The base first, on its own: an adapter whose increment is zero changes no bit of it.
-        y = F.linear(x, weight, bias)
-        return y, passes.add_adapter_(y, x, adapter)
+        if strategy == "torch":
+            return torch_backend.linear(x, weight, bias, adapter)
+        from dcft_kernels.triton import passes
+
+        return passes.linear(x, weight, bias, adapter, strategy)
 
 
-@torch.library.impl(_LIBRARY, "update", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "update", "CompositeExplicitAutograd")
 def _update_kernel(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    adapter = _unflatten(arguments, x.shape[1], y.shape[1])
+    adapter, strategy = unflatten(arguments, x.shape[1], y.shape[1])
+    strategy = resolve(strategy, x, adapter, base=False)
     with autocast.suspended(x):
-        out = y.clone(memory_format=torch.contiguous_format)
-        return out, passes.add_adapter_(out, x, adapter)
+        if strategy == "torch":
+            return torch_backend.update(y, x, adapter)
+        from dcft_kernels.triton import passes
+
+        return passes.update(y, x, adapter)
 
 
-@torch.library.impl(_LIBRARY, "backward", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "backward", "CompositeExplicitAutograd")
 def _backward_kernel(
     g: Tensor, x: Tensor | None, u: Tensor | None, weight: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
     *adapter_arguments, in_features, needs, grad_u = arguments
-    adapter = _unflatten(adapter_arguments, in_features, g.shape[1])
-    with autocast.suspended(g):
-        gradients = passes.backward(g, x, u, weight, adapter, Needs(*needs), grad_u)
+    adapter, strategy = unflatten(adapter_arguments, in_features, g.shape[1])
+    gradients = _compute_gradients(g, x, u, weight, adapter, strategy, Needs(*needs), grad_u)
     # An operator returns tensors only: an empty one stands for a gradient nobody asked for.
     return tuple(g.new_empty(0) if grad is None else grad.contiguous() for grad in gradients)
+
+
+def _compute_gradients(
+    g: Tensor,
+    x: Tensor | None,
+    u: Tensor | None,
+    weight: Tensor | None,
+    adapter: Adapter,
+    strategy: str,
+    needs: Needs,
+    grad_u: Tensor | None,
+) -> Gradients:
+    """The backward pass of whoever ran the forward, or a differentiable one if autograd records."""
+    strategy = resolve(strategy, g, adapter, base=weight is not None)
+    with autocast.suspended(g):
+        # Only a double backward has a gradient of U, or has its own operations recorded.
+        if strategy == "torch" or grad_u is not None or torch.is_grad_enabled():
+            return torch_backend.backward(g, x, u, weight, adapter, needs, grad_u)
+        from dcft_kernels.triton import passes
+
+        return passes.backward(g, x, u, weight, adapter, needs, strategy)
 
 
 def _u_shape(x: Tensor, A: Tensor, C: Tensor) -> tuple[int, int, int]:
     return (x.shape[0], A.shape[0], C.shape[1])
 
 
-@torch.library.register_fake("dcft_kernels::linear", lib=_LIBRARY)
+@torch.library.register_fake("dcft_kernels::linear", lib=LIBRARY)
 def _linear_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
@@ -141,18 +132,18 @@ def _linear_fake(
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(_u_shape(x, A, C))
 
 
-@torch.library.register_fake("dcft_kernels::update", lib=_LIBRARY)
+@torch.library.register_fake("dcft_kernels::update", lib=LIBRARY)
 def _update_fake(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     A, _, C = arguments[:3]
     return y.new_empty(y.shape), x.new_empty(_u_shape(x, A, C))
 
 
-@torch.library.register_fake("dcft_kernels::backward", lib=_LIBRARY)
+@torch.library.register_fake("dcft_kernels::backward", lib=LIBRARY)
 def _backward_fake(
     g: Tensor, x: Tensor | None, u: Tensor | None, weight: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
     A, B, C = arguments[:3]
-    in_features, needs, _ = arguments[_ADAPTER_ARGUMENTS:]
+    in_features, needs, _ = arguments[ADAPTER_ARGUMENTS:]
     full = (
         g.new_empty(g.shape[0], in_features),
         g.new_empty(g.shape[1], in_features),
@@ -203,9 +194,8 @@ def _gradients(
         # Only a double backward reaches U and not y.
         grad_y = grad_u.new_zeros(grad_u.shape[0], ctx.out_features)
     if not traceable or torch.is_grad_enabled():
-        adapter = _unflatten(arguments, ctx.in_features, grad_y.shape[1])
-        with autocast.suspended(grad_y):
-            return passes.backward(grad_y, x, u, weight, adapter, ctx.needs, grad_u)
+        adapter, strategy = unflatten(arguments, ctx.in_features, grad_y.shape[1])
+        return _compute_gradients(grad_y, x, u, weight, adapter, strategy, ctx.needs, grad_u)
     gradients = torch.ops.dcft_kernels.backward(
         grad_y, x, u, weight, *arguments, ctx.in_features, list(ctx.needs), grad_u
     )
@@ -229,7 +219,7 @@ def _linear_autograd(
 
 
 def _linear_formula(gradients: Gradients) -> tuple[Tensor | None, ...]:
-    return (*gradients, None, None, None, None)
+    return (*gradients, None, None, None, None, None)
 
 
 def _update_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -247,7 +237,7 @@ def _update_autograd(
 
 
 def _update_formula(grad_y: Tensor | None, gradients: Gradients) -> tuple[Tensor | None, ...]:
-    return (grad_y, gradients.x, gradients.A, gradients.B, gradients.C, None, None, None, None)
+    return (grad_y, gradients.x, gradients.A, gradients.B, gradients.C, None, None, None, None, None)
 
 
 class _EagerLinear(torch.autograd.Function):
@@ -279,8 +269,8 @@ class _EagerUpdate(torch.autograd.Function):
 
 
 torch.library.register_autograd(
-    "dcft_kernels::linear", _linear_autograd, setup_context=_linear_setup, lib=_LIBRARY
+    "dcft_kernels::linear", _linear_autograd, setup_context=_linear_setup, lib=LIBRARY
 )
 torch.library.register_autograd(
-    "dcft_kernels::update", _update_autograd, setup_context=_update_setup, lib=_LIBRARY
+    "dcft_kernels::update", _update_autograd, setup_context=_update_setup, lib=LIBRARY
 )

@@ -1,0 +1,258 @@
+"""Layers that share one input, by the Triton kernels; see `dcft_kernels.triton.group`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcft_kernels import autocast, torch_backend
+from dcft_kernels.adapter import Adapter
+from dcft_kernels.gradients import Gradients, Needs
+from dcft_kernels.ops.library import LIBRARY, unflatten
+
+_ADAPTERS_SCHEMA = (
+    "Tensor[] dcft_A, Tensor[] dcft_B, Tensor[] dcft_C, Tensor? seed, "
+    "float[] scaling, int[] stride, float dropout_p"
+)
+LIBRARY.define(
+    f"linear_group(Tensor x, Tensor[] weights, Tensor?[] biases, {_ADAPTERS_SCHEMA})"
+    " -> (Tensor[], Tensor)"
+)
+LIBRARY.define(
+    "linear_group_backward(Tensor?[] g, Tensor? x, Tensor? u, Tensor[] weights, "
+    f"{_ADAPTERS_SCHEMA}, SymInt in_features, bool[] needs) -> Tensor[]"
+)
+
+# Gradients that one layer can be asked for, and thus flags in `needs` and results to a layer.
+_PER_LAYER = len(Needs._fields)
+
+
+def linear_group(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], adapters: list[Adapter]
+) -> list[Tensor]:
+    """Every layer's `y [T, m_i]`.
+
+    Args:
+        x: `[T, n]`.
+        weights: `[m_i, n]` each.
+        biases: `[m_i]` or None each.
+        adapters: with one input geometry, one seed, and a sum of ranks that the kernels take.
+    """
+    first = adapters[0]
+    outputs, _ = torch.ops.dcft_kernels.linear_group(
+        x,
+        weights,
+        biases,
+        [adapter.A for adapter in adapters],
+        [adapter.B for adapter in adapters],
+        [adapter.C for adapter in adapters],
+        first.seed,
+        [adapter.scaling for adapter in adapters],
+        [first.geometry.outputs.stride, first.geometry.inputs.stride],
+        first.dropout_p,
+    )
+    return outputs
+
+
+def _adapters(
+    arguments: Sequence[Any], in_features: int, weights: Sequence[Tensor]
+) -> list[Adapter]:
+    As, Bs, Cs, seed, scalings, stride, dropout_p = arguments
+    return [
+        unflatten(
+            (A, B, C, seed, scaling, stride, dropout_p, "auto"), in_features, weight.shape[0]
+        )[0]
+        for A, B, C, scaling, weight in zip(As, Bs, Cs, scalings, weights, strict=True)
+    ]
+
+
+@torch.library.impl(LIBRARY, "linear_group", "CompositeExplicitAutograd")
+def _group_kernel(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *arguments: Any
+) -> tuple[list[Tensor], Tensor]:
+    from dcft_kernels.triton import group
+
+    with autocast.suspended(x):
+        return group.linear_group(x, weights, biases, _adapters(arguments, x.shape[1], weights))
+
+
+@torch.library.register_fake("dcft_kernels::linear_group", lib=LIBRARY)
+def _group_fake(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *arguments: Any
+) -> tuple[list[Tensor], Tensor]:
+    As, _, Cs = arguments[:3]
+    rank = sum(A.shape[0] for A in As)
+    outputs = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+    return outputs, x.new_empty(x.shape[0], rank, Cs[0].shape[1])
+
+
+@torch.library.impl(LIBRARY, "linear_group_backward", "CompositeExplicitAutograd")
+def _group_backward_kernel(
+    gs: list[Tensor | None],
+    x: Tensor | None,
+    u: Tensor | None,
+    weights: list[Tensor],
+    *arguments: Any,
+) -> list[Tensor]:
+    from dcft_kernels.triton import group
+
+    *adapter_arguments, in_features, flags = arguments
+    adapters = _adapters(adapter_arguments, in_features, weights)
+    like = next(g for g in gs if g is not None)
+    with autocast.suspended(like):
+        layers = group.linear_group_backward(gs, x, u, weights, adapters, _needs(flags))
+    # An operator returns tensors only: an empty one stands for a gradient that there is none of.
+    return [
+        like.new_empty(0) if grad is None else grad.contiguous()
+        for layer in layers
+        for grad in layer
+    ]
+
+
+@torch.library.register_fake("dcft_kernels::linear_group_backward", lib=LIBRARY)
+def _group_backward_fake(
+    gs: list[Tensor | None],
+    x: Tensor | None,
+    u: Tensor | None,
+    weights: list[Tensor],
+    *arguments: Any,
+) -> list[Tensor]:
+    As, Bs, Cs = arguments[:3]
+    *_, in_features, flags = arguments
+    like = next(g for g in gs if g is not None)
+    results = []
+    for index, (g, weight, A, B, C, needs) in enumerate(
+        zip(gs, weights, As, Bs, Cs, _needs(flags), strict=True)
+    ):
+        full = (
+            like.new_empty(like.shape[0], in_features),
+            like.new_empty(weight.shape[0], in_features),
+            like.new_empty(weight.shape[0]),
+            A.new_empty(A.shape),
+            B.new_empty(B.shape),
+            C.new_empty(C.shape),
+        )
+        there = _has_gradients(g is not None, index, needs)
+        results += [
+            grad if is_there else like.new_empty(0)
+            for grad, is_there in zip(full, there, strict=True)
+        ]
+    return results
+
+
+def _has_gradients(has_g: bool, index: int, needs: Needs) -> Needs:
+    """Which of a layer's results are gradients: `x`'s is in the first place, the sum for all."""
+    return Needs(
+        needs.x and index == 0,
+        needs.weight and has_g,
+        needs.bias and has_g,
+        needs.A,
+        needs.B and has_g,
+        needs.C and has_g,
+    )
+
+
+def _needs(flags: Sequence[bool]) -> list[Needs]:
+    return [
+        Needs(*flags[start : start + _PER_LAYER]) for start in range(0, len(flags), _PER_LAYER)
+    ]
+
+
+def _group_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
+    x, weights, _, As, Bs, Cs, seed, *numbers = inputs
+    need_x, need_weights, need_biases, need_A, need_B, need_C = ctx.needs_input_grad[:6]
+    ctx.needs = [
+        Needs(need_x, *flags)
+        for flags in zip(need_weights, need_biases, need_A, need_B, need_C, strict=True)
+    ]
+    ctx.numbers = numbers
+    ctx.in_features = x.shape[1]
+    ctx.layers = len(weights)
+    ctx.set_materialize_grads(False)
+    keep_x = any(needs.A or needs.weight for needs in ctx.needs)
+    keep_u = any(needs.B or needs.C for needs in ctx.needs)
+    ctx.save_for_backward(
+        x if keep_x else None, output[1] if keep_u else None, seed, *weights, *As, *Bs, *Cs
+    )
+
+
+def _group_autograd(
+    ctx: Any, grads_y: list[Tensor | None], grad_u: Tensor | None
+) -> tuple[Any, ...]:
+    x, u, seed, *tensors = ctx.saved_tensors
+    weights, As, Bs, Cs = (
+        tensors[start : start + ctx.layers] for start in range(0, 4 * ctx.layers, ctx.layers)
+    )
+    arguments = (As, Bs, Cs, seed, *ctx.numbers)
+    if torch.is_grad_enabled() or grad_u is not None:
+        # A double backward: every layer for itself, as differentiable operations.
+        layers = _differentiable(
+            grads_y, grad_u, x, u, weights, _adapters(arguments, ctx.in_features, weights), ctx.needs
+        )
+    elif all(g is None for g in grads_y):
+        layers = [Gradients()] * ctx.layers
+    else:
+        flags = [flag for needs in ctx.needs for flag in needs]
+        results = torch.ops.dcft_kernels.linear_group_backward(
+            grads_y, x, u, weights, *arguments, ctx.in_features, flags
+        )
+        layers = [
+            Gradients(
+                *(
+                    grad if is_there else None
+                    for grad, is_there in zip(
+                        results[index * _PER_LAYER : (index + 1) * _PER_LAYER],
+                        _has_gradients(grads_y[index] is not None, index, needs),
+                        strict=True,
+                    )
+                )
+            )
+            for index, needs in enumerate(ctx.needs)
+        ]
+    _, *columns = zip(*layers, strict=True)
+    return (layers[0].x, *map(list, columns), None, None, None, None)
+
+
+def _differentiable(
+    gs: list[Tensor | None],
+    grad_u: Tensor | None,
+    x: Tensor | None,
+    u: Tensor | None,
+    weights: list[Tensor],
+    adapters: list[Adapter],
+    needs: list[Needs],
+) -> list[Gradients]:
+    """`linear_group_backward` in PyTorch operations, with a gradient of `U` too."""
+    layers: list[Gradients] = []
+    total: Tensor | None = None
+    start = 0
+    for g, weight, adapter, need in zip(gs, weights, adapters, needs, strict=True):
+        columns = slice(start, start + adapter.geometry.rank)
+        start = columns.stop
+        if g is None:
+            if grad_u is None:
+                layers.append(Gradients())
+                continue
+            g = grad_u.new_zeros(grad_u.shape[0], weight.shape[0])
+        with autocast.suspended(g):
+            gradients = torch_backend.backward(
+                g,
+                x,
+                None if u is None else u[:, columns],
+                weight,
+                adapter,
+                need,
+                None if grad_u is None else grad_u[:, columns],
+            )
+        if gradients.x is not None:
+            total = gradients.x if total is None else total + gradients.x
+        layers.append(gradients)
+    return [layers[0]._replace(x=total), *layers[1:]]
+
+
+torch.library.register_autograd(
+    "dcft_kernels::linear_group", _group_autograd, setup_context=_group_setup, lib=LIBRARY
+)

@@ -1,0 +1,86 @@
+"""The operators' library: what all of them have in common.
+
+An adapter travels to an operator as tensors and numbers. `strategy` says who computes: `"torch"`
+the PyTorch backend, anything else the Triton kernels. `"auto"` is settled when the operator runs
+and not when it is traced, so that a compiled graph serves every number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcft_kernels.adapter import Adapter
+from dcft_kernels.geometry import Geometry
+from dcft_kernels.strategy import Call, bucket, choose, requested_strategy
+
+LIBRARY = torch.library.Library("dcft_kernels", "DEF")
+
+ADAPTER_SCHEMA = (
+    "Tensor dcft_A, Tensor dcft_B, Tensor dcft_C, Tensor? seed, "
+    "float scaling, int[] stride, float dropout_p, str strategy"
+)
+# How many arguments the adapter's part of an operator has; they follow its leading tensors.
+ADAPTER_ARGUMENTS = 8
+
+
+def flatten(adapter: Adapter, strategy: str) -> tuple[Any, ...]:
+    """An adapter as operator arguments, which are tensors and numbers only."""
+    geometry = adapter.geometry
+    return (
+        adapter.A,
+        adapter.B,
+        adapter.C,
+        adapter.seed,
+        adapter.scaling,
+        [geometry.outputs.stride, geometry.inputs.stride],
+        adapter.dropout_p,
+        strategy,
+    )
+
+
+def unflatten(
+    arguments: Sequence[Any], in_features: int, out_features: int
+) -> tuple[Adapter, str]:
+    """The inverse of `flatten`, given the sizes that the other tensors of the call tell."""
+    A, B, C, seed, scaling, stride, dropout_p, strategy = arguments
+    geometry = Geometry.build(
+        in_features, out_features, A.shape[0], (C.shape[0], C.shape[1]), (stride[0], stride[1])
+    )
+    return Adapter(A, B, C, scaling, geometry, dropout_p, seed), strategy
+
+
+def resolve(strategy: str, tokens: Tensor, adapter: Adapter, *, base: bool = True) -> str:
+    """Settle `"auto"` for this very call: who runs it, now that the number of tokens is known.
+
+    Args:
+        strategy: as asked for.
+        tokens: `x` or `g`: both passes of a call settle on the same.
+        adapter: of the call.
+        base: whether a base layer is computed along; if not, there is one way for kernels to go.
+    """
+    empty = 0 in (tokens.shape[0], adapter.geometry.inputs.size, adapter.geometry.outputs.size)
+    if strategy == "torch" or empty:
+        return "torch"
+    from dcft_kernels.triton.tiles import architecture, device_name
+
+    strategy, _ = requested_strategy(strategy)
+    if strategy in ("fused", "scratch") and not base:
+        return "row_block"
+    name = device_name(tokens.device)
+    if strategy == "auto" and name is None:  # the interpreter: nothing to predict
+        return "row_block"
+    call = Call(
+        bucket(tokens.shape[0]),
+        adapter.geometry,
+        tokens.dtype,
+        adapter.A.dtype,
+        architecture(tokens.device),
+        name,
+        base=base,
+        dropout=adapter.seed is not None,
+    )
+    return choose(call, strategy).strategy

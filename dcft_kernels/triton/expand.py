@@ -1,0 +1,395 @@
+"""The dense `[m, n]` tensor `DW`: written, or added to a weight, in one pass; and differentiated."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dcft_kernels.adapter import Adapter
+from dcft_kernels.geometry import Side
+from dcft_kernels.triton.backward import sum_partials
+from dcft_kernels.triton.launching import on_device_of, strides_or_zeros
+from dcft_kernels.triton.layout import layout_of
+from dcft_kernels.triton.tiles import Tile, architecture, lookup, multiprocessors
+from dcft_kernels.triton.windows import window_features
+
+# Rank from which `F` is computed window by window and then spread over a window's elements, which
+# divides its cost by the window's area. Below, that costs more than it saves.
+_WINDOWED_RANK = 4
+
+
+@triton.jit
+def _spread_over_windows(
+    values, WP_OUT: tl.constexpr, WP_IN: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr
+):
+    """`[BLOCK_J, BLOCK_I]` to `[BLOCK_J*WP_OUT, BLOCK_I*WP_IN]`: a window's value on its elements."""
+    spread = tl.broadcast_to(values[:, None, :, None], [BLOCK_J, WP_OUT, BLOCK_I, WP_IN])
+    return tl.reshape(spread, [BLOCK_J * WP_OUT, BLOCK_I * WP_IN])
+
+
+@triton.jit
+def _random_halves(
+    seed, row_block, column_block, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Sixteen random bits for each element of a tile, `[BLOCK_M, BLOCK_N]`, uint32.
+
+    Element `(r, c)` takes one half of one word of `Philox4x32-10(key = seed, counter = (c // 8, 1,
+    r, 0))`, whatever the tile. The 1 sets these draws apart from those of the dropout mask.
+    """
+    octet = column_block * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
+    row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    octet, row = tl.broadcast(octet[None, :].to(tl.uint32), row[:, None].to(tl.uint32))
+    zero = octet * 0
+    w0, w1, w2, w3 = tl.philox(seed, octet, zero + 1, row, zero)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_M, BLOCK_N // 8, 2, 2]
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(halves, [BLOCK_M, BLOCK_N])
+
+
+@triton.jit
+def _round_stochastically(v, halves, dtype: tl.constexpr):
+    """Round float32 to bfloat16 or float16, up as often as `v` is far along to the next value.
+
+    Noise of up to one unit of the last place that is kept, then truncation: towards zero or away
+    from it, never past a neighbour, and nothing changes where there is nothing to round. From the
+    largest finite value on it is rounding to nearest.
+
+    Args:
+        v: float32.
+        halves: sixteen random bits an element, uint32.
+        dtype: to round to.
+    """
+    bits = v.to(tl.uint32, bitcast=True)
+    if dtype == tl.bfloat16:
+        noise = tl.where(tl.abs(v) < 3.3895313892515355e38, halves, 0x8000)
+        rounded = ((bits + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        noise = tl.where(tl.abs(v) < 65504.0, halves >> 3, 0x1000)
+        rounded = ((bits + noise) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        # Below the normal numbers the step stays at 2^-24 while that of float32 goes on shrinking.
+        steps = tl.abs(v) * 16777216.0
+        below = tl.floor(steps)
+        fraction = (halves.to(tl.float32) + 0.5) * 1.52587890625e-05  # (halves + 1/2) / 2^16
+        subnormal = tl.where(steps - below > fraction, below + 1.0, below) * 5.9604644775390625e-08
+        subnormal = tl.where(v < 0, -subnormal, subnormal)
+        rounded = tl.where(steps < 1024.0, subnormal, rounded)
+    # The noise may carry a NaN's bits over into its sign.
+    return tl.where(v == v, rounded, v).to(dtype)
+
+
+@triton.jit
+def _expand_kernel(
+    weight_ptr, stride_wm, stride_wn,
+    out_ptr, stride_om, stride_on,
+    A_ptr, stride_ak, stride_ai,
+    B_ptr, stride_bj, stride_bk,
+    C_ptr, stride_cq, stride_cp,
+    seed_ptr, scaling,
+    m, n, J, I,
+    K: tl.constexpr,
+    W_OUT: tl.constexpr, S_OUT: tl.constexpr, W_IN: tl.constexpr, S_IN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOWED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SEED: tl.constexpr,
+):  # fmt: skip
+    """`out[r, c] = weight[r, c] + scaling * sum over windows (j, i) of F[j, i] C[q, p]`.
+
+    `F = B A`, and `q = r - j S_OUT`, `p = c - i S_IN` run over the windows that cover `(r, c)`: one
+    pair where windows tile both sides.
+
+    | tensor | shape | |
+    | --- | --- | --- |
+    | `weight` | `[m, n]` | read once (`HAS_WEIGHT`); may be `out` |
+    | `out` | `[m, n]` | written once |
+    | `A`, `B`, `C` | `[K, I]`, `[J, K]`, `[W_OUT, W_IN]` | any float dtype |
+
+    Grid: `(cdiv(m, BLOCK_M) * cdiv(n, BLOCK_N),)`, a program for each tile of `out`. All sums are in
+    float32, rounded once: to nearest, or stochastically (`HAS_SEED`).
+
+    `WINDOWED`: `F` is computed once a window, not once an element. Windows must tile both sides, and
+    tiles hold whole windows.
+    """
+    column_blocks = tl.cdiv(n, BLOCK_N)
+    row_block = tl.program_id(0) // column_blocks
+    column_block = tl.program_id(0) % column_blocks
+    r = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = r[:, None].to(tl.int64)
+    column = c[None, :].to(tl.int64)
+    inside = (r < m)[:, None] & (c < n)[None, :]
+
+    if HAS_WEIGHT:
+        weight = tl.load(
+            weight_ptr + row * stride_wm + column * stride_wn, mask=inside, other=0.0
+        ).to(tl.float32)
+    else:
+        weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+
+    if WINDOWED:
+        BLOCK_J: tl.constexpr = BLOCK_M // W_OUT
+        BLOCK_I: tl.constexpr = BLOCK_N // W_IN
+        j = row_block * BLOCK_J + tl.arange(0, BLOCK_J)
+        i = column_block * BLOCK_I + tl.arange(0, BLOCK_I)
+        f = tl.zeros([BLOCK_J, BLOCK_I], tl.float32)
+        for kappa in range(K):
+            b = tl.load(B_ptr + j.to(tl.int64) * stride_bj + kappa * stride_bk, mask=j < J, other=0.0)
+            a = tl.load(A_ptr + i.to(tl.int64) * stride_ai + kappa * stride_ak, mask=i < I, other=0.0)
+            f += b[:, None].to(tl.float32) * a[None, :].to(tl.float32)
+        f = _spread_over_windows(f * scaling, W_OUT, W_IN, BLOCK_J, BLOCK_I)
+        C = tl.load(C_ptr + (r % W_OUT)[:, None] * stride_cq + (c % W_IN)[None, :] * stride_cp)
+        weight += f * C.to(tl.float32)
+    else:
+        for shift_out in range((W_OUT + S_OUT - 1) // S_OUT):
+            j = r // S_OUT - shift_out
+            q = r % S_OUT + shift_out * S_OUT
+            covers_row = (j >= 0) & (j < J) & (q < W_OUT)
+            for shift_in in range((W_IN + S_IN - 1) // S_IN):
+                i = c // S_IN - shift_in
+                p = c % S_IN + shift_in * S_IN
+                covers_column = (i >= 0) & (i < I) & (p < W_IN)
+                f = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                for kappa in range(K):
+                    b = tl.load(
+                        B_ptr + j.to(tl.int64) * stride_bj + kappa * stride_bk,
+                        mask=covers_row, other=0.0,
+                    )  # fmt: skip
+                    a = tl.load(
+                        A_ptr + i.to(tl.int64) * stride_ai + kappa * stride_ak,
+                        mask=covers_column, other=0.0,
+                    )  # fmt: skip
+                    f += (b.to(tl.float32) * scaling)[:, None] * a.to(tl.float32)[None, :]
+                where = C_ptr + q[:, None] * stride_cq + p[None, :] * stride_cp
+                if S_OUT == W_OUT and S_IN == W_IN:  # always inside, which wide loads need to see
+                    C = tl.load(where)
+                else:
+                    covers = covers_row[:, None] & covers_column[None, :]
+                    C = tl.load(where, mask=covers, other=0.0)
+                weight += f * C.to(tl.float32)
+
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    if HAS_SEED:
+        halves = _random_halves(tl.load(seed_ptr), row_block, column_block, BLOCK_M, BLOCK_N)
+        result = _round_stochastically(weight, halves, dtype)
+    else:
+        result = weight.to(dtype)
+    tl.store(out_ptr + row * stride_om + column * stride_on, result, mask=inside)
+
+
+def expand(
+    adapter: Adapter, *, out: Tensor, weight: Tensor | None = None, seed: Tensor | None = None
+) -> None:
+    """Write `scaling * DW`, or `weight + scaling * DW`; see the kernel.
+
+    Args:
+        adapter: its dropout plays no part.
+        out: `[m, n]`, written.
+        weight: `[m, n]`, any float dtype; may be `out` itself, but not overlap it otherwise.
+        seed: int64 scalar on `out`'s device, to round stochastically to a 16-bit `out`; the same
+            seed gives the same result on every device and with every tile. None: to nearest.
+    """
+    geometry = adapter.geometry
+    inputs, outputs = geometry.inputs, geometry.outputs
+    tile = lookup(
+        architecture(out.device), "expand", out.itemsize, layout_of(geometry).columns
+    )
+    blocks = triton.cdiv(outputs.size, tile.tokens) * triton.cdiv(inputs.size, tile.outputs)
+    windowed = (
+        geometry.rank >= _WINDOWED_RANK
+        and _holds_windows(tile.tokens, outputs)
+        and _holds_windows(tile.outputs, inputs)
+    )
+    with on_device_of(out):
+        _expand_kernel[(blocks,)](
+            weight, *strides_or_zeros(weight, 2),
+            out, *out.stride(),
+            adapter.A, *adapter.A.stride(),
+            adapter.B, *adapter.B.stride(),
+            adapter.C, *adapter.C.stride(),
+            seed, adapter.scaling,
+            outputs.size, inputs.size, outputs.windows, inputs.windows,
+            K=geometry.rank,
+            W_OUT=outputs.width, S_OUT=outputs.stride, W_IN=inputs.width, S_IN=inputs.stride,
+            BLOCK_M=tile.tokens, BLOCK_N=tile.outputs,
+            WINDOWED=windowed, HAS_WEIGHT=weight is not None,
+            HAS_SEED=seed is not None and out.itemsize == 2,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def _holds_windows(features: int, side: Side) -> bool:
+    """Whether a tile of `features` (a power of two) holds whole windows, and all that cover it."""
+    return side.stride == side.width and features % side.width == 0
+
+
+@triton.jit
+def _window_products(
+    gf, factor, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, KP: tl.constexpr
+):
+    """`gf [BLOCK_L, BLOCK_S] @ factor [BLOCK_S, KP]`, in float32."""
+    if BLOCK_S >= 16:  # what `tl.dot` asks for
+        return tl.dot(gf, factor, input_precision="ieee")
+    return tl.sum(gf[:, :, None] * factor[None, :, :], axis=1)
+
+
+@triton.jit
+def _expand_backward_kernel(
+    g_ptr, stride_gm, stride_gn,
+    A_ptr, stride_ak, stride_ai,
+    B_ptr, stride_bj, stride_bk,
+    C_ptr, stride_cq, stride_cp,
+    gB_ptr,
+    partial_ptr, stride_partial, offset_c,
+    scaling,
+    m, n, J, I,
+    K: tl.constexpr, KP: tl.constexpr,
+    W_OUT: tl.constexpr, S_OUT: tl.constexpr, WP_OUT: tl.constexpr, BLOCK_J: tl.constexpr,
+    W_IN: tl.constexpr, S_IN: tl.constexpr, WP_IN: tl.constexpr, BLOCK_I: tl.constexpr,
+    NEED_A: tl.constexpr, NEED_B: tl.constexpr, NEED_C: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `A`, `B` and `C` from `g`, the gradient of `scaling * DW`.
+
+        gF[j, i] = scaling * sum over q, p of g[j S_OUT + q, i S_IN + p] C[q, p]
+        gB = gF A^T    gA = B^T gF
+        gC[q, p] = scaling * sum over j, i of g[j S_OUT + q, i S_IN + p] F[j, i],  F = B A
+
+    | tensor | shape | |
+    | --- | --- | --- |
+    | `g` | `[m, n]` | read once, but for features that windows share |
+    | `A`, `B`, `C` | `[K, I]`, `[J, K]`, `[W_OUT, W_IN]` | any float dtype |
+    | `gB` | `[J, K]`, contiguous | written once (`NEED_B`) |
+    | `partial` | `[programs, ...]` | gradients of A `[K, I]` and C `[W_OUT, W_IN]`, float32 |
+
+    Grid: `(programs,)`, each owning every programs-th block of `BLOCK_J` windows of whole rows, and
+    walking over them by `BLOCK_I` windows. All sums are in float32.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    partial_ptr += program.to(tl.int64) * stride_partial
+    kappa = tl.arange(0, KP)
+    q = tl.arange(0, BLOCK_J * WP_OUT) % WP_OUT
+    p = tl.arange(0, BLOCK_I * WP_IN) % WP_IN
+    in_C = (q < W_OUT)[:, None] & (p < W_IN)[None, :]
+    where_C = C_ptr + q[:, None] * stride_cq + p[None, :] * stride_cp
+    grad_C = tl.zeros([BLOCK_J * WP_OUT, BLOCK_I * WP_IN], tl.float32)
+
+    for block in range(program, tl.cdiv(J, BLOCK_J), programs):
+        r, valid_r = window_features(block, J, m, W_OUT, S_OUT, WP_OUT, BLOCK_J)
+        j = block * BLOCK_J + tl.arange(0, BLOCK_J)
+        b = tl.load(
+            B_ptr + j[:, None].to(tl.int64) * stride_bj + kappa[None, :] * stride_bk,
+            mask=(j < J)[:, None] & (kappa < K)[None, :], other=0.0,
+        ).to(tl.float32) * scaling  # fmt: skip
+        grad_B = tl.zeros([BLOCK_J, KP], tl.float32)
+
+        for tile in range(tl.cdiv(I, BLOCK_I)):
+            c, valid_c = window_features(tile, I, n, W_IN, S_IN, WP_IN, BLOCK_I)
+            g = tl.load(
+                g_ptr + r[:, None].to(tl.int64) * stride_gm + c[None, :].to(tl.int64) * stride_gn,
+                mask=valid_r[:, None] & valid_c[None, :], other=0.0,
+            ).to(tl.float32)  # fmt: skip
+            i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
+            if NEED_B or NEED_C:
+                a = tl.load(
+                    A_ptr + i[:, None].to(tl.int64) * stride_ai + kappa[None, :] * stride_ak,
+                    mask=(i < I)[:, None] & (kappa < K)[None, :], other=0.0,
+                ).to(tl.float32)  # fmt: skip
+            if NEED_A or NEED_B:
+                if W_OUT == WP_OUT and W_IN == WP_IN:
+                    C = tl.load(where_C)
+                else:
+                    C = tl.load(where_C, mask=in_C, other=0.0)
+                products = tl.reshape(g * C.to(tl.float32), [BLOCK_J, WP_OUT, BLOCK_I, WP_IN])
+                gf = tl.sum(tl.sum(products, axis=3), axis=1)  # [BLOCK_J, BLOCK_I]
+                if NEED_B:
+                    grad_B += _window_products(gf, a, BLOCK_J, BLOCK_I, KP)
+                if NEED_A:
+                    values = _window_products(tl.trans(gf), b, BLOCK_I, BLOCK_J, KP)
+                    where = partial_ptr + kappa[None, :] * I + i[:, None]
+                    mask = (i < I)[:, None] & (kappa < K)[None, :]
+                    # The buffer starts uninitialised: the first block sets what later ones add to.
+                    values += tl.load(where, mask=mask & (block > program), other=0.0)
+                    tl.store(where, values, mask=mask)
+            if NEED_C:
+                f = _window_products(b, tl.trans(a), BLOCK_J, KP, BLOCK_I)
+                grad_C += g * _spread_over_windows(f, WP_OUT, WP_IN, BLOCK_J, BLOCK_I)
+
+        if NEED_B:
+            tl.store(
+                gB_ptr + j[:, None].to(tl.int64) * K + kappa[None, :],
+                (grad_B * scaling).to(gB_ptr.dtype.element_ty),
+                mask=(j < J)[:, None] & (kappa < K)[None, :],
+            )
+        # What this program's threads have added to the buffer, all of them read in the next block.
+        tl.debug_barrier()
+
+    if NEED_C:
+        windows = tl.reshape(grad_C, [BLOCK_J, WP_OUT, BLOCK_I, WP_IN])
+        total = tl.sum(tl.sum(windows, axis=2), axis=0)  # [WP_OUT, WP_IN]
+        row = tl.arange(0, WP_OUT)[:, None]
+        column = tl.arange(0, WP_IN)[None, :]
+        tl.store(
+            partial_ptr + offset_c + row * W_IN + column, total,
+            mask=(row < W_OUT) & (column < W_IN),
+        )  # fmt: skip
+
+
+def expand_backward(
+    grad: Tensor, adapter: Adapter, needs_A: bool, needs_B: bool, needs_C: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the factors from that of `scaling * DW`.
+
+    Args:
+        grad: `[m, n]`, any float dtype.
+        adapter: as in the forward.
+        needs_A: whether to compute the gradient of `A`; the others likewise.
+        needs_B: likewise.
+        needs_C: likewise.
+
+    Returns:
+        The gradients of `A`, `B` and `C`, contiguous, in their dtypes; None where not needed.
+    """
+    if not (needs_A or needs_B or needs_C):
+        return None, None, None
+    geometry = adapter.geometry
+    inputs, outputs = geometry.inputs, geometry.outputs
+    device = grad.device
+    tile = lookup(
+        architecture(device), "expand_backward", grad.itemsize, layout_of(geometry).columns
+    )
+    width_out, width_in = (triton.next_power_of_2(side.width) for side in (outputs, inputs))
+    block_j, block_i = _windows_per_block(tile, width_out, width_in)
+    blocks = triton.cdiv(outputs.windows, block_j)
+    programs = min(blocks, tile.programs * multiprocessors(device))
+    like_A = adapter.A if needs_A else None
+    like_C = adapter.C if needs_C else None
+    size_A, size_C = (0 if like is None else like.numel() for like in (like_A, like_C))
+    partial = torch.empty((programs, size_A + size_C), dtype=torch.float32, device=device)
+    grad_B = None
+    if needs_B:
+        grad_B = torch.empty_like(adapter.B, memory_format=torch.contiguous_format)
+    with on_device_of(grad):
+        _expand_backward_kernel[(programs,)](
+            grad, *grad.stride(),
+            adapter.A, *adapter.A.stride(),
+            adapter.B, *adapter.B.stride(),
+            adapter.C, *adapter.C.stride(),
+            grad_B,
+            partial, partial.stride(0), size_A,
+            adapter.scaling,
+            outputs.size, inputs.size, outputs.windows, inputs.windows,
+            K=geometry.rank, KP=triton.next_power_of_2(geometry.rank),
+            W_OUT=outputs.width, S_OUT=outputs.stride, WP_OUT=width_out, BLOCK_J=block_j,
+            W_IN=inputs.width, S_IN=inputs.stride, WP_IN=width_in, BLOCK_I=block_i,
+            NEED_A=needs_A, NEED_B=needs_B, NEED_C=needs_C,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    grad_A, _, grad_C = sum_partials(partial, like_A, None, like_C)
+    return grad_A, grad_B, grad_C
+
+
+def _windows_per_block(tile: Tile, width_out: int, width_in: int) -> tuple[int, int]:
+    """Windows of rows and of columns in a block of about `tile.tokens * tile.features` elements."""
+    block_j = max(1, tile.tokens // width_out)
+    elements = tile.tokens * tile.features
+    return block_j, max(1, elements // (block_j * width_out * width_in))

@@ -1,0 +1,127 @@
+"""The layer's forward and backward as launches, one way for every strategy.
+
+| strategy | forward | backward |
+| --- | --- | --- |
+| `row_block` | shrink and expand into `y`, then `y += x W^T` | gradients and `gx`, then `gx += g W` |
+| `fused` | all in one product | `gx` in one product, then the factors' gradients |
+| `scratch` | `W' = W + scaling * DW`, then `x W'^T`; and a shrink | `g W'`, then the factors' gradients |
+
+`+=` is the matrix product's own addition (`addmm_`), which rounds once more than a single product
+does. `scratch` drops what of the update is below half a unit in the last place of `W`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dcft_kernels.adapter import Adapter
+from dcft_kernels.gradients import Gradients, Needs, saved
+from dcft_kernels.triton import backward as backward_kernels
+from dcft_kernels.triton.expand import expand, expand_backward
+from dcft_kernels.triton.fused_linear import fused_linear
+from dcft_kernels.triton.shrink_expand import shrink_expand
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, strategy: str
+) -> tuple[Tensor, Tensor]:
+    """`y = x W^T + b + dropout(x) DW^T` `[T, m]`, and `U [T, k, d_in]` for the backward."""
+    u = _empty_u(x, adapter)
+    if strategy == "scratch":
+        shrink_expand(x, adapter, u=u)
+        return F.linear(x, _scratch(weight, adapter), bias), _by_rank(u, adapter)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    if strategy == "fused":
+        fused_linear(x, weight, adapter, y, bias=bias, u=u)
+    else:
+        shrink_expand(x, adapter, u=u, bias=bias, y=y)
+        y.addmm_(x, weight.t())
+    return y, _by_rank(u, adapter)
+
+
+def update(y: Tensor, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """A new `y + dropout(x) DW^T` `[T, m]`, and `U [T, k, d_in]` for the backward."""
+    u, out = _empty_u(x, adapter), torch.empty_like(y, memory_format=torch.contiguous_format)
+    shrink_expand(x, adapter, u=u, base=y, y=out)
+    return out, _by_rank(u, adapter)
+
+
+def backward(
+    g: Tensor,
+    x: Tensor | None,
+    U: Tensor | None,
+    weight: Tensor | None,
+    adapter: Adapter,
+    needs: Needs,
+    strategy: str,
+) -> Gradients:
+    """The gradients that `needs` asks for; arguments as `torch_backend.backward`."""
+    gx = g.new_empty(g.shape[0], adapter.geometry.inputs.size) if needs.x else None
+    beside = gx  # where the kernel of the factors' gradients writes the adapter's part of gx
+    if gx is not None and weight is not None and strategy != "row_block":
+        beside = None
+        if strategy == "fused":
+            fused_linear(g, weight, adapter, gx, grad_input=True)
+        else:
+            torch.mm(g, _scratch(weight, adapter), out=gx)
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if beside is not None or needs.A or needs.B or needs.C:
+        grads = backward_kernels.backward(
+            adapter,
+            g=g,
+            x=saved(x) if needs.A else None,
+            u=saved(U).flatten(1) if needs.B or needs.C else None,
+            gx=beside,
+            needs_A=needs.A,
+            needs_B=needs.B,
+            needs_C=needs.C,
+        )
+    if beside is not None and weight is not None:
+        beside.addmm_(g, weight)
+    return Gradients(
+        gx,
+        g.t() @ saved(x) if needs.weight else None,
+        g.sum(0) if needs.bias else None,
+        *grads,
+    )
+
+
+def delta_weight(adapter: Adapter) -> Tensor:
+    """`scaling * DW`, `[m, n]`, in the factors' common dtype."""
+    geometry = adapter.geometry
+    dtype = torch.promote_types(
+        torch.promote_types(adapter.A.dtype, adapter.B.dtype), adapter.C.dtype
+    )
+    out = adapter.A.new_empty(geometry.outputs.size, geometry.inputs.size, dtype=dtype)
+    expand(adapter, out=out)
+    return out
+
+
+def delta_weight_backward(
+    grad: Tensor, adapter: Adapter, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `A`, `B` and `C` for `grad [m, n]`, that of `delta_weight`'s result."""
+    return expand_backward(grad, adapter, *needs)
+
+
+def merged_weight(weight: Tensor, adapter: Adapter) -> Tensor:
+    """`weight + scaling * DW`, in one pass, rounded once; strides as `weight`'s."""
+    out = torch.empty_like(weight)
+    expand(adapter, out=out, weight=weight)
+    return out
+
+
+def _scratch(weight: Tensor, adapter: Adapter) -> Tensor:
+    return merged_weight(weight, adapter)
+
+
+def _empty_u(x: Tensor, adapter: Adapter) -> Tensor:
+    """`[T, k*d_in]`, the columns of `U` as kernels see them."""
+    return x.new_empty(x.shape[0], adapter.geometry.rank * adapter.geometry.inputs.width)
+
+
+def _by_rank(u: Tensor, adapter: Adapter) -> Tensor:
+    """The columns of `U` as `[T, k, d_in]`."""
+    return u.unflatten(1, (adapter.geometry.rank, adapter.geometry.inputs.width))
