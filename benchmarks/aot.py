@@ -46,7 +46,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 import triton
@@ -195,20 +195,20 @@ _COLUMNS = {
 _OVERLAP = _geometry(stride=(2, 2))
 
 
-def _forward(s: Setting) -> object:
-    return shrink_expand(s.x, s.adapter, u=s.u, bias=s.bias, y=s.y)
+def _forward(s: Setting) -> None:
+    shrink_expand(s.x, s.adapter, u=s.u, bias=s.bias, y=s.y)
 
 
-def _forward_update(s: Setting) -> object:
-    return shrink_expand(s.x, s.adapter, u=s.u, base=s.y, y=s.y)
+def _forward_update(s: Setting) -> None:
+    shrink_expand(s.x, s.adapter, u=s.u, base=s.y, y=s.y)
 
 
-def _forward_shrink(s: Setting) -> object:
-    return shrink_expand(s.x, s.adapter, u=s.u)
+def _forward_shrink(s: Setting) -> None:
+    shrink_expand(s.x, s.adapter, u=s.u)
 
 
-def _forward_expand(s: Setting) -> object:
-    return shrink_expand(None, s.adapter, u=s.u, bias=s.bias, y=s.y)
+def _forward_expand(s: Setting) -> None:
+    shrink_expand(None, s.adapter, u=s.u, bias=s.bias, y=s.y)
 
 
 def _backward(needs: str, gx: bool) -> Callable[[Setting], object]:
@@ -235,26 +235,26 @@ def _backward_from_ub(s: Setting) -> object:
     return backward(s.adapter, x=s.x, ub=s.u, gx=s.x, needs_A=True)
 
 
-def _fused(s: Setting) -> object:
-    return fused_linear(s.x, s.weight, s.adapter, s.y, bias=s.bias, u=s.u)
+def _fused(s: Setting) -> None:
+    fused_linear(s.x, s.weight, s.adapter, s.y, bias=s.bias, u=s.u)
 
 
-def _fused_gx(s: Setting) -> object:
-    return fused_linear(s.y, s.weight, s.adapter, s.x, grad_input=True)
+def _fused_gx(s: Setting) -> None:
+    fused_linear(s.y, s.weight, s.adapter, s.x, grad_input=True)
 
 
-def _expand(s: Setting) -> object:
+def _expand(s: Setting) -> None:
     weight = s.weight
-    return expand(s.adapter, out=weight, weight=weight)
+    expand(s.adapter, out=weight, weight=weight)
 
 
-def _expand_delta(s: Setting) -> object:
-    return expand(s.adapter, out=s.weight)
+def _expand_delta(s: Setting) -> None:
+    expand(s.adapter, out=s.weight)
 
 
-def _expand_stochastic(s: Setting) -> object:
+def _expand_stochastic(s: Setting) -> None:
     weight = s.weight
-    return expand(s.adapter, out=weight, weight=weight, seed=torch.tensor(0))
+    expand(s.adapter, out=weight, weight=weight, seed=torch.tensor(0))
 
 
 def _expand_backward(needs: str) -> Callable[[Setting], object]:
@@ -776,20 +776,14 @@ def read(path: Path = RESULTS) -> dict[Key, Record]:
     if not path.exists():
         return {}
     with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.reader(file)
-        header = tuple(next(rows))
+        lines = csv.reader(file)
+        header = tuple(next(lines))
         if header != Record._fields:
             raise ValueError(f"{path}: expected the columns {Record._fields}, got {header}")
-        kinds = Record.__annotations__
-        records = [
-            Record(
-                *(
-                    int(text) if kinds[name] in (int, "int") else text
-                    for name, text in zip(header, row, strict=True)
-                )
-            )
-            for row in rows
-        ]
+        kinds = get_type_hints(Record)
+        convert = [int if kinds[name] is int else str for name in header]
+        rows = ([kind(text) for kind, text in zip(convert, row, strict=True)] for row in lines)
+        records = [Record._make(row) for row in rows]
     return {record.key: record for record in records}
 
 
@@ -833,13 +827,13 @@ def compile_all(
     wanted = all_variants()
     stored = {key: record for key, record in read(path).items() if key in wanted}
     selected = [key for key in wanted if re.search(only, " ".join(key))]
-    missing = [key for key in selected if fresh or not _is_current(stored.get(key), wanted[key][1])]
+    missing = [key for key in selected if fresh or not is_current(stored.get(key), wanted[key][1])]
     wrong = []
 
     def save() -> None:
         write((stored[key] for key in wanted if key in stored), path)
 
-    # A fresh interpreter for each worker: forks of one that runs threads can hang.
+    # A fresh interpreter for each worker: forks of a process that runs threads can hang.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs or os.cpu_count(), context) as pool:
         started = time.monotonic()
@@ -868,7 +862,8 @@ def compile_all(
     return records, wrong
 
 
-def _is_current(record: Record | None, variant: Variant) -> bool:
+def is_current(record: Record | None, variant: Variant) -> bool:
+    """Whether a stored record is of this very variant, compiled by this Triton."""
     return (
         record is not None
         and record.triton == triton.__version__

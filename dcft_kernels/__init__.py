@@ -1,7 +1,8 @@
 """Deconvolution fine-tuning (DCFT, arXiv 2503.01419) that never materialises its weight update."""
 
 from dcft_kernels.adapter_files import load_adapter, save_adapter
-from dcft_kernels.functional import dcft_linear, dcft_update, delta_weight
+from dcft_kernels.functional import add_delta_weight_, dcft_linear, dcft_update, delta_weight
+from dcft_kernels.group import GroupMember, dcft_linear_group
 from dcft_kernels.model import (
     freeze_base,
     merge_model,
@@ -14,7 +15,10 @@ from dcft_kernels.regularizer import orthogonality_loss
 
 __all__ = [
     "DCFTLinear",
+    "GroupMember",
+    "add_delta_weight_",
     "dcft_linear",
+    "dcft_linear_group",
     "dcft_update",
     "delta_weight",
     "freeze_base",

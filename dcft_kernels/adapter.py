@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dcft_kernels.geometry import Geometry
@@ -19,3 +20,8 @@ class Adapter(NamedTuple):
     geometry: Geometry
     dropout_p: float = 0.0
     seed: Tensor | None = None  # int64 scalar; None: no dropout in this call
+
+    def widened(self, dtype: torch.dtype) -> Adapter:
+        """The same adapter with factors in `dtype`, or in float32 where that is wider."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return self._replace(A=self.A.to(wide), B=self.B.to(wide), C=self.C.to(wide))

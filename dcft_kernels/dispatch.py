@@ -8,8 +8,8 @@
 | `"triton"` | the Triton kernels; raises, and says why, where they cannot run |
 
 `"auto"` falls back to `torch` by this rule and no other: where the kernels cannot run on the device
-(`triton.why_unavailable`) or do not take the adapter (`strategy.why_kernels_cannot`). An empty call,
-of no tokens, launches nothing and is always PyTorch's. Among the kernels' strategies, and between
+(`triton.why_unavailable`) or do not take the adapter (`strategy.why_kernels_cannot`). A call of no
+tokens launches nothing and is always PyTorch's. Among the kernels' strategies, and between
 them and `torch`, `dcft_kernels.strategy` chooses.
 
 Inside `vmap` the reference runs without dropout only: its mask is drawn from a seed's value.
@@ -19,14 +19,21 @@ There is no silent fallback: a backend that was asked for by name runs or raises
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from dcft_kernels import ops
+from dcft_kernels import ops, torch_backend
 from dcft_kernels.adapter import Adapter
-from dcft_kernels.strategy import Call, check_strategy, why_kernels_cannot, why_strategy_cannot
+from dcft_kernels.strategy import (
+    Call,
+    check_strategy,
+    requested_strategy,
+    why_kernels_cannot,
+    why_strategy_cannot,
+)
 
 BackendName = Literal["auto", "torch", "reference", "triton"]
 BACKENDS: tuple[str, ...] = get_args(BackendName)
@@ -44,6 +51,12 @@ class Backend(Protocol):
     def delta_weight(self, adapter: Adapter) -> Tensor:
         """`scaling * DW`, `[m, n]`."""
 
+    def merge(self, weight: Tensor, adapter: Adapter, out: Tensor, seed: Tensor | None) -> None:
+        """`weight + scaling * DW` into `out [m, n]`, which may be `weight`; rounded once.
+
+        With a seed, an int64 scalar on the device, stochastically.
+        """
+
 
 class _Operators(NamedTuple):
     """The operators of `ops`, run with one strategy."""
@@ -58,6 +71,13 @@ class _Operators(NamedTuple):
 
     def delta_weight(self, adapter: Adapter) -> Tensor:
         return ops.delta_weight(adapter, self.strategy)
+
+    def merge(self, weight: Tensor, adapter: Adapter, out: Tensor, seed: Tensor | None) -> None:
+        if self.strategy == "torch":
+            return torch_backend.merge(weight, adapter, out, seed)
+        from dcft_kernels.triton import passes
+
+        return passes.merge(weight, adapter, out, seed)
 
 
 def check_backend(backend: str) -> None:
@@ -138,3 +158,26 @@ def why_not_triton(adapter: Adapter, dtype: torch.dtype) -> str | None:
         if reason is not None:
             return reason
     return None
+
+
+def takes_group(backend: str, x: Tensor, adapters: Sequence[Adapter]) -> bool:
+    """Whether the kernels take layers that share their input `x [T, n]` as one.
+
+    They do if they take each of them, all have one kind of windows on the input side, and one
+    adapter with the sum of their ranks is no more than they take.
+    """
+    if backend not in ("auto", "triton") or len(adapters) < 2 or x.shape[0] == 0:
+        return False
+    if requested_strategy("auto")[0] not in ("auto", "row_block"):
+        return False
+    geometries = [adapter.geometry for adapter in adapters]
+    if any(each.inputs != geometries[0].inputs for each in geometries):
+        return False
+    joint = max(geometries, key=lambda each: each.outputs.width)._replace(
+        rank=sum(each.rank for each in geometries)
+    )
+    return all(
+        why_not_triton(adapter._replace(geometry=geometry), x.dtype) is None
+        for adapter in adapters
+        for geometry in (adapter.geometry, joint)
+    )

@@ -45,7 +45,7 @@ def draw_seed(device: torch.device) -> Tensor:
 def keep_mask(
     seed: Tensor, p: float, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """What dropout multiplies `x` of this `shape`, `[T, n]`, with: 0 with probability `p`, else 1."""
+    """What `x [T, n]`, of this `shape`, is multiplied with: 0 with probability `p`, else 1."""
     if device.type != "cuda" and not _PHILOX_ON_CPU:
         generator = torch.Generator(device=device)
         generator.manual_seed(int(seed))
@@ -56,9 +56,7 @@ def keep_mask(
     return philox_mask(seed, p, shape, device).to(dtype)
 
 
-def philox_mask(
-    seed: Tensor, p: float, shape: tuple[int, ...], device: torch.device
-) -> Tensor:
+def philox_mask(seed: Tensor, p: float, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """The mask of the module's docstring, as booleans `[T, n]`: True is kept."""
     tokens, features = shape
     quads = -(-features // 4)

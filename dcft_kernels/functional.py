@@ -57,32 +57,22 @@ def dcft_linear(
         ValueError: shapes, devices or numbers that do not fit.
         RuntimeError: a backend named explicitly that cannot run.
     """
-    weight = validation.matrix("weight", weight)
-    out_features, in_features = weight.shape
-    x = validation.tokens("x", x, in_features)
-    if bias is not None:
-        bias = validation.float_tensor("bias", bias)
-        if bias.shape != (out_features,):
-            raise ValueError(f"bias: expected shape [{out_features}], got {list(bias.shape)}")
-    adapter = _adapter(
+    x, weight, bias, adapter = checked_layer(
+        x,
+        weight,
+        bias,
         dcft_A,
         dcft_B,
         dcft_C,
-        in_features=in_features,
-        out_features=out_features,
         scaling=scaling,
         stride=stride,
         dropout_p=dropout_p,
     )
-    validation.same_device("x", x, weight=weight, bias=bias, dcft_A=dcft_A)
-    x, weight = autocast.cast(x), autocast.cast(weight)
-    bias = None if bias is None else autocast.cast(bias)
-    validation.same_dtype("x", x, weight=weight, bias=bias)
     dropout = training and dropout_p > 0.0
     runs = select(backend, adapter, x.dtype, strategy, dropout=dropout)
-    adapter = _with_dropout(adapter, training, x.device)
-    y = runs.linear(x.reshape(-1, in_features), weight, bias, adapter)
-    return y.reshape(*x.shape[:-1], out_features)
+    adapter = with_dropout(adapter, training, x.device)
+    y = runs.linear(x.reshape(-1, x.shape[-1]), weight, bias, adapter)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def dcft_update(
@@ -143,7 +133,7 @@ def dcft_update(
     y, x = autocast.cast(y), autocast.cast(x)
     validation.same_dtype("x", x, y=y)
     runs = select(backend, adapter, x.dtype)
-    adapter = _with_dropout(adapter, training, x.device)
+    adapter = with_dropout(adapter, training, x.device)
     out = runs.update(y.reshape(-1, out_features), x.reshape(-1, in_features), adapter)
     return out.reshape(y.shape)
 
@@ -193,6 +183,112 @@ def delta_weight(
         return select(backend, adapter, dcft_A.dtype).delta_weight(adapter)
 
 
+@torch.no_grad()
+def add_delta_weight_(
+    weight: Tensor,
+    dcft_A: Tensor,
+    dcft_B: Tensor,
+    dcft_C: Tensor,
+    *,
+    stride: int | Pair | None = None,
+    scaling: float = 1.0,
+    stochastic_rounding: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Merge in place: `weight += scaling * DW`, computed in float32 or wider and rounded once.
+
+    On a GPU it is one pass over `weight`, with no second tensor of its size.
+
+    Args:
+        weight: `[m, n]`, any float dtype and strides; changed, without a record for autograd.
+        dcft_A: `[k, I]`; see `dcft_linear` for the factors.
+        dcft_B: `[J, k]`.
+        dcft_C: `[d_out, d_in]`.
+        stride: distance between windows, an int or `(out, in)`; None is the kernel size.
+        scaling: factor of the increment; a negative one takes a merge back, but for rounding.
+        stochastic_rounding: of a 16-bit `weight`: round up as often as the sum is far along to the
+            next value, so that increments below half a unit in the last place count in the mean.
+        backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`.
+
+    Returns:
+        `weight`.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices or numbers that do not fit.
+        RuntimeError: a backend named explicitly that cannot run.
+    """
+    weight = validation.matrix("weight", weight)
+    validation.boolean("stochastic_rounding", stochastic_rounding)
+    if stochastic_rounding and weight.dtype.itemsize != 2:
+        raise ValueError(
+            "stochastic_rounding: expected a float16 or bfloat16 weight to round to, "
+            f"got {weight.dtype}; leave it out"
+        )
+    adapter = _adapter(
+        dcft_A,
+        dcft_B,
+        dcft_C,
+        in_features=weight.shape[1],
+        out_features=weight.shape[0],
+        scaling=scaling,
+        stride=stride,
+        dropout_p=0.0,
+    )
+    validation.same_device("weight", weight, dcft_A=dcft_A)
+    runs = select(backend, adapter, weight.dtype)
+    seed = draw_seed(weight.device) if stochastic_rounding else None
+    with autocast.suspended(weight):
+        runs.merge(weight, adapter, weight, seed)
+    return weight
+
+
+@torch.no_grad()
+def merged_weight(weight: Tensor, adapter: Adapter, backend: str) -> Tensor:
+    """A new `weight + scaling * DW`, rounded once; strides as `weight`'s."""
+    out = torch.empty_like(weight)
+    with autocast.suspended(weight):
+        select(backend, adapter, weight.dtype).merge(weight, adapter, out, None)
+    return out
+
+
+def checked_layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dcft_A: Tensor,
+    dcft_B: Tensor,
+    dcft_C: Tensor,
+    *,
+    scaling: float,
+    stride: int | Pair | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Adapter]:
+    """`dcft_linear`'s operands, checked and as autocast wants them, and its adapter."""
+    weight = validation.matrix("weight", weight)
+    out_features, in_features = weight.shape
+    x = validation.tokens("x", x, in_features)
+    if bias is not None:
+        bias = validation.float_tensor("bias", bias)
+        if bias.shape != (out_features,):
+            raise ValueError(f"bias: expected shape [{out_features}], got {list(bias.shape)}")
+    adapter = _adapter(
+        dcft_A,
+        dcft_B,
+        dcft_C,
+        in_features=in_features,
+        out_features=out_features,
+        scaling=scaling,
+        stride=stride,
+        dropout_p=dropout_p,
+    )
+    validation.same_device("x", x, weight=weight, bias=bias, dcft_A=dcft_A)
+    x, weight = autocast.cast(x), autocast.cast(weight)
+    bias = None if bias is None else autocast.cast(bias)
+    validation.same_dtype("x", x, weight=weight, bias=bias)
+    return x, weight, bias, adapter
+
+
 def _adapter(
     A: Tensor,
     B: Tensor,
@@ -213,7 +309,7 @@ def _adapter(
     return Adapter(A, B, C, scaling, geometry, dropout_p)
 
 
-def _with_dropout(adapter: Adapter, training: bool, device: torch.device) -> Adapter:
+def with_dropout(adapter: Adapter, training: bool, device: torch.device) -> Adapter:
     """Draw the call's seed if dropout is active: last, so that a call that fails draws nothing.
 
     What is kept of `x` counts `1 / (1 - p)` times: the increment is linear in `x`, so its scaling

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcft_kernels import validation
-from dcft_kernels.functional import dcft_linear, delta_weight
+from dcft_kernels.adapter import Adapter
+from dcft_kernels.functional import dcft_linear, delta_weight, merged_weight
 from dcft_kernels.geometry import Geometry, Pair
 from dcft_kernels.initialization import initialize
 from dcft_kernels.options import DCFTOptions
@@ -302,20 +303,11 @@ class DCFTLinear(nn.Linear):
         """Base plus increment, as `weight` is stored, rounded once to its dtype."""
         if self.weight.is_meta:
             raise ValueError("merge: the weight is on the meta device; load its values first")
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        delta = delta_weight(
-            self.dcft_A.to(wide),
-            self.dcft_B.to(wide),
-            self.dcft_C.to(wide),
-            in_features=self.in_features,
-            out_features=self.out_features,
-            stride=self.stride,
-            scaling=self.scaling,
-            backend=self.backend,
-        )
+        base = self.weight.t() if self.fan_in_fan_out else self.weight
+        adapter = Adapter(self.dcft_A, self.dcft_B, self.dcft_C, self.scaling, self.geometry)
+        merged = merged_weight(base, adapter, self.backend)
         if self.fan_in_fan_out:
-            delta = delta.t()
-        merged = (self.weight + delta).to(self.weight.dtype)
+            merged = merged.t()
         if not bool(torch.isfinite(merged).all()):
             raise ValueError(
                 "merge: base plus increment is not finite: one of them has diverged, or the sum "

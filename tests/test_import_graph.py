@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {"ops"},
     {"dispatch"},
     {"functional", "options"},
+    {"group"},
     {"module"},
     {"targets", "explain"},
     {"model"},

@@ -90,9 +90,7 @@ def _expand_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [next(computed) if needed else None for needed in needs]
     else:
         results = torch.ops.dcft_kernels.expand_backward(grad, *factors, *ctx.numbers, list(needs))
-        gradients = [
-            each if needed else None for each, needed in zip(results, needs, strict=True)
-        ]
+        gradients = [each if needed else None for each, needed in zip(results, needs, strict=True)]
     return (*gradients, None, None, None, None)
 
 

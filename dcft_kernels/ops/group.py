@@ -156,9 +156,7 @@ def _has_gradients(has_g: bool, index: int, needs: Needs) -> Needs:
 
 
 def _needs(flags: Sequence[bool]) -> list[Needs]:
-    return [
-        Needs(*flags[start : start + _PER_LAYER]) for start in range(0, len(flags), _PER_LAYER)
-    ]
+    return [Needs(*flags[start : start + _PER_LAYER]) for start in range(0, len(flags), _PER_LAYER)]
 
 
 def _group_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
@@ -190,7 +188,13 @@ def _group_autograd(
     if torch.is_grad_enabled() or grad_u is not None:
         # A double backward: every layer for itself, as differentiable operations.
         layers = _differentiable(
-            grads_y, grad_u, x, u, weights, _adapters(arguments, ctx.in_features, weights), ctx.needs
+            grads_y,
+            grad_u,
+            x,
+            u,
+            weights,
+            _adapters(arguments, ctx.in_features, weights),
+            ctx.needs,
         )
     elif all(g is None for g in grads_y):
         layers = [Gradients()] * ctx.layers

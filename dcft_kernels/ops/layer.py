@@ -29,6 +29,9 @@ from dcft_kernels.ops.library import (
     unflatten,
 )
 
+# The gradients of an adapter's seed, scaling, stride, probability and strategy.
+_NOT_DIFFERENTIABLE = (None,) * (ADAPTER_ARGUMENTS - 3)
+
 LIBRARY.define(
     f"linear(Tensor x, Tensor weight, Tensor? bias, {ADAPTER_SCHEMA}) -> (Tensor, Tensor)"
 )
@@ -219,7 +222,7 @@ def _linear_autograd(
 
 
 def _linear_formula(gradients: Gradients) -> tuple[Tensor | None, ...]:
-    return (*gradients, None, None, None, None, None)
+    return (*gradients, *_NOT_DIFFERENTIABLE)
 
 
 def _update_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -237,7 +240,18 @@ def _update_autograd(
 
 
 def _update_formula(grad_y: Tensor | None, gradients: Gradients) -> tuple[Tensor | None, ...]:
-    return (grad_y, gradients.x, gradients.A, gradients.B, gradients.C, None, None, None, None, None)
+    return (
+        grad_y,
+        gradients.x,
+        gradients.A,
+        gradients.B,
+        gradients.C,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 class _EagerLinear(torch.autograd.Function):

@@ -42,9 +42,7 @@ def flatten(adapter: Adapter, strategy: str) -> tuple[Any, ...]:
     )
 
 
-def unflatten(
-    arguments: Sequence[Any], in_features: int, out_features: int
-) -> tuple[Adapter, str]:
+def unflatten(arguments: Sequence[Any], in_features: int, out_features: int) -> tuple[Adapter, str]:
     """The inverse of `flatten`, given the sizes that the other tensors of the call tell."""
     A, B, C, seed, scaling, stride, dropout_p, strategy = arguments
     geometry = Geometry.build(

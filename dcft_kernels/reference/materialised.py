@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.dropout import drop
+from dcft_kernels.rounding import store
 
 
 def delta_weight(adapter: Adapter) -> Tensor:
@@ -38,3 +39,8 @@ def update(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
     """`y + dropout(x) DW^T`; `y [T, m]`, `x [T, n]`."""
     dense = delta_weight(adapter).to(x.dtype)
     return y + F.linear(drop(x, adapter.dropout_p, adapter.seed), dense)
+
+
+def merge(weight: Tensor, adapter: Adapter, out: Tensor, seed: Tensor | None) -> None:
+    """`weight + scaling * DW` into `out [m, n]`, in float32 or wider, then `rounding.store`."""
+    store(weight + delta_weight(adapter.widened(weight.dtype)), out, seed)

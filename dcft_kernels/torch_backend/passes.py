@@ -24,6 +24,7 @@ from torch import Tensor
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.dropout import drop, keep_mask
 from dcft_kernels.gradients import Gradients, Needs, saved
+from dcft_kernels.rounding import store
 from dcft_kernels.torch_backend.base_layer import base_grad_input
 from dcft_kernels.torch_backend.windows import expand_, factor_grad, shrink, spread
 
@@ -120,6 +121,11 @@ def delta_weight(adapter: Adapter) -> Tensor:
     mixed = adapter.scaling * (rows @ adapter.C.to(dtype))  # [m, k, d_in]
     dense = rows.new_zeros(geometry.outputs.size, geometry.inputs.size)
     return expand_(dense, mixed, adapter.A, geometry.inputs)
+
+
+def merge(weight: Tensor, adapter: Adapter, out: Tensor, seed: Tensor | None) -> None:
+    """`weight + scaling * DW` into `out [m, n]`, in float32 or wider, then `rounding.store`."""
+    store(weight + delta_weight(adapter.widened(weight.dtype)), out, seed)
 
 
 def _mix(U: Tensor, adapter: Adapter) -> Tensor:

@@ -24,7 +24,7 @@ def why_unavailable(device: torch.device) -> str | None:
     return _why_unavailable(device)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _why_unavailable(device: torch.device) -> str | None:
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:

@@ -79,7 +79,7 @@ def _backward_kernel(
     | `U` | `[T, K*W_IN]` | read (`NEED_B` or `NEED_C`) |
     | `Ub` | `[T, K*W_IN]` | written (`WRITE_UB`), or read where `g` is not: grouped layers |
     | `gx` | `[T, n]` | written once (`WRITE_GX`) |
-    | `partial` | `[programs, ...]` | gradients of A `[K, I]`, B `[J, K]`, C `[W_OUT, W_IN]`, float32 |
+    | `partial` | `[programs, ...]` | float32: of A `[K, I]`, B `[J, K]`, C `[W_OUT, W_IN]` |
 
     Grid: `(programs,)`, each owning every programs-th block of `BLOCK_T` whole rows. All sums are
     in float32; `V`, `Vb` and `Ub` are rounded to the tokens' dtype for the matrix unit.
@@ -195,9 +195,7 @@ def _backward_kernel(
         total = tl.sum(tl.sum(ranks, axis=2), axis=0)  # [WP_OUT, WP_IN]
         q = tl.arange(0, WP_OUT)[:, None]
         r = tl.arange(0, WP_IN)[None, :]
-        tl.store(
-            partial_ptr + offset_c + q * W_IN + r, total, mask=(q < W_OUT) & (r < W_IN)
-        )
+        tl.store(partial_ptr + offset_c + q * W_IN + r, total, mask=(q < W_OUT) & (r < W_IN))
 
 
 @triton.jit

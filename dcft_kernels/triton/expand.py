@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -30,9 +32,7 @@ def _spread_over_windows(
 
 
 @triton.jit
-def _random_halves(
-    seed, row_block, column_block, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def _random_halves(seed, row_block, column_block, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Sixteen random bits for each element of a tile, `[BLOCK_M, BLOCK_N]`, uint32.
 
     Element `(r, c)` takes one half of one word of `Philox4x32-10(key = seed, counter = (c // 8, 1,
@@ -133,8 +133,12 @@ def _expand_kernel(
         i = column_block * BLOCK_I + tl.arange(0, BLOCK_I)
         f = tl.zeros([BLOCK_J, BLOCK_I], tl.float32)
         for kappa in range(K):
-            b = tl.load(B_ptr + j.to(tl.int64) * stride_bj + kappa * stride_bk, mask=j < J, other=0.0)
-            a = tl.load(A_ptr + i.to(tl.int64) * stride_ai + kappa * stride_ak, mask=i < I, other=0.0)
+            b = tl.load(
+                B_ptr + j.to(tl.int64) * stride_bj + kappa * stride_bk, mask=j < J, other=0.0
+            )
+            a = tl.load(
+                A_ptr + i.to(tl.int64) * stride_ai + kappa * stride_ak, mask=i < I, other=0.0
+            )
             f += b[:, None].to(tl.float32) * a[None, :].to(tl.float32)
         f = _spread_over_windows(f * scaling, W_OUT, W_IN, BLOCK_J, BLOCK_I)
         C = tl.load(C_ptr + (r % W_OUT)[:, None] * stride_cq + (c % W_IN)[None, :] * stride_cp)
@@ -190,9 +194,7 @@ def expand(
     """
     geometry = adapter.geometry
     inputs, outputs = geometry.inputs, geometry.outputs
-    tile = lookup(
-        architecture(out.device), "expand", out.itemsize, layout_of(geometry).columns
-    )
+    tile = lookup(architecture(out.device), "expand", out.itemsize, layout_of(geometry).columns)
     blocks = triton.cdiv(outputs.size, tile.tokens) * triton.cdiv(inputs.size, tile.outputs)
     windowed = (
         geometry.rank >= _WINDOWED_RANK
@@ -223,13 +225,18 @@ def _holds_windows(features: int, side: Side) -> bool:
 
 
 @triton.jit
-def _window_products(
-    gf, factor, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, KP: tl.constexpr
-):
-    """`gf [BLOCK_L, BLOCK_S] @ factor [BLOCK_S, KP]`, in float32."""
-    if BLOCK_S >= 16:  # what `tl.dot` asks for
-        return tl.dot(gf, factor, input_precision="ieee")
-    return tl.sum(gf[:, :, None] * factor[None, :, :], axis=1)
+def _products(x, y):
+    """Every product of which `x [R, S] @ y [S, C]` is the sum along the last axis, `[R, C, S]`."""
+    return x[:, None, :] * tl.trans(y)[None, :, :]
+
+
+@triton.jit
+def _product(x, y, AS_DOT: tl.constexpr):
+    """`x [R, S] @ y [S, C]`, all of it in float32."""
+    if AS_DOT:
+        return tl.dot(x, y, input_precision="ieee")
+    # Along the last axis: Triton makes of a sum along the middle one a product in tf32.
+    return tl.sum(_products(x, y), axis=2)
 
 
 @triton.jit
@@ -246,6 +253,7 @@ def _expand_backward_kernel(
     W_OUT: tl.constexpr, S_OUT: tl.constexpr, WP_OUT: tl.constexpr, BLOCK_J: tl.constexpr,
     W_IN: tl.constexpr, S_IN: tl.constexpr, WP_IN: tl.constexpr, BLOCK_I: tl.constexpr,
     NEED_A: tl.constexpr, NEED_B: tl.constexpr, NEED_C: tl.constexpr,
+    AS_DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `A`, `B` and `C` from `g`, the gradient of `scaling * DW`.
 
@@ -262,6 +270,8 @@ def _expand_backward_kernel(
 
     Grid: `(programs,)`, each owning every programs-th block of `BLOCK_J` windows of whole rows, and
     walking over them by `BLOCK_I` windows. All sums are in float32.
+
+    `AS_DOT`: products of factors are matrix products; `BLOCK_J`, `BLOCK_I` and `KP` are 16 or more.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -269,8 +279,11 @@ def _expand_backward_kernel(
     kappa = tl.arange(0, KP)
     q = tl.arange(0, BLOCK_J * WP_OUT) % WP_OUT
     p = tl.arange(0, BLOCK_I * WP_IN) % WP_IN
-    in_C = (q < W_OUT)[:, None] & (p < W_IN)[None, :]
-    where_C = C_ptr + q[:, None] * stride_cq + p[None, :] * stride_cp
+    if NEED_A or NEED_B:
+        C = tl.load(
+            C_ptr + q[:, None] * stride_cq + p[None, :] * stride_cp,
+            mask=(q < W_OUT)[:, None] & (p < W_IN)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
     grad_C = tl.zeros([BLOCK_J * WP_OUT, BLOCK_I * WP_IN], tl.float32)
 
     for block in range(program, tl.cdiv(J, BLOCK_J), programs):
@@ -280,9 +293,12 @@ def _expand_backward_kernel(
             B_ptr + j[:, None].to(tl.int64) * stride_bj + kappa[None, :] * stride_bk,
             mask=(j < J)[:, None] & (kappa < K)[None, :], other=0.0,
         ).to(tl.float32) * scaling  # fmt: skip
-        grad_B = tl.zeros([BLOCK_J, KP], tl.float32)
+        if AS_DOT:
+            grad_B = tl.zeros([BLOCK_J, KP], tl.float32)
+        else:
+            grad_B = tl.zeros([BLOCK_J, KP, BLOCK_I], tl.float32)
 
-        for tile in range(tl.cdiv(I, BLOCK_I)):
+        for tile in tl.range(0, tl.cdiv(I, BLOCK_I), num_stages=STAGES):
             c, valid_c = window_features(tile, I, n, W_IN, S_IN, WP_IN, BLOCK_I)
             g = tl.load(
                 g_ptr + r[:, None].to(tl.int64) * stride_gm + c[None, :].to(tl.int64) * stride_gn,
@@ -295,26 +311,24 @@ def _expand_backward_kernel(
                     mask=(i < I)[:, None] & (kappa < K)[None, :], other=0.0,
                 ).to(tl.float32)  # fmt: skip
             if NEED_A or NEED_B:
-                if W_OUT == WP_OUT and W_IN == WP_IN:
-                    C = tl.load(where_C)
-                else:
-                    C = tl.load(where_C, mask=in_C, other=0.0)
-                products = tl.reshape(g * C.to(tl.float32), [BLOCK_J, WP_OUT, BLOCK_I, WP_IN])
+                products = tl.reshape(g * C, [BLOCK_J, WP_OUT, BLOCK_I, WP_IN])
                 gf = tl.sum(tl.sum(products, axis=3), axis=1)  # [BLOCK_J, BLOCK_I]
                 if NEED_B:
-                    grad_B += _window_products(gf, a, BLOCK_J, BLOCK_I, KP)
+                    grad_B += _product(gf, a, True) if AS_DOT else _products(gf, a)
                 if NEED_A:
-                    values = _window_products(tl.trans(gf), b, BLOCK_I, BLOCK_J, KP)
+                    values = _product(tl.trans(gf), b, AS_DOT)
                     where = partial_ptr + kappa[None, :] * I + i[:, None]
                     mask = (i < I)[:, None] & (kappa < K)[None, :]
                     # The buffer starts uninitialised: the first block sets what later ones add to.
                     values += tl.load(where, mask=mask & (block > program), other=0.0)
                     tl.store(where, values, mask=mask)
             if NEED_C:
-                f = _window_products(b, tl.trans(a), BLOCK_J, KP, BLOCK_I)
+                f = _product(b, tl.trans(a), AS_DOT)
                 grad_C += g * _spread_over_windows(f, WP_OUT, WP_IN, BLOCK_J, BLOCK_I)
 
         if NEED_B:
+            if not AS_DOT:
+                grad_B = tl.sum(grad_B, axis=2)
             tl.store(
                 gB_ptr + j[:, None].to(tl.int64) * K + kappa[None, :],
                 (grad_B * scaling).to(gB_ptr.dtype.element_ty),
@@ -358,8 +372,8 @@ def expand_backward(
         architecture(device), "expand_backward", grad.itemsize, layout_of(geometry).columns
     )
     width_out, width_in = (triton.next_power_of_2(side.width) for side in (outputs, inputs))
-    block_j, block_i = _windows_per_block(tile, width_out, width_in)
-    blocks = triton.cdiv(outputs.windows, block_j)
+    block = _backward_block(tile, width_out, width_in, triton.next_power_of_2(geometry.rank))
+    blocks = triton.cdiv(outputs.windows, block.windows_out)
     programs = min(blocks, tile.programs * multiprocessors(device))
     like_A = adapter.A if needs_A else None
     like_C = adapter.C if needs_C else None
@@ -378,18 +392,36 @@ def expand_backward(
             partial, partial.stride(0), size_A,
             adapter.scaling,
             outputs.size, inputs.size, outputs.windows, inputs.windows,
-            K=geometry.rank, KP=triton.next_power_of_2(geometry.rank),
-            W_OUT=outputs.width, S_OUT=outputs.stride, WP_OUT=width_out, BLOCK_J=block_j,
-            W_IN=inputs.width, S_IN=inputs.stride, WP_IN=width_in, BLOCK_I=block_i,
+            K=geometry.rank, KP=block.ranks,
+            W_OUT=outputs.width, S_OUT=outputs.stride, WP_OUT=width_out, BLOCK_J=block.windows_out,
+            W_IN=inputs.width, S_IN=inputs.stride, WP_IN=width_in, BLOCK_I=block.windows_in,
             NEED_A=needs_A, NEED_B=needs_B, NEED_C=needs_C,
+            AS_DOT=block.as_dot, STAGES=tile.stages,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     grad_A, _, grad_C = sum_partials(partial, like_A, None, like_C)
     return grad_A, grad_B, grad_C
 
 
-def _windows_per_block(tile: Tile, width_out: int, width_in: int) -> tuple[int, int]:
-    """Windows of rows and of columns in a block of about `tile.tokens * tile.features` elements."""
-    block_j = max(1, tile.tokens // width_out)
+class _Block(NamedTuple):
+    """What a program of the backward kernel holds at once; sizes are powers of two."""
+
+    windows_out: int
+    windows_in: int
+    ranks: int
+    as_dot: bool  # whether products of factors are too large to be formed before they are summed
+
+
+# Products of two elements that a program can hold on top of what else it does.
+_MOST_PRODUCTS = 4096
+
+
+def _backward_block(tile: Tile, width_out: int, width_in: int, ranks: int) -> _Block:
+    """A block of about `tile.tokens * tile.features` elements, and factors that are no larger."""
     elements = tile.tokens * tile.features
-    return block_j, max(1, elements // (block_j * width_out * width_in))
+    as_dot = elements // (width_out * width_in) * ranks > _MOST_PRODUCTS
+    least = 16 if as_dot else 1  # what `tl.dot` takes
+    ranks = max(least, ranks)
+    windows_out = max(least, tile.tokens // width_out)
+    windows_in = min(elements // (windows_out * width_out * width_in), elements // ranks)
+    return _Block(windows_out, max(least, windows_in), ranks, as_dot)

@@ -61,7 +61,7 @@ def _fused_linear_kernel(
     | `z` | `[T, size_in]` | |
     | `W` | `[size_in, size_out]` | any strides |
     | `fi`, `fo`, `C` | `[K, windows_in]`, `[K, windows_out]`, `[W_IN, W_OUT]` by its strides | |
-    | `U` | `[T, K*W_IN]` | what `z` was shrunk to, written by the first column of programs (`WRITE_U`) |
+    | `U` | `[T, K*W_IN]` | what `z` was shrunk to; written once (`WRITE_U`) |
     | `out` | `[T, size_out]` | written once |
 
     Grid: `(cdiv(T, BLOCK_T) * expand_tiles(out side),)`. The contracted windows must tile their
@@ -147,7 +147,7 @@ def fused_linear(
     u: Tensor | None = None,
     grad_input: bool = False,
 ) -> None:
-    """Write `out = z weight^T + bias + adapter`, or with `grad_input` its gradient `gx` for `z = g`.
+    """Write `out = z weight^T + bias + adapter`, or with `grad_input` its gradient for `z = g`.
 
     Args:
         z: `[T, n]`, or `g [T, m]` for `grad_input`.

@@ -1,8 +1,8 @@
 """Layers that share one input (q, k, v; gate, up): one pass over `x` forward, one backward.
 
-The adapters' `A`, one above the other, are the `A` of an adapter whose rank is the sum of theirs: it
-shrinks `x` for all of them at once, and on the way back takes the one pass over `x` and `gx` for
-all. What lies between is each layer's own. See `passes` for a single layer.
+The adapters' `A`, one above the other, are the `A` of an adapter whose rank is the sum of theirs:
+it shrinks `x` for all of them at once, and on the way back takes the one pass over `x` and `gx`
+for all. What lies between is each layer's own. See `passes` for a single layer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every launcher does alike: the device a kernel runs on, and the precision of its products."""
+"""What every launcher does alike: the device it launches on, the precision of its products."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Layout(NamedTuple):
         return Layout(self.KP, self.WP_OUT, self.WP_IN, self.GROUP)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def layout_of(geometry: Geometry) -> Layout:
     """Pad so that both sides have 16 columns or more: ranks first, then the narrower window."""
     rank = _power_of_two(geometry.rank)

@@ -2,9 +2,9 @@
 
 | strategy | forward | backward |
 | --- | --- | --- |
-| `row_block` | shrink and expand into `y`, then `y += x W^T` | gradients and `gx`, then `gx += g W` |
-| `fused` | all in one product | `gx` in one product, then the factors' gradients |
-| `scratch` | `W' = W + scaling * DW`, then `x W'^T`; and a shrink | `g W'`, then the factors' gradients |
+| `row_block` | shrink and expand to `y`, then `y += x W^T` | gradients and `gx`, then `gx += g W` |
+| `fused` | all in one product | `gx` in one product, then the gradients |
+| `scratch` | `W' = W + scaling * DW`, `x W'^T`, and a shrink | `W'` again, `g W'`, the gradients |
 
 `+=` is the matrix product's own addition (`addmm_`), which rounds once more than a single product
 does. `scratch` drops what of the update is below half a unit in the last place of `W`.
@@ -106,15 +106,16 @@ def delta_weight_backward(
     return expand_backward(grad, adapter, *needs)
 
 
-def merged_weight(weight: Tensor, adapter: Adapter) -> Tensor:
-    """`weight + scaling * DW`, in one pass, rounded once; strides as `weight`'s."""
-    out = torch.empty_like(weight)
-    expand(adapter, out=out, weight=weight)
-    return out
+def merge(weight: Tensor, adapter: Adapter, out: Tensor, seed: Tensor | None) -> None:
+    """`weight + scaling * DW` into `out [m, n]`, in one pass, rounded once; see `expand`."""
+    expand(adapter, out=out, weight=weight, seed=seed)
 
 
 def _scratch(weight: Tensor, adapter: Adapter) -> Tensor:
-    return merged_weight(weight, adapter)
+    """`weight + scaling * DW`, rounded to `weight`'s dtype; strides as `weight`'s."""
+    out = torch.empty_like(weight)
+    expand(adapter, out=out, weight=weight)
+    return out
 
 
 def _empty_u(x: Tensor, adapter: Adapter) -> Tensor:

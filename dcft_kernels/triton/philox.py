@@ -1,9 +1,9 @@
 """The dropout mask, drawn inside of kernels: counter-based, so that it never needs to be stored.
 
 Whether element `(t, f)` of `x` is kept is a pure function of the seed: of the four words of
-`Philox4x32-10(key = seed, counter = (f // 4, 0, t mod 2^32, t div 2^32))` it takes word `f mod 4` and
-compares its upper 24 bits, as a fraction, with `p`. `dcft_kernels.dropout.keep_mask` computes the
-same mask with PyTorch operators.
+`Philox4x32-10(key = seed, counter = (f // 4, 0, t mod 2^32, t div 2^32))` it takes word `f mod 4`
+and compares its upper 24 bits, as a fraction, with `p`. `dcft_kernels.dropout.philox_mask` computes
+the same mask with PyTorch operators.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import triton.language as tl
 
 
 @triton.jit
-def keep(seed, p, t, features, CONTIGUOUS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
+def keep(
+    seed, p, t, features, CONTIGUOUS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr
+):
     """Whether dropout keeps the elements of a tile, `[BLOCK_T, BLOCK_F]`.
 
     Args:
@@ -30,8 +32,8 @@ def keep(seed, p, t, features, CONTIGUOUS: tl.constexpr, BLOCK_T: tl.constexpr, 
         quad = (tl.min(features, axis=0) // 4 + tl.arange(0, BLOCK_F // 4)).to(tl.uint32)[None, :]
     else:
         quad = (features // 4).to(tl.uint32)[None, :]
-    quad, low, high = tl.broadcast(quad, low)[0], tl.broadcast(quad, low)[1], high
-    high = tl.broadcast(high, low)[0]
+    quad, low = tl.broadcast(quad, low)
+    high, low = tl.broadcast(high, low)
     w0, w1, w2, w3 = tl.philox(seed, quad, quad * 0, low, high)
     if CONTIGUOUS:
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_T, BLOCK_F // 4, 2, 2]

@@ -49,7 +49,7 @@ def _shrink_expand_kernel(
     | --- | --- | --- |
     | `x` | `[T, n]` | read once (`SHRINK`) |
     | `U` | `[T, K*W_IN]` | written (`SHRINK`) or read |
-    | `A`, `B`, `C` | `[K, I]`, `[J, K]`, `[W_OUT, W_IN]` | any float dtype; `B` passed by its strides |
+    | `A`, `B`, `C` | `[K, I]`, `[J, K]`, `[W_OUT, W_IN]` | any float dtype |
     | `bias`, `base` | `[m]`, `[T, m]` | optional |
     | `y` | `[T, m]` | written once (`EXPAND`) |
 
@@ -61,6 +61,7 @@ def _shrink_expand_kernel(
     row = t[:, None]
     inside = row < T
     dtype: tl.constexpr = u_ptr.dtype.element_ty
+    CONTIGUOUS: tl.constexpr = S_IN == W_IN and W_IN == WP_IN and (L_IN * WP_IN) % 4 == 0
 
     u_offsets, u_valid = rank_columns(t, stride_ut, W_IN, K, WP_IN, KP)
     if SHRINK:
@@ -73,7 +74,9 @@ def _shrink_expand_kernel(
                 other=0.0,
             )  # [BLOCK_T, L_IN*WP_IN]
             if HAS_DROPOUT:
-                CONTIGUOUS: tl.constexpr = S_IN == W_IN and W_IN == WP_IN and (L_IN * WP_IN) % 4 == 0
+                CONTIGUOUS: tl.constexpr = (
+                    S_IN == W_IN and W_IN == WP_IN and (L_IN * WP_IN) % 4 == 0
+                )
                 kept = keep(tl.load(seed_ptr), p, t, features, CONTIGUOUS, BLOCK_T, L_IN * WP_IN)
                 x = tl.where(kept, x, 0.0).to(x.dtype)
             values = factor_tile(A_ptr, stride_ak, stride_al, tile, I, K, KP, L_IN)

@@ -84,7 +84,7 @@ def architectures() -> tuple[str, ...]:
     return tuple(_table())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _device_architecture(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
@@ -100,23 +100,25 @@ def architecture(device: torch.device) -> str:
         return _forced
     if device.type != "cuda":
         return "interpreter"
-    return _device_architecture(torch.cuda.current_device() if device.index is None else device.index)
+    return _device_architecture(
+        torch.cuda.current_device() if device.index is None else device.index
+    )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_name(device: torch.device) -> str | None:
     """The GPU's name; None for a device that is none."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def entries(arch: str, kernel: str, itemsize: int) -> dict[int, Tile]:
     """The tiles of a kernel by number of columns, least first."""
     rows = _table()[arch][kernel][str(itemsize)]
     return {int(columns): Tile(*rows[columns]) for columns in sorted(rows, key=int)}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def lookup(arch: str, kernel: str, itemsize: int, columns: int) -> Tile:
     """The tile for a call whose tokens are shrunk to `columns`."""
     if kernel in _overrides:
@@ -127,7 +129,7 @@ def lookup(arch: str, kernel: str, itemsize: int, columns: int) -> Tile:
     raise ValueError(f"columns: no tile of {kernel} on {arch} holds {columns}")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs of a persistent kernel run at once, one to a multiprocessor."""
     if device.type != "cuda" or _forced is not None:

@@ -2,10 +2,10 @@
 
 A side has `L` windows of `WIDTH` features every `STRIDE` (see `dcft_kernels.geometry`) and a factor
 `f [K, L]`: `A` on the input side, `B^T` on the output side. Kernels walk over a side in tiles of
-`BLOCK_L` windows. Inside a tile, the feature axis has `BLOCK_L * WP` columns, column `l*WP + r` being
-the r-th feature of the tile's l-th window, where `WP` is `WIDTH` padded to a power of two; and what is
-shrunk to the factor's columns has `KP * WP` of them, column `κ*WP + r`, where `KP` pads `K`. A padded
-entry holds zero on every side of every product, so it changes nothing.
+`BLOCK_L` windows. A tile's feature axis has `BLOCK_L * WP` columns, column `l*WP + r` being the r-th
+feature of the tile's l-th window, where `WP` is `WIDTH` padded to a power of two. What is shrunk
+to the factor's columns has `KP * WP` of them, column `κ*WP + r`, where `KP` pads `K`. A
+padded entry holds zero on every side of every product, so it changes nothing.
 
 The product with a factor is a matrix product with `spread(f) [BLOCK_L*WP, KP*WP]`, which is
 `kron(f^T, I)`: `KP * WP >= 16` columns, what a matrix unit takes at once, so it costs about as
@@ -20,7 +20,13 @@ import triton.language as tl
 
 @triton.jit
 def window_features(
-    tile, L, size, WIDTH: tl.constexpr, STRIDE: tl.constexpr, WP: tl.constexpr, BLOCK_L: tl.constexpr
+    tile,
+    L,
+    size,
+    WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WP: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):
     """Features of the tile's columns and which of them exist, both `[BLOCK_L*WP]`.
 
@@ -51,7 +57,7 @@ def factor_tile(
 
 @triton.jit
 def spread(values, WP: tl.constexpr, KP: tl.constexpr, BLOCK_L: tl.constexpr):
-    """`[BLOCK_L, KP]` to `[BLOCK_L*WP, KP*WP]`: entry `(l*WP+r, κ*WP+r')` is `f[κ, l]` if `r = r'`."""
+    """`[BLOCK_L, KP]` to `[BLOCK_L*WP, KP*WP]`: `f[κ, l]` at `(l*WP+r, κ*WP+r)`, zeros elsewhere."""
     offset = tl.arange(0, WP)
     same = offset[None, :, None, None] == offset[None, None, None, :]
     entries = tl.where(same, values[:, None, :, None], 0.0)
@@ -82,7 +88,13 @@ def expand_tiles(
 
 @triton.jit
 def expand_features(
-    tile, L, size, WIDTH: tl.constexpr, STRIDE: tl.constexpr, WP: tl.constexpr, BLOCK_L: tl.constexpr
+    tile,
+    L,
+    size,
+    WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WP: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):
     """Features of a tile to write and which of them exist, both `[BLOCK_L*WP]`.
 
