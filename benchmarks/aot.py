@@ -10,7 +10,8 @@ launch as it would on a GPU and hands over what it is about to compile; nothing 
 Every variant is then compiled for its architecture, and its binary is read:
 
 - Spills: local memory and the stack, in bytes or in instructions that reach them; on AMD, spilled
-  registers or bytes of scratch.
+  vector registers or bytes of scratch. Scalar registers go to lanes of vector registers there, not
+  to memory: the table counts these apart (`lane_spills`), and they are no failure.
 - Shared memory: what Triton allocates and what is static, but not the KiB that every block has to
   leave to the system from sm_90 on, which the limits below do not count either.
 - Matrix instructions, which a kernel needs if it multiplies 16-bit tokens (or tf32). Products of
@@ -499,7 +500,8 @@ class Record(NamedTuple):
     case: str
     tile: str  # tokens, features, outputs, programs, warps, stages
     registers: int  # of a thread
-    spills: int  # bytes or instructions, whichever are more
+    spills: int  # to memory: bytes or instructions, whichever are more
+    lane_spills: int  # AMD: scalar registers kept in lanes of vector registers
     shared_bytes: int
     shared_limit: int
     tensor_memory: int
@@ -522,6 +524,7 @@ class Binary(NamedTuple):
 
     registers: int
     spills: int
+    lane_spills: int
     static_shared_bytes: int
     matrix_instructions: int
     instructions: int
@@ -547,6 +550,7 @@ def measure(variant: Variant) -> Record:
         variant.tile,
         binary.registers,
         binary.spills,
+        binary.lane_spills,
         compiled.metadata.shared + binary.static_shared_bytes,
         SHARED_LIMITS[launch.architecture],
         getattr(compiled.metadata, "tmem_size", None) or 0,
@@ -682,6 +686,7 @@ def read_sass(sass: str, usage: str, reserved: int = 0) -> Binary:
     return Binary(
         resources["REG"],
         max(resources["STACK"] + resources["LOCAL"], reached),
+        0,
         max(resources["SHARED"] - reserved, 0),
         sum(n for opcode, n in counts.items() if _SASS_MATRIX.match(opcode)),
         counts.total(),
@@ -713,10 +718,10 @@ def read_amdgcn(assembly: str) -> Binary:
     resources = {key: int(value) for key, value in re.findall(r"\.(\w+): +(\d+)\n", assembly)}
     if "vgpr_count" not in resources or not counts:
         raise ValueError("assembly: expected one kernel, got none")
-    spilled = resources["vgpr_spill_count"] + resources["sgpr_spill_count"]
     return Binary(
         resources["vgpr_count"],
-        max(spilled, resources["private_segment_fixed_size"]),
+        max(resources["vgpr_spill_count"], resources["private_segment_fixed_size"]),
+        resources["sgpr_spill_count"],
         0,
         sum(n for opcode, n in counts.items() if opcode.startswith(("v_mfma", "v_smfmac"))),
         counts.total(),
@@ -847,7 +852,9 @@ def compile_all(
                     outcome = "; ".join(failures(stored[key])) or "ok"
                 except Exception as error:  # one kernel that does not compile hides no other
                     stored.pop(key, None)
-                    outcome = f"{type(error).__name__}: {error}"
+                    # Triton's errors quote the source first.
+                    text = str(error).strip().splitlines() or [""]
+                    outcome = f"{type(error).__name__}: {text[-1]}"
                     wrong.append(f"{' '.join(key)}: {outcome}")
                 clock = f"{time.monotonic() - started:.0f} s"
                 print(f"[{number}/{len(missing)}, {clock}] {' '.join(key)}: {outcome}", flush=True)

@@ -80,5 +80,6 @@ def resolve(strategy: str, tokens: Tensor, adapter: Adapter, *, base: bool = Tru
         name,
         base=base,
         dropout=adapter.seed is not None,
+        tf32=torch.backends.cuda.matmul.allow_tf32,
     )
     return choose(call, strategy).strategy

@@ -18,10 +18,14 @@ OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
 
 
-@torch.compiler.assume_constant_result
 def why_unavailable(device: torch.device) -> str | None:
     """The reason why Triton kernels cannot run on `device`, or None if they can."""
     return _why_unavailable(device)
+
+
+# A compiler takes the result as it is. This is what `torch.compiler.assume_constant_result` does,
+# which also imports the compiler: seconds that the first eager call would have to wait for.
+why_unavailable._dynamo_marked_constant = True
 
 
 @functools.cache

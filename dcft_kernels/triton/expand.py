@@ -1,4 +1,4 @@
-"""The dense `[m, n]` tensor `DW`: written, or added to a weight, in one pass; and differentiated."""
+"""The dense `DW [m, n]`: written, or added to a weight, in one pass, and differentiated in one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WINDOWED_RANK = 4
 def _spread_over_windows(
     values, WP_OUT: tl.constexpr, WP_IN: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr
 ):
-    """`[BLOCK_J, BLOCK_I]` to `[BLOCK_J*WP_OUT, BLOCK_I*WP_IN]`: a window's value on its elements."""
+    """`[BLOCK_J, BLOCK_I]` to `[BLOCK_J*WP_OUT, BLOCK_I*WP_IN]`: each value over its window."""
     spread = tl.broadcast_to(values[:, None, :, None], [BLOCK_J, WP_OUT, BLOCK_I, WP_IN])
     return tl.reshape(spread, [BLOCK_J * WP_OUT, BLOCK_I * WP_IN])
 
@@ -64,18 +64,18 @@ def _round_stochastically(v, halves, dtype: tl.constexpr):
     bits = v.to(tl.uint32, bitcast=True)
     if dtype == tl.bfloat16:
         noise = tl.where(tl.abs(v) < 3.3895313892515355e38, halves, 0x8000)
-        rounded = ((bits + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
-        noise = tl.where(tl.abs(v) < 65504.0, halves >> 3, 0x1000)
-        rounded = ((bits + noise) & 0xFFFFE000).to(tl.float32, bitcast=True)
-        # Below the normal numbers the step stays at 2^-24 while that of float32 goes on shrinking.
-        steps = tl.abs(v) * 16777216.0
-        below = tl.floor(steps)
-        fraction = (halves.to(tl.float32) + 0.5) * 1.52587890625e-05  # (halves + 1/2) / 2^16
-        subnormal = tl.where(steps - below > fraction, below + 1.0, below) * 5.9604644775390625e-08
-        subnormal = tl.where(v < 0, -subnormal, subnormal)
-        rounded = tl.where(steps < 1024.0, subnormal, rounded)
-    # The noise may carry a NaN's bits over into its sign.
+        # The noise could carry over into the sign of a NaN, and truncation make it an infinity.
+        rounded = tl.where(v == v, bits + noise, bits | 0x00400000) >> 16
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    noise = tl.where(tl.abs(v) < 65504.0, halves >> 3, 0x1000)
+    normal = ((bits + noise) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    # Below the normal numbers the step stays at 2^-24, while that of float32 goes on shrinking.
+    steps = tl.abs(v) * 16777216.0
+    below = tl.floor(steps)
+    fraction = (halves.to(tl.float32) + 0.5) * 1.52587890625e-05  # (halves + 1/2) / 2^16
+    subnormal = tl.where(steps - below > fraction, below + 1.0, below) * 5.9604644775390625e-08
+    subnormal = tl.where(v < 0, -subnormal, subnormal)
+    rounded = tl.where(steps < 1024.0, subnormal, normal)
     return tl.where(v == v, rounded, v).to(dtype)
 
 
@@ -104,11 +104,11 @@ def _expand_kernel(
     | `out` | `[m, n]` | written once |
     | `A`, `B`, `C` | `[K, I]`, `[J, K]`, `[W_OUT, W_IN]` | any float dtype |
 
-    Grid: `(cdiv(m, BLOCK_M) * cdiv(n, BLOCK_N),)`, a program for each tile of `out`. All sums are in
-    float32, rounded once: to nearest, or stochastically (`HAS_SEED`).
+    Grid: `(cdiv(m, BLOCK_M) * cdiv(n, BLOCK_N),)`, a program for each tile of `out`. All sums are
+    in float32, rounded once: to nearest, or stochastically (`HAS_SEED`).
 
-    `WINDOWED`: `F` is computed once a window, not once an element. Windows must tile both sides, and
-    tiles hold whole windows.
+    `WINDOWED`: `F` is computed once a window, not once an element. Windows must tile both sides,
+    and tiles hold whole windows.
     """
     column_blocks = tl.cdiv(n, BLOCK_N)
     row_block = tl.program_id(0) // column_blocks
@@ -133,14 +133,12 @@ def _expand_kernel(
         i = column_block * BLOCK_I + tl.arange(0, BLOCK_I)
         f = tl.zeros([BLOCK_J, BLOCK_I], tl.float32)
         for kappa in range(K):
-            b = tl.load(
-                B_ptr + j.to(tl.int64) * stride_bj + kappa * stride_bk, mask=j < J, other=0.0
-            )
-            a = tl.load(
-                A_ptr + i.to(tl.int64) * stride_ai + kappa * stride_ak, mask=i < I, other=0.0
-            )
-            f += b[:, None].to(tl.float32) * a[None, :].to(tl.float32)
-        f = _spread_over_windows(f * scaling, W_OUT, W_IN, BLOCK_J, BLOCK_I)
+            where_b = B_ptr + j.to(tl.int64) * stride_bj + kappa * stride_bk
+            where_a = A_ptr + i.to(tl.int64) * stride_ai + kappa * stride_ak
+            b = tl.load(where_b, mask=j < J, other=0.0).to(tl.float32) * scaling
+            a = tl.load(where_a, mask=i < I, other=0.0).to(tl.float32)
+            f += b[:, None] * a[None, :]
+        f = _spread_over_windows(f, W_OUT, W_IN, BLOCK_J, BLOCK_I)
         C = tl.load(C_ptr + (r % W_OUT)[:, None] * stride_cq + (c % W_IN)[None, :] * stride_cp)
         weight += f * C.to(tl.float32)
     else:
@@ -154,15 +152,11 @@ def _expand_kernel(
                 covers_column = (i >= 0) & (i < I) & (p < W_IN)
                 f = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 for kappa in range(K):
-                    b = tl.load(
-                        B_ptr + j.to(tl.int64) * stride_bj + kappa * stride_bk,
-                        mask=covers_row, other=0.0,
-                    )  # fmt: skip
-                    a = tl.load(
-                        A_ptr + i.to(tl.int64) * stride_ai + kappa * stride_ak,
-                        mask=covers_column, other=0.0,
-                    )  # fmt: skip
-                    f += (b.to(tl.float32) * scaling)[:, None] * a.to(tl.float32)[None, :]
+                    where_b = B_ptr + j.to(tl.int64) * stride_bj + kappa * stride_bk
+                    where_a = A_ptr + i.to(tl.int64) * stride_ai + kappa * stride_ak
+                    b = tl.load(where_b, mask=covers_row, other=0.0).to(tl.float32) * scaling
+                    a = tl.load(where_a, mask=covers_column, other=0.0).to(tl.float32)
+                    f += b[:, None] * a[None, :]
                 where = C_ptr + q[:, None] * stride_cq + p[None, :] * stride_cp
                 if S_OUT == W_OUT and S_IN == W_IN:  # always inside, which wide loads need to see
                     C = tl.load(where)
@@ -190,7 +184,7 @@ def expand(
         out: `[m, n]`, written.
         weight: `[m, n]`, any float dtype; may be `out` itself, but not overlap it otherwise.
         seed: int64 scalar on `out`'s device, to round stochastically to a 16-bit `out`; the same
-            seed gives the same result on every device and with every tile. None: to nearest.
+            seed draws the same bits on every device and for every tile. None: to nearest.
     """
     geometry = adapter.geometry
     inputs, outputs = geometry.inputs, geometry.outputs

@@ -12,6 +12,10 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from tests.kernels.interpreter import repair
+
+    repair()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

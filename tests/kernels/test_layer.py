@@ -1,0 +1,269 @@
+"""The layer on the Triton kernels: every shape, dtype, stride and strategy, all gradients."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dcft_kernels import DCFTLinear, dcft_linear, dcft_update
+from dcft_kernels.strategy import why_kernels_cannot
+from tests.adapter_cases import CASES, Case, Inputs, random_inputs
+from tests.kernels.parity import NAMES, check, run, to
+
+# The most columns that the kernels take, in every way to fill them; and what has to be padded most.
+WIDE = [
+    Case(64, 72, 16, (8, 8), (8, 8)),
+    Case(128, 192, 2, (64, 64), (64, 64)),
+    Case(40, 24, 128, (1, 1), (1, 1)),
+    Case(40, 52, 10, (12, 12), (12, 12)),
+    Case(30, 41, 25, (5, 5), (5, 5)),
+    Case(70, 20, 2, (1, 64), (1, 64)),
+    Case(20, 70, 2, (64, 1), (64, 1)),
+    Case(35, 35, 3, (6, 6), (4, 3)),
+]
+PAPER, RAGGED, OVERLAP = CASES[0], CASES[3], CASES[6]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+STRATEGIES = ["row_block", "fused", "scratch"]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
+every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+
+
+def runs(case: Case, strategy: str) -> bool:
+    """Whether a strategy takes the case."""
+    return strategy != "fused" or case.stride == case.kernel_size
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("case", "strategy"),
+    [(case, s) for case in CASES for s in ("row_block", "fused") if runs(case, s)],
+    ids=str,
+)
+def test_parity(device, case: Case, strategy: str, dtype: torch.dtype) -> None:
+    # 37 tokens: blocks of rows of which the last is not full, and more of them than programs.
+    check(to(random_inputs(case, (37,), dtype), device), case, strategy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("case", "strategy"),
+    [(case, s) for case in WIDE for s in ("row_block", "fused") if runs(case, s)],
+    ids=str,
+)
+def test_parity_of_wide_adapters(device, case: Case, strategy: str, dtype: torch.dtype) -> None:
+    check(to(random_inputs(case, (18,), dtype, torch.float32), device), case, strategy)
+
+
+@pytest.mark.parametrize("case", [PAPER, RAGGED, OVERLAP], ids=str)
+def test_parity_of_scratch(device, case: Case) -> None:
+    """In float32 only: in 16 bit, it drops what the sum with the weight cannot hold."""
+    check(to(random_inputs(case, (18,), torch.float32), device), case, "scratch")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("strategy", ["row_block", "fused"])
+def test_float32_adapter_over_16_bit_base(device, dtype: torch.dtype, strategy: str) -> None:
+    inputs = to(random_inputs(PAPER, (33,), dtype, torch.float32), device)
+    assert check(inputs, PAPER, strategy)[4].dtype == torch.float32
+
+
+@every_strategy
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 150])
+def test_any_number_of_tokens(device, tokens: int, strategy: str) -> None:
+    check(to(random_inputs(PAPER, (tokens,), torch.float32), device), PAPER, strategy)
+
+
+@every_strategy
+def test_no_tokens(device, strategy: str) -> None:
+    results = run(to(random_inputs(PAPER, (0,)), device).to(torch.float32), PAPER, "triton")
+    assert results[0].shape == (0, PAPER.out_features)
+    for name, grad in zip(NAMES[1:], results[1:], strict=True):
+        assert float(grad.abs().sum()) == 0.0, name
+
+
+def test_leading_dimensions(device) -> None:
+    inputs = to(random_inputs(PAPER, (2, 3, 4), torch.float32), device)
+    check(inputs, PAPER)
+    check(Inputs(inputs.x[0, 0, 0], *inputs[1:-1], inputs.grad[0, 0, 0]), PAPER)
+
+
+def scattered(tensor: Tensor) -> Tensor:
+    """The same values with gaps between them along every dimension, in NaN."""
+    wide = torch.full([2 * size for size in tensor.shape], float("nan"), dtype=tensor.dtype)
+    view = wide.to(tensor.device)[tuple(slice(1, None, 2) for _ in tensor.shape)]
+    return view.copy_(tensor)
+
+
+@pytest.mark.parametrize("strategy", ["row_block", "fused"])
+@pytest.mark.parametrize("rearrange", [lambda t: t.mT.contiguous().mT, scattered])
+@pytest.mark.parametrize("which", range(len(Inputs._fields)), ids=Inputs._fields)
+def test_any_strides(device, which: int, rearrange, strategy: str) -> None:
+    inputs = to(random_inputs(RAGGED, (19,), torch.float32), device)
+    if inputs[which].dim() == 1 and rearrange is not scattered:
+        pytest.skip("one dimension cannot be transposed")
+    strided = list(inputs)
+    strided[which] = rearrange(strided[which])
+    expected = run(inputs, RAGGED, "triton", strategy=strategy)
+    actual = run(Inputs(*strided), RAGGED, "triton", strategy=strategy)
+    for name, a, b in zip(NAMES, actual, expected, strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_offsets_beyond_32_bits(device) -> None:
+    """Rows so far apart that their offsets overflow 32 bits; most of the memory is never touched."""
+    case = Case(16, 16, 1, (8, 8), (8, 8))
+    distance = 2**31 + 16
+    inputs = to(random_inputs(case, (2,), torch.bfloat16), device)
+    if device.type == "cpu":
+        far = torch.from_numpy(np.empty(distance + 16, dtype=np.int16)).view(torch.bfloat16)
+    else:
+        far = torch.zeros(distance + 16, dtype=torch.bfloat16, device=device)
+    rows = far.as_strided((2, 16), (distance, 1))
+    expected = run(inputs, case, "triton")
+    for which in ("x", "grad"):
+        rows.copy_(getattr(inputs, which))
+        actual = run(inputs._replace(**{which: rows}), case, "triton")
+        assert all(map(torch.equal, actual, expected)), which
+
+
+SUBSETS = [s for s in itertools.product([False, True], repeat=4) if any(s)]
+
+
+@every_strategy
+@pytest.mark.parametrize("wanted", SUBSETS, ids=lambda s: "".join("xABC"[i] for i in range(4) if s[i]))
+def test_every_subset_of_gradients(device, wanted: tuple[bool, ...], strategy: str) -> None:
+    """What is asked for does not change its value, and nothing else is computed."""
+    inputs = to(random_inputs(PAPER, (37,), torch.bfloat16), device)
+    expected = run(inputs, PAPER, "triton", strategy=strategy)
+    need_x, *need_factors = wanted
+    some = inputs.requiring(need_x, False, False, *need_factors)
+    y = dcft_linear(*some.operands, scaling=0.7, backend="triton", strategy=strategy)
+    y.backward(some.grad)
+    for name, operand, grad in zip(NAMES[1:], some.operands, expected[1:], strict=True):
+        if operand.requires_grad:
+            assert torch.equal(operand.grad, grad), name
+        else:
+            assert operand.grad is None, name
+
+
+@pytest.mark.parametrize("repeats", [3])
+@every_strategy
+def test_repeats_to_the_bit(device, strategy: str, repeats: int) -> None:
+    repeats = 100 if device.type == "cuda" else repeats
+    inputs = to(random_inputs(PAPER, (150,), torch.bfloat16), device)
+    first = run(inputs, PAPER, "triton", strategy=strategy)
+    for _ in range(repeats - 1):
+        assert all(map(torch.equal, run(inputs, PAPER, "triton", strategy=strategy), first))
+
+
+def test_arguments_are_not_changed(device) -> None:
+    inputs = to(random_inputs(PAPER, (9,), torch.float32), device)
+    before = [tensor.clone() for tensor in inputs]
+    run(inputs, PAPER, "triton")
+    assert all(map(torch.equal, inputs, before))
+
+
+@pytest.mark.parametrize("case", [PAPER, RAGGED, OVERLAP], ids=str)
+@every_dtype
+def test_update(device, case: Case, dtype: torch.dtype) -> None:
+    """`dcft_update` adds to a base that it does not change."""
+    inputs = to(random_inputs(case, (21,), dtype), device)
+    base = torch.randn(21, case.out_features, dtype=dtype, device=device)
+    results = []
+    for backend, wide in (("triton", dtype), ("reference", torch.float64)):
+        some = inputs.to(wide).requiring(True, False, False, True, True, True)
+        y = base.to(wide).requires_grad_()
+        out = dcft_update(
+            y, some.x, some.A, some.B, some.C, stride=case.stride, scaling=0.7, backend=backend
+        )
+        operands = (y, some.x, some.A, some.B, some.C)
+        results.append((out.detach(), *torch.autograd.grad(out, operands, some.grad)))
+        assert torch.equal(y.detach(), base.to(wide))
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}[dtype]
+    for actual, expected in zip(*results, strict=True):
+        error = (actual.double() - expected).abs().max() / expected.abs().max()
+        assert float(error) < tolerance
+
+
+@st.composite
+def shapes(draw) -> tuple[Case, int, torch.dtype]:
+    """Adapters of every kind that the kernels take, small."""
+    kernel = tuple(draw(st.integers(1, 20)) for _ in range(2))
+    stride = tuple(draw(st.integers(max(1, width // 3), width)) for width in kernel)
+    if draw(st.booleans()):
+        stride = kernel
+    rank = draw(st.integers(1, 128 // max(kernel)))
+    sizes = [draw(st.integers(1, 50)) for _ in range(2)]
+    return Case(*sizes, rank, kernel, stride), draw(st.integers(1, 40)), draw(st.sampled_from(DTYPES))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(shapes(), st.sampled_from(["row_block", "fused"]))
+def test_any_shape(shape: tuple[Case, int, torch.dtype], strategy: str) -> None:
+    case, tokens, dtype = shape
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not runs(case, strategy):
+        strategy = "row_block"
+    check(to(random_inputs(case, (tokens,), dtype, torch.float32), device), case, strategy)
+
+
+def test_a_module_trains_on_the_kernels(device) -> None:
+    torch.manual_seed(2)
+    layer = DCFTLinear(48, 64, rank=2, backend="triton", init="zero", alpha=8).to(device)
+    twin = DCFTLinear(48, 64, rank=2, backend="torch", init="zero", alpha=8).to(device)
+    twin.load_state_dict(layer.state_dict())
+    x, target = torch.randn(24, 48, device=device), torch.randn(24, 64, device=device)
+    losses = []
+    for each in (layer, twin):
+        optimizer = torch.optim.Adam([p for p in each.parameters() if p.requires_grad], lr=1e-2)
+        curve = []
+        for _ in range(5):
+            loss = (each(x) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(float(loss))
+        losses.append(curve)
+    assert losses[0][-1] < losses[0][0]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_merge_on_the_kernels_is_the_others(device, dtype, fan_in_fan_out: bool) -> None:
+    results = []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(4)
+        layer = DCFTLinear(50, 37, rank=2, backend=backend, dtype=dtype).to(device)
+        if fan_in_fan_out:
+            layer.weight = torch.nn.Parameter(layer.weight.t().contiguous(), requires_grad=False)
+            layer.fan_in_fan_out = True
+        layer.merge()
+        assert layer.weight.is_contiguous()
+        results.append(layer.weight.detach())
+    torch.testing.assert_close(*results)
+
+
+def test_what_the_kernels_refuse(device) -> None:
+    inputs = to(random_inputs(PAPER, (5,)), device)
+    with pytest.raises(RuntimeError, match=r"^backend='triton' cannot run: .*float64.*'torch'"):
+        run(inputs, PAPER, "triton")
+    wide = Case(64, 64, 17, (8, 8), (8, 8))
+    assert why_kernels_cannot(wide.geometry, torch.float32) is not None
+    inputs = to(random_inputs(wide, (5,), torch.float32), device)
+    with pytest.raises(RuntimeError, match=r"^backend='triton' cannot run: .*17 \* 8 = 136"):
+        run(inputs, wide, "triton")
+    run(inputs, wide, "auto")
+    with pytest.raises(RuntimeError, match=r"^strategy='fused' cannot run: .*136.*'auto'"):
+        run(inputs, wide, "auto", strategy="fused")
+    inputs = to(random_inputs(OVERLAP, (5,), torch.float32), device)
+    with pytest.raises(ValueError, match=r"^strategy: 'fused' cannot take this layer: .*overlap"):
+        run(inputs, OVERLAP, "triton", strategy="fused")
+    with pytest.raises(ValueError, match=r"^strategy: 'scratch' cannot take this layer: dropout"):
+        run(inputs, OVERLAP, "triton", strategy="scratch", dropout_p=0.5)
