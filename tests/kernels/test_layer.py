@@ -136,7 +136,9 @@ SUBSETS = [s for s in itertools.product([False, True], repeat=4) if any(s)]
 
 
 @every_strategy
-@pytest.mark.parametrize("wanted", SUBSETS, ids=lambda s: "".join("xABC"[i] for i in range(4) if s[i]))
+@pytest.mark.parametrize(
+    "wanted", SUBSETS, ids=lambda s: "".join("xABC"[i] for i in range(4) if s[i])
+)
 def test_every_subset_of_gradients(device, wanted: tuple[bool, ...], strategy: str) -> None:
     """What is asked for does not change its value, and nothing else is computed."""
     inputs = to(random_inputs(PAPER, (37,), torch.bfloat16), device)
@@ -200,7 +202,11 @@ def shapes(draw) -> tuple[Case, int, torch.dtype]:
         stride = kernel
     rank = draw(st.integers(1, 128 // max(kernel)))
     sizes = [draw(st.integers(1, 50)) for _ in range(2)]
-    return Case(*sizes, rank, kernel, stride), draw(st.integers(1, 40)), draw(st.sampled_from(DTYPES))
+    return (
+        Case(*sizes, rank, kernel, stride),
+        draw(st.integers(1, 40)),
+        draw(st.sampled_from(DTYPES)),
+    )
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
