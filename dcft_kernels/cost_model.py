@@ -35,6 +35,9 @@ _SLICES = 256
 # Share of the bandwidth that one multiprocessor can draw, over its fair share.
 _BANDWIDTH_SURPLUS = 2.0
 
+# Columns that a launch holds without spilling registers to memory, by bytes an element.
+_COLUMNS_OF_A_LAUNCH = {2: 128, 4: 64}
+
 _FLOAT32_BYTES = 4
 _FEWEST_COLUMNS = 16
 
@@ -103,6 +106,21 @@ def bucket(tokens: int) -> int:
 def columns(side: Side, rank: int) -> int:
     """Columns that a token is shrunk to on a side, padded to what a matrix unit takes."""
     return max(_FEWEST_COLUMNS, _power_of_two(rank) * _power_of_two(side.width))
+
+
+def ranks_of_a_launch(geometry: Geometry, itemsize: int) -> int:
+    """How many of an adapter's ranks one launch of a row-block kernel takes; the rest take more.
+
+    As many as its registers hold columns of, in slices of about equal rank. Every slice is one
+    more pass over the tokens.
+    """
+    rank, outputs, inputs = geometry
+    most = _COLUMNS_OF_A_LAUNCH[itemsize]
+    for count in range(1, rank + 1):
+        size = -(-rank // count)
+        if max(columns(side, size) for side in (outputs, inputs)) <= most:
+            return size
+    return 1
 
 
 def estimate(strategy: str, call: Call, gpu: Gpu) -> Estimate:
@@ -174,6 +192,7 @@ class _Sizes:
             + self.inputs.width * self.outputs.width
         )
         self.factors = self.factor_elements * call.adapter_dtype.itemsize
+        self.slices = -(-self.rank // ranks_of_a_launch(call.geometry, min(4, itemsize)))
         self.columns = max(columns(side, self.rank) for side in (self.inputs, self.outputs))
 
     @property
@@ -236,17 +255,20 @@ def _row_block(s: _Sizes) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
     """One kernel a direction over whole rows, and the vendor's product added onto its result."""
     partial, sums = s.sums()
     given_y = 0 if s.call.base else s.y  # the increment alone: y is read, y + increment written
+    more = s.slices - 1  # every further slice of the ranks adds to the results of those before
     forward = Kernel(
         "shrink and expand",
-        s.x + s.y + given_y + s.U + s.factors,
+        s.x + s.y + given_y + s.U + s.factors + more * (s.x + 2 * s.y),
         s.shrink_flops(s.inputs) + s.expand_flops(s.outputs),
         s.row_programs,
+        launches=s.slices,
     )
     backward = Kernel(
         "gradients",
-        s.y + s.x + s.x + s.U + s.factors + partial,
+        s.y + s.x + s.x + s.U + s.factors + partial + more * (s.y + 3 * s.x),
         s.gradient_flops + s.expand_flops(s.inputs),
         s.row_programs,
+        launches=s.slices,
     )
     return (forward, *s.base(adds=True)), (backward, sums, *s.base_gradient(adds=True))
 

@@ -173,8 +173,10 @@ def takes_group(backend: str, x: Tensor, adapters: Sequence[Adapter]) -> bool:
     geometries = [adapter.geometry for adapter in adapters]
     if any(each.inputs != geometries[0].inputs for each in geometries):
         return False
-    joint = max(geometries, key=lambda each: each.outputs.width)._replace(
-        rank=sum(each.rank for each in geometries)
+    first = geometries[0]
+    joint = first._replace(
+        rank=sum(each.rank for each in geometries),
+        outputs=first.outputs._replace(width=max(each.outputs.width for each in geometries)),
     )
     return all(
         why_not_triton(adapter._replace(geometry=geometry), x.dtype) is None

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from dcft_kernels.cost_model import Call, Estimate, bucket, estimate
+from dcft_kernels.cost_model import Call, Estimate, bucket, estimate, ranks_of_a_launch
 from dcft_kernels.geometry import Geometry
 from dcft_kernels.gpu_rates import INTERPRETER, lookup
 
@@ -147,7 +147,10 @@ def why_strategy_cannot(strategy: str, call: Call) -> str | None:
         if call.dropout:
             return "dropout acts on the adapter's input alone, which one product cannot tell apart"
         return None
-    _, outputs, inputs = call.geometry
+    rank, outputs, inputs = call.geometry
+    most = ranks_of_a_launch(call.geometry, call.dtype.itemsize)
+    if rank > most:
+        return f"fused takes what one launch holds, here a rank of {most}, not {rank}"
     if outputs.stride != outputs.width or inputs.stride != inputs.width:
         return (
             "fused takes windows that do not overlap, stride == kernel_size, not "

@@ -13,12 +13,14 @@ from dcft_kernels.adapter import Adapter
 from dcft_kernels.gradients import Gradients, Needs
 from dcft_kernels.ops.library import LIBRARY, unflatten
 
+# `biases` are those there are: of lists with a None among the tensors, PyTorch's autograd for
+# operators sees none. `stride` has a pair (out, in) for each layer.
 _ADAPTERS_SCHEMA = (
     "Tensor[] dcft_A, Tensor[] dcft_B, Tensor[] dcft_C, Tensor? seed, "
     "float[] scaling, int[] stride, float dropout_p"
 )
 LIBRARY.define(
-    f"linear_group(Tensor x, Tensor[] weights, Tensor?[] biases, {_ADAPTERS_SCHEMA})"
+    f"linear_group(Tensor x, Tensor[] weights, Tensor[] biases, bool[] has_bias, {_ADAPTERS_SCHEMA})"
     " -> (Tensor[], Tensor)"
 )
 LIBRARY.define(
@@ -42,16 +44,18 @@ def linear_group(
         adapters: with one input geometry, one seed, and a sum of ranks that the kernels take.
     """
     first = adapters[0]
+    sides = [(each.geometry.outputs, each.geometry.inputs) for each in adapters]
     outputs, _ = torch.ops.dcft_kernels.linear_group(
         x,
         weights,
-        biases,
+        [bias for bias in biases if bias is not None],
+        [bias is not None for bias in biases],
         [adapter.A for adapter in adapters],
         [adapter.B for adapter in adapters],
         [adapter.C for adapter in adapters],
         first.seed,
         [adapter.scaling for adapter in adapters],
-        [first.geometry.outputs.stride, first.geometry.inputs.stride],
+        [side.stride for pair in sides for side in pair],
         first.dropout_p,
     )
     return outputs
@@ -61,27 +65,37 @@ def _adapters(
     arguments: Sequence[Any], in_features: int, weights: Sequence[Tensor]
 ) -> list[Adapter]:
     As, Bs, Cs, seed, scalings, stride, dropout_p = arguments
+    strides = zip(stride[::2], stride[1::2], strict=True)
     return [
         unflatten(
-            (A, B, C, seed, scaling, stride, dropout_p, "auto"), in_features, weight.shape[0]
+            (A, B, C, seed, scaling, pair, dropout_p, "auto"), in_features, weight.shape[0]
         )[0]
-        for A, B, C, scaling, weight in zip(As, Bs, Cs, scalings, weights, strict=True)
+        for A, B, C, scaling, pair, weight in zip(
+            As, Bs, Cs, scalings, strides, weights, strict=True
+        )
     ]
+
+
+def _by_layer(biases: Sequence[Any], has_bias: Sequence[bool]) -> list[Any]:
+    """What there is of every layer that has a bias, with None for the others."""
+    there = iter(biases)
+    return [next(there) if has else None for has in has_bias]
 
 
 @torch.library.impl(LIBRARY, "linear_group", "CompositeExplicitAutograd")
 def _group_kernel(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *arguments: Any
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], has_bias: list[bool], *arguments: Any
 ) -> tuple[list[Tensor], Tensor]:
     from dcft_kernels.triton import group
 
+    adapters = _adapters(arguments, x.shape[1], weights)
     with autocast.suspended(x):
-        return group.linear_group(x, weights, biases, _adapters(arguments, x.shape[1], weights))
+        return group.linear_group(x, weights, _by_layer(biases, has_bias), adapters)
 
 
 @torch.library.register_fake("dcft_kernels::linear_group", lib=LIBRARY)
 def _group_fake(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], *arguments: Any
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], has_bias: list[bool], *arguments: Any
 ) -> tuple[list[Tensor], Tensor]:
     As, _, Cs = arguments[:3]
     rank = sum(A.shape[0] for A in As)
@@ -149,7 +163,7 @@ def _has_gradients(has_g: bool, index: int, needs: Needs) -> Needs:
         needs.x and index == 0,
         needs.weight and has_g,
         needs.bias and has_g,
-        needs.A,
+        needs.A and has_g,
         needs.B and has_g,
         needs.C and has_g,
     )
@@ -160,8 +174,15 @@ def _needs(flags: Sequence[bool]) -> list[Needs]:
 
 
 def _group_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
-    x, weights, _, As, Bs, Cs, seed, *numbers = inputs
-    need_x, need_weights, need_biases, need_A, need_B, need_C = ctx.needs_input_grad[:6]
+    x, weights, biases, has_bias, As, Bs, Cs, seed, *numbers = inputs
+    # One flag for each tensor of each list here, however they are nested, and one for `has_bias`.
+    flags = iter(torch.utils._pytree.tree_leaves(list(ctx.needs_input_grad)))
+    need_x = next(flags)
+    need_weights = [next(flags) for _ in weights]
+    need_biases = [bool(need) for need in _by_layer([next(flags) for _ in biases], has_bias)]
+    next(flags)
+    need_A, need_B, need_C = ([next(flags) for _ in tensors] for tensors in (As, Bs, Cs))
+    ctx.has_bias = has_bias
     ctx.needs = [
         Needs(need_x, *flags)
         for flags in zip(need_weights, need_biases, need_A, need_B, need_C, strict=True)
@@ -216,8 +237,9 @@ def _group_autograd(
             )
             for index, needs in enumerate(ctx.needs)
         ]
-    _, *columns = zip(*layers, strict=True)
-    return (layers[0].x, *map(list, columns), None, None, None, None)
+    _, grad_weights, grad_biases, *factors = map(list, zip(*layers, strict=True))
+    grad_biases = [g for g, has in zip(grad_biases, ctx.has_bias, strict=True) if has]
+    return (layers[0].x, grad_weights, grad_biases, None, *factors, None, None, None, None)
 
 
 def _differentiable(

@@ -16,6 +16,7 @@ from dcft_kernels.adapter import Adapter
 from dcft_kernels.triton.launching import dot_precision, on_device_of, strides_or_zeros
 from dcft_kernels.triton.layout import layout_of, windows_per_tile
 from dcft_kernels.triton.philox import keep
+from dcft_kernels.triton.ranks import slices
 from dcft_kernels.triton.tiles import architecture, lookup, multiprocessors
 from dcft_kernels.triton.windows import (
     collapse,
@@ -62,7 +63,8 @@ def _backward_kernel(
     W_IN: tl.constexpr, S_IN: tl.constexpr, WP_IN: tl.constexpr, L_IN: tl.constexpr,
     W_OUT: tl.constexpr, S_OUT: tl.constexpr, WP_OUT: tl.constexpr, L_OUT: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_T: tl.constexpr,
-    READ_G: tl.constexpr, WRITE_UB: tl.constexpr, WRITE_GX: tl.constexpr,
+    READ_G: tl.constexpr, WRITE_UB: tl.constexpr,
+    WRITE_GX: tl.constexpr, ADD_GX: tl.constexpr,
     NEED_A: tl.constexpr, NEED_B: tl.constexpr, NEED_C: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +80,7 @@ def _backward_kernel(
     | `x` | `[T, n]` | read once (`NEED_A`) |
     | `U` | `[T, K*W_IN]` | read (`NEED_B` or `NEED_C`) |
     | `Ub` | `[T, K*W_IN]` | written (`WRITE_UB`), or read where `g` is not: grouped layers |
-    | `gx` | `[T, n]` | written once (`WRITE_GX`) |
+    | `gx` | `[T, n]` | written once (`WRITE_GX`), added to what it holds (`ADD_GX`) |
     | `partial` | `[programs, ...]` | float32: of A `[K, I]`, B `[J, K]`, C `[W_OUT, W_IN]` |
 
     Grid: `(programs,)`, each owning every programs-th block of `BLOCK_T` whole rows. All sums are
@@ -88,6 +90,7 @@ def _backward_kernel(
     programs = tl.num_programs(0)
     CONTIGUOUS: tl.constexpr = S_IN == W_IN and W_IN == WP_IN and (L_IN * WP_IN) % 4 == 0
     NEED_UB: tl.constexpr = NEED_A or WRITE_GX or WRITE_UB
+    dtype: tl.constexpr = g_ptr.dtype.element_ty if READ_G else ub_ptr.dtype.element_ty
     partial_ptr += program.to(tl.int64) * stride_partial
     grad_C = tl.zeros([GROUP * WP_OUT, GROUP * WP_IN], tl.float32)
 
@@ -98,15 +101,15 @@ def _backward_kernel(
         inside = row < T
 
         if READ_G:
-            dtype: tl.constexpr = g_ptr.dtype.element_ty
             if NEED_B or NEED_C:
                 u_offsets, u_valid = rank_columns(t, stride_ut, W_IN, K, WP_IN, KP)
-                u = tl.load(u_ptr + u_offsets, mask=inside & u_valid, other=0.0).to(tl.float32)
+                u = tl.load(u_ptr + u_offsets, mask=inside & u_valid, other=0.0)
             if NEED_B:
                 C = mixing_matrix(
                     C_ptr, stride_cp, stride_cq, scaling, W_IN, W_OUT, WP_IN, WP_OUT, GROUP
                 )
-                v = mix(u, C, WP_IN, WP_OUT, KP, GROUP, BLOCK_T).to(dtype)
+                v = mix(u.to(tl.float32), C, WP_IN, WP_OUT, KP, GROUP, BLOCK_T, PRECISION)
+                v = v.to(dtype)
             vb = tl.zeros([BLOCK_T, KP * WP_OUT], tl.float32)
             for tile in range(tl.cdiv(J, L_OUT)):
                 features, valid = window_features(tile, J, m, W_OUT, S_OUT, WP_OUT, L_OUT)
@@ -128,21 +131,20 @@ def _backward_kernel(
             vb *= scaling
             if NEED_C:
                 grad_C = tl.dot(
-                    tl.trans(tl.reshape(vb, [BLOCK_T * KP // GROUP, GROUP * WP_OUT])),
+                    tl.trans(tl.reshape(vb.to(dtype), [BLOCK_T * KP // GROUP, GROUP * WP_OUT])),
                     tl.reshape(u, [BLOCK_T * KP // GROUP, GROUP * WP_IN]),
                     grad_C,
-                    input_precision="ieee",
+                    input_precision=PRECISION,
                 )
             if NEED_UB:
                 CT = mixing_matrix(
                     C_ptr, stride_cq, stride_cp, 1.0, W_OUT, W_IN, WP_OUT, WP_IN, GROUP
                 )
-                ub = mix(vb, CT, WP_OUT, WP_IN, KP, GROUP, BLOCK_T).to(dtype)
+                ub = mix(vb, CT, WP_OUT, WP_IN, KP, GROUP, BLOCK_T, PRECISION).to(dtype)
             if WRITE_UB:
                 ub_offsets, ub_valid = rank_columns(t, stride_ubt, W_IN, K, WP_IN, KP)
                 tl.store(ub_ptr + ub_offsets, ub, mask=inside & ub_valid)
         else:
-            dtype: tl.constexpr = ub_ptr.dtype.element_ty
             ub_offsets, ub_valid = rank_columns(t, stride_ubt, W_IN, K, WP_IN, KP)
             ub = tl.load(ub_ptr + ub_offsets, mask=inside & ub_valid, other=0.0)
 
@@ -178,11 +180,11 @@ def _backward_kernel(
                         CONTIGUOUS or S_IN != W_IN, BLOCK_T, L_IN * WP_IN,
                     )  # fmt: skip
                     gx = tl.where(kept, gx, 0.0)
-                tl.store(
-                    gx_ptr + row * stride_gxt + features[None, :].to(tl.int64) * stride_gxn,
-                    gx.to(dtype),
-                    mask=inside & valid[None, :],
-                )
+                where = gx_ptr + row * stride_gxt + features[None, :].to(tl.int64) * stride_gxn
+                mask = inside & valid[None, :]
+                if ADD_GX:
+                    gx += tl.load(where, mask=mask, other=0.0).to(tl.float32)
+                tl.store(where, gx.to(dtype), mask=mask)
 
         # What this program's threads have added to the buffer, all of them read in the next block.
         tl.debug_barrier()
@@ -300,12 +302,50 @@ def backward(
     Returns:
         The gradients of `A`, `B` and `C` in their dtypes, None where not needed.
     """
+    parts = []
+    for part, columns in slices(adapter, (ub if g is None else g).dtype):
+        parts.append(
+            _launch(
+                part,
+                g,
+                x if needs_A else None,
+                u[:, columns] if needs_B or needs_C else None,
+                None if ub is None else ub[:, columns],
+                gx,
+                (needs_A, needs_B, needs_C),
+                add_gx=bool(parts),
+            )
+        )
+    if len(parts) == 1:
+        return parts[0]
+    grads_A, grads_B, grads_C = zip(*parts, strict=True)
+    return (
+        torch.cat(grads_A) if needs_A else None,
+        torch.cat(grads_B, dim=1) if needs_B else None,
+        sum(grads_C) if needs_C else None,
+    )
+
+
+def _launch(
+    adapter: Adapter,
+    g: Tensor | None,
+    x: Tensor | None,
+    u: Tensor | None,
+    ub: Tensor | None,
+    gx: Tensor | None,
+    needs: tuple[bool, bool, bool],
+    *,
+    add_gx: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`backward` of an adapter that one launch holds; `add_gx` to what `gx` holds."""
+    needs_A, needs_B, needs_C = needs
     geometry, layout = adapter.geometry, layout_of(adapter.geometry)
     inputs, outputs = geometry.inputs, geometry.outputs
     tokens_like = ub if g is None else g
     tokens = tokens_like.shape[0]
     device, dtype = tokens_like.device, tokens_like.dtype
     tile = lookup(architecture(device), "backward", dtype.itemsize, layout.columns)
+    tile = tile.for_tokens(tokens, device)
     blocks = triton.cdiv(tokens, tile.tokens)
     programs = min(blocks, tile.programs * multiprocessors(device))
     like_A = adapter.A if needs_A else None
@@ -317,8 +357,8 @@ def backward(
     with on_device_of(tokens_like):
         _backward_kernel[(programs,)](
             g, *strides_or_zeros(g, 2),
-            x if needs_A else None, *strides_or_zeros(x if needs_A else None, 2),
-            u if needs_B or needs_C else None, 0 if u is None else u.stride(0),
+            x, *strides_or_zeros(x, 2),
+            u, 0 if u is None else u.stride(0),
             ub, 0 if ub is None else ub.stride(0),
             adapter.A, *adapter.A.stride(),
             adapter.B, *adapter.B.stride()[::-1],
@@ -334,9 +374,9 @@ def backward(
             L_OUT=windows_per_tile(tile.features, layout.WP_OUT),
             GROUP=layout.GROUP, BLOCK_T=tile.tokens,
             READ_G=g is not None, WRITE_UB=g is not None and ub is not None,
-            WRITE_GX=gx is not None,
+            WRITE_GX=gx is not None, ADD_GX=add_gx and gx is not None,
             NEED_A=needs_A, NEED_B=needs_B, NEED_C=needs_C,
-            HAS_DROPOUT=dropout, PRECISION=dot_precision(dtype),
+            HAS_DROPOUT=dropout, PRECISION=dot_precision(dtype, device),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return sum_partials(partial, like_A, like_B, like_C)

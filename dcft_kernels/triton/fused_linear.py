@@ -9,12 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.triton.launching import dot_precision, on_device_of, strides_or_zeros
 from dcft_kernels.triton.layout import layout_of, windows_per_tile
 from dcft_kernels.triton.philox import keep
-from dcft_kernels.triton.tiles import architecture, lookup
+from dcft_kernels.triton.tiles import architecture, lookup, multiprocessors
 from dcft_kernels.triton.windows import (
     expand_features,
     expand_matrix,
@@ -31,10 +32,11 @@ from dcft_kernels.triton.windows import (
 _SWIZZLE = 8
 
 
-@triton.jit(do_not_specialize=["T"])
-def _fused_linear_kernel(
-    z_ptr, stride_zt, stride_zf,
-    w_ptr, stride_wf, stride_wo,
+@triton.jit
+def _fused_tile(
+    program, blocks_t, blocks_o,
+    z, z_ptr, stride_zt, stride_zf,
+    w, w_ptr, stride_wf, stride_wo,
     fi_ptr, stride_fik, stride_fil,
     fo_ptr, stride_fok, stride_fol,
     C_ptr, stride_from, stride_to,
@@ -49,33 +51,18 @@ def _fused_linear_kernel(
     GROUP: tl.constexpr, BLOCK_T: tl.constexpr, SWIZZLE: tl.constexpr,
     HAS_BIAS: tl.constexpr, WRITE_U: tl.constexpr,
     DROPOUT_IN: tl.constexpr, DROPOUT_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, W_IS_TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """`out = z W + bias + mask * expand(scaling * C shrink(z, fi), fo)`.
-
-    Forward: `z = x`, `W = weight^T`, `fi = A`, `fo = B^T`, and dropout on what is shrunk. For
-    `gx`: `z = g`, `W = weight`, `fi = B^T`, `fo = A`, `C` transposed, and dropout on what is
-    expanded.
-
-    | tensor | shape | |
-    | --- | --- | --- |
-    | `z` | `[T, size_in]` | |
-    | `W` | `[size_in, size_out]` | any strides |
-    | `fi`, `fo`, `C` | `[K, windows_in]`, `[K, windows_out]`, `[W_IN, W_OUT]` by its strides | |
-    | `U` | `[T, K*W_IN]` | what `z` was shrunk to; written once (`WRITE_U`) |
-    | `out` | `[T, size_out]` | written once |
-
-    Grid: `(cdiv(T, BLOCK_T) * expand_tiles(out side),)`. The contracted windows must tile their
-    side. Every program shrinks its own rows again: `KP*WP_IN` more columns to its matrix product.
-    All sums are in float32.
-    """
-    # Programs in an order that keeps a block of columns of W in the caches for SWIZZLE row blocks.
-    blocks_t = tl.cdiv(T, BLOCK_T)
-    blocks_o = expand_tiles(windows_out, size_out, W_OUT, S_OUT, WP_OUT, L_OUT)
+    """One tile `[BLOCK_T, L_OUT*WP_OUT]` of the kernel's result; see there."""
+    BLOCK_IN: tl.constexpr = L_IN * WP_IN
+    BLOCK_OUT: tl.constexpr = L_OUT * WP_OUT
+    CONTIGUOUS_IN: tl.constexpr = W_IN == WP_IN and BLOCK_IN % 4 == 0
+    # An order that keeps a block of columns of W in the caches for SWIZZLE row blocks.
     in_group = SWIZZLE * blocks_o
-    first_t = (tl.program_id(0) // in_group) * SWIZZLE
+    first_t = (program // in_group) * SWIZZLE
     group_size = tl.minimum(blocks_t - first_t, SWIZZLE)
-    block_t = first_t + (tl.program_id(0) % in_group) % group_size
-    block_o = (tl.program_id(0) % in_group) // group_size
+    block_t = first_t + (program % in_group) % group_size
+    block_o = (program % in_group) // group_size
 
     t = tl.cast(block_t, tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = t[:, None]
@@ -87,43 +74,48 @@ def _fused_linear_kernel(
     out_column = out_features[None, :].to(tl.int64)
 
     u = tl.zeros([BLOCK_T, KP * WP_IN], tl.float32)
-    out = tl.zeros([BLOCK_T, L_OUT * WP_OUT], tl.float32)
+    out = tl.zeros([BLOCK_T, BLOCK_OUT], tl.float32)
     for tile in range(tl.cdiv(windows_in, L_IN)):
         features, valid = window_features(tile, windows_in, size_in, W_IN, W_IN, WP_IN, L_IN)
-        column = features.to(tl.int64)
-        z = tl.load(
-            z_ptr + row * stride_zt + column[None, :] * stride_zf,
-            mask=inside & valid[None, :],
-            other=0.0,
-        )  # [BLOCK_T, L_IN*WP_IN]
-        w = tl.load(
-            w_ptr + column[:, None] * stride_wf + out_column * stride_wo,
-            mask=valid[:, None] & out_valid[None, :],
-            other=0.0,
-        )  # [L_IN*WP_IN, L_OUT*WP_OUT]
-        out = tl.dot(z, w, out, input_precision=PRECISION)
+        if DESCRIPTORS:  # the copy engine checks bounds and fills in zeros
+            z_tile = z.load([block_t * BLOCK_T, tile * BLOCK_IN])
+            if W_IS_TRANSPOSED:
+                w_tile = tl.trans(w.load([block_o * BLOCK_OUT, tile * BLOCK_IN]))
+            else:
+                w_tile = w.load([tile * BLOCK_IN, block_o * BLOCK_OUT])
+        else:
+            column = features.to(tl.int64)
+            z_tile = tl.load(
+                z_ptr + row * stride_zt + column[None, :] * stride_zf,
+                mask=inside & valid[None, :],
+                other=0.0,
+            )  # [BLOCK_T, BLOCK_IN]
+            w_tile = tl.load(
+                w_ptr + column[:, None] * stride_wf + out_column * stride_wo,
+                mask=valid[:, None] & out_valid[None, :],
+                other=0.0,
+            )  # [BLOCK_IN, BLOCK_OUT]
+        out = tl.dot(z_tile, w_tile, out, input_precision=PRECISION)
         if DROPOUT_IN:
-            CONTIGUOUS_IN: tl.constexpr = W_IN == WP_IN and (L_IN * WP_IN) % 4 == 0
-            kept = keep(tl.load(seed_ptr), p, t, features, CONTIGUOUS_IN, BLOCK_T, L_IN * WP_IN)
-            z = tl.where(kept, z, 0.0).to(dtype)
+            kept = keep(tl.load(seed_ptr), p, t, features, CONTIGUOUS_IN, BLOCK_T, BLOCK_IN)
+            z_tile = tl.where(kept, z_tile, 0.0).to(dtype)
         values = factor_tile(fi_ptr, stride_fik, stride_fil, tile, windows_in, K, KP, L_IN)
-        u = tl.dot(z, spread(values, WP_IN, KP, L_IN).to(dtype), u, input_precision=PRECISION)
+        matrix = spread(values, WP_IN, KP, L_IN).to(dtype)
+        u = tl.dot(z_tile, matrix, u, input_precision=PRECISION)
 
     if WRITE_U:
         u_offsets, u_valid = rank_columns(t, stride_ut, W_IN, K, WP_IN, KP)
         tl.store(u_ptr + u_offsets, u.to(dtype), mask=inside & u_valid & (block_o == 0))
 
     C = mixing_matrix(C_ptr, stride_from, stride_to, scaling, W_IN, W_OUT, WP_IN, WP_OUT, GROUP)
-    v = mix(u, C, WP_IN, WP_OUT, KP, GROUP, BLOCK_T).to(dtype)
+    v = mix(u, C, WP_IN, WP_OUT, KP, GROUP, BLOCK_T, PRECISION).to(dtype)
     _, _, matrix = expand_matrix(
         fo_ptr, stride_fok, stride_fol, block_o, windows_out, size_out, dtype,
         W_OUT, S_OUT, K, WP_OUT, KP, L_OUT,
     )  # fmt: skip
     if DROPOUT_OUT:
-        CONTIGUOUS_OUT: tl.constexpr = (L_OUT * WP_OUT) % 4 == 0 and (
-            S_OUT != W_OUT or W_OUT == WP_OUT
-        )
-        kept = keep(tl.load(seed_ptr), p, t, out_features, CONTIGUOUS_OUT, BLOCK_T, L_OUT * WP_OUT)
+        CONTIGUOUS_OUT: tl.constexpr = BLOCK_OUT % 4 == 0 and (S_OUT != W_OUT or W_OUT == WP_OUT)
+        kept = keep(tl.load(seed_ptr), p, t, out_features, CONTIGUOUS_OUT, BLOCK_T, BLOCK_OUT)
         out += tl.where(kept, tl.dot(v, matrix, input_precision=PRECISION), 0.0)
     else:
         out = tl.dot(v, matrix, out, input_precision=PRECISION)
@@ -135,6 +127,67 @@ def _fused_linear_kernel(
         out.to(dtype),
         mask=inside & out_valid[None, :],
     )
+
+
+@triton.jit(do_not_specialize=["T"])
+def _fused_linear_kernel(
+    z, z_ptr, stride_zt, stride_zf,
+    w, w_ptr, stride_wf, stride_wo,
+    fi_ptr, stride_fik, stride_fil,
+    fo_ptr, stride_fok, stride_fol,
+    C_ptr, stride_from, stride_to,
+    bias_ptr, stride_bias,
+    u_ptr, stride_ut,
+    out_ptr, stride_ot, stride_oo,
+    seed_ptr, p, scaling,
+    T, size_in, size_out, windows_in, windows_out,
+    K: tl.constexpr, KP: tl.constexpr,
+    W_IN: tl.constexpr, WP_IN: tl.constexpr, L_IN: tl.constexpr,
+    W_OUT: tl.constexpr, S_OUT: tl.constexpr, WP_OUT: tl.constexpr, L_OUT: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_T: tl.constexpr, SWIZZLE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WRITE_U: tl.constexpr,
+    DROPOUT_IN: tl.constexpr, DROPOUT_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, W_IS_TRANSPOSED: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """`out = z W + bias + mask * expand(scaling * C shrink(z, fi), fo)`.
+
+    Forward: `z = x`, `W = weight^T`, `fi = A`, `fo = B^T`, and dropout on what is shrunk. For
+    `gx`: `z = g`, `W = weight`, `fi = B^T`, `fo = A`, `C` transposed, and dropout on what is
+    expanded.
+
+    | tensor | shape | |
+    | --- | --- | --- |
+    | `z` | `[T, size_in]` | as a pointer, and a tensor descriptor (`DESCRIPTORS`) |
+    | `W` | `[size_in, size_out]` | likewise; the descriptor's is maybe transposed |
+    | `fi`, `fo`, `C` | `[K, windows_in]`, `[K, windows_out]`, `[W_IN, W_OUT]` by its strides | |
+    | `U` | `[T, K*W_IN]` | what `z` was shrunk to; written once (`WRITE_U`) |
+    | `out` | `[T, size_out]` | written once |
+
+    Grid: `(cdiv(T, BLOCK_T) * expand_tiles(out side),)`, or as many programs as the GPU holds, each
+    looping over tiles (`PERSISTENT`). The contracted windows must tile their side. Every program
+    shrinks its own rows again: `KP*WP_IN` more columns to its matrix product. All sums are in
+    float32.
+    """
+    blocks_t = tl.cdiv(T, BLOCK_T)
+    blocks_o = expand_tiles(windows_out, size_out, W_OUT, S_OUT, WP_OUT, L_OUT)
+    step = tl.num_programs(0) if PERSISTENT else blocks_t * blocks_o
+    for program in range(tl.program_id(0), blocks_t * blocks_o, step):
+        _fused_tile(
+            program, blocks_t, blocks_o,
+            z, z_ptr, stride_zt, stride_zf,
+            w, w_ptr, stride_wf, stride_wo,
+            fi_ptr, stride_fik, stride_fil,
+            fo_ptr, stride_fok, stride_fol,
+            C_ptr, stride_from, stride_to,
+            bias_ptr, stride_bias,
+            u_ptr, stride_ut,
+            out_ptr, stride_ot, stride_oo,
+            seed_ptr, p, scaling,
+            T, size_in, size_out, windows_in, windows_out,
+            K, KP, W_IN, WP_IN, L_IN, W_OUT, S_OUT, WP_OUT, L_OUT,
+            GROUP, BLOCK_T, SWIZZLE, HAS_BIAS, WRITE_U, DROPOUT_IN, DROPOUT_OUT, PRECISION,
+            DESCRIPTORS, W_IS_TRANSPOSED,
+        )  # fmt: skip
 
 
 def fused_linear(
@@ -171,11 +224,28 @@ def fused_linear(
         blocks_out = triton.cdiv(outputs.windows, windows_out)
     else:
         blocks_out = triton.cdiv(outputs.size, windows_out * layout.WP_OUT)
+    block_out = windows_out * layout.WP_OUT
+    programs = triton.cdiv(tokens, tile.tokens) * blocks_out
+    if tile.programs:
+        programs = min(programs, tile.programs * multiprocessors(z.device))
+    windows_in = windows_per_tile(tile.features, layout.WP_IN)
+    block_in = windows_in * layout.WP_IN
+    is_transposed = weight.stride(1) != 1
+    stored = weight.t() if is_transposed else weight
+    block = (block_out, block_in) if is_transposed else (block_in, block_out)
+    # Descriptors are of whole tiles of features, with no window padded between them.
+    descriptors = (
+        bool(tile.descriptors)
+        and inputs.width == layout.WP_IN
+        and (outputs.width == layout.WP_OUT or outputs.stride != outputs.width)
+        and _is_describable(z)
+        and _is_describable(stored)
+    )
     dropout = adapter.seed is not None
     with on_device_of(z):
-        _fused_linear_kernel[(triton.cdiv(tokens, tile.tokens) * blocks_out,)](
-            z, *z.stride(),
-            weight, *weight.stride(),
+        _fused_linear_kernel[(programs,)](
+            _describe(z, (tile.tokens, block_in)) if descriptors else None, z, *z.stride(),
+            _describe(stored, block) if descriptors else None, weight, *weight.stride(),
             factor_in, *factor_in.stride(),
             factor_out, *factor_out.stride(),
             C, *C.stride(),
@@ -185,12 +255,23 @@ def fused_linear(
             adapter.seed, adapter.dropout_p, adapter.scaling,
             tokens, inputs.size, outputs.size, inputs.windows, outputs.windows,
             K=geometry.rank, KP=layout.KP,
-            W_IN=inputs.width, WP_IN=layout.WP_IN,
-            L_IN=windows_per_tile(tile.features, layout.WP_IN),
+            W_IN=inputs.width, WP_IN=layout.WP_IN, L_IN=windows_in,
             W_OUT=outputs.width, S_OUT=outputs.stride, WP_OUT=layout.WP_OUT, L_OUT=windows_out,
             GROUP=layout.GROUP, BLOCK_T=tile.tokens, SWIZZLE=_SWIZZLE,
             HAS_BIAS=bias is not None, WRITE_U=u is not None,
             DROPOUT_IN=dropout and not grad_input, DROPOUT_OUT=dropout and grad_input,
-            PRECISION=dot_precision(z.dtype),
+            PRECISION=dot_precision(z.dtype, z.device),
+            DESCRIPTORS=descriptors, W_IS_TRANSPOSED=is_transposed,
+            PERSISTENT=tile.programs > 0,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+
+
+def _is_describable(matrix: Tensor) -> bool:
+    """Whether the copy engine takes a matrix: rows contiguous and 16-byte aligned."""
+    row_bytes = matrix.stride(0) * matrix.itemsize
+    return matrix.stride(1) == 1 and row_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def _describe(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(matrix, list(block))

@@ -63,6 +63,11 @@ def linear_group_backward(
     joint = _joint(adapters)
     like = next(g for g in gs if g is not None)
     width = joint.geometry.inputs.width
+    # Nothing depends on a layer without a `g`, so it has no gradients, as if it stood alone.
+    needs = [
+        need if g is not None else Needs(need.x, False, False, False, False, False)
+        for g, need in zip(gs, needs, strict=True)
+    ]
     needs_x, needs_A = needs[0].x, any(need.A for need in needs)
     ub = like.new_empty(like.shape[0], joint.geometry.rank * width) if needs_x or needs_A else None
     u_columns = [None] * len(adapters) if U is None else _columns(U.flatten(1), adapters)
@@ -103,8 +108,8 @@ def linear_group_backward(
     return [
         Gradients(
             gx if index == 0 else None,
-            g.t() @ saved(x) if need.weight and g is not None else None,
-            g.sum(0) if need.bias and g is not None else None,
+            g.t() @ saved(x) if need.weight else None,
+            g.sum(0) if need.bias else None,
             grads_A[index],
             *factors[index][1:],
         )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcft_kernels.triton.tiles import architecture
+
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensor's."""
@@ -16,11 +18,18 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of products of tokens: `tf32` only for float32 and if PyTorch allows it."""
-    if dtype != torch.float32 or torch.version.hip is not None:
+def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
+    """`input_precision` of products of float32, for tokens in `dtype`.
+
+    `tf32` only for float32 tokens and if PyTorch allows it. Otherwise float32's own precision: on
+    NVIDIA GPUs as three tf32 products of the operands' halves, which the matrix units compute;
+    ordinary instructions, which take whole rows of operands in registers, spill them.
+    """
+    if architecture(device).startswith("gfx"):
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "tf32x3"
 
 
 def strides_or_zeros(tensor: Tensor | None, dimensions: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from dcft_kernels.adapter import Adapter
 from dcft_kernels.triton.launching import dot_precision, on_device_of, strides_or_zeros
 from dcft_kernels.triton.layout import layout_of, windows_per_tile
 from dcft_kernels.triton.philox import keep
+from dcft_kernels.triton.ranks import slices
 from dcft_kernels.triton.tiles import architecture, lookup
 from dcft_kernels.triton.windows import (
     expand_matrix,
@@ -74,9 +75,6 @@ def _shrink_expand_kernel(
                 other=0.0,
             )  # [BLOCK_T, L_IN*WP_IN]
             if HAS_DROPOUT:
-                CONTIGUOUS: tl.constexpr = (
-                    S_IN == W_IN and W_IN == WP_IN and (L_IN * WP_IN) % 4 == 0
-                )
                 kept = keep(tl.load(seed_ptr), p, t, features, CONTIGUOUS, BLOCK_T, L_IN * WP_IN)
                 x = tl.where(kept, x, 0.0).to(x.dtype)
             values = factor_tile(A_ptr, stride_ak, stride_al, tile, I, K, KP, L_IN)
@@ -88,7 +86,7 @@ def _shrink_expand_kernel(
 
     if EXPAND:
         C = mixing_matrix(C_ptr, stride_cp, stride_cq, scaling, W_IN, W_OUT, WP_IN, WP_OUT, GROUP)
-        v = mix(u, C, WP_IN, WP_OUT, KP, GROUP, BLOCK_T).to(dtype)
+        v = mix(u, C, WP_IN, WP_OUT, KP, GROUP, BLOCK_T, PRECISION).to(dtype)
         for tile in range(expand_tiles(J, m, W_OUT, S_OUT, WP_OUT, L_OUT)):
             features, valid, matrix = expand_matrix(
                 B_ptr, stride_bk, stride_bl, tile, J, m, dtype,
@@ -110,25 +108,40 @@ def shrink_expand(
     x: Tensor | None,
     adapter: Adapter,
     *,
-    u: Tensor | None = None,
+    u: Tensor,
     bias: Tensor | None = None,
     base: Tensor | None = None,
     y: Tensor | None = None,
 ) -> None:
-    """Write `U`, `y` or both; see the kernel.
+    """Write `U`, `y` or both: the kernel, once for what of the ranks one launch holds.
 
     Args:
         x: `[T, n]`, or None to read `u` instead of computing it.
         adapter: its `seed`, if any, on `x`'s device.
-        u: `[T, K*d_in]`, contiguous columns; written if `x` is given, else read.
+        u: `[T, K*d_in]`, columns contiguous; written if `x` is given, else read.
         bias: `[m]`, added to `y`.
         base: `[T, m]`, added to `y`; may be `y` itself.
         y: `[T, m]`, written; None to compute `U` only.
     """
+    for part, columns in slices(adapter, u.dtype):
+        _launch(x, part, u[:, columns], bias, base, y)
+        bias, base = None, y  # what further ranks are added to
+
+
+def _launch(
+    x: Tensor | None,
+    adapter: Adapter,
+    u: Tensor,
+    bias: Tensor | None,
+    base: Tensor | None,
+    y: Tensor | None,
+) -> None:
+    """`shrink_expand` of an adapter that one launch holds."""
     geometry, layout = adapter.geometry, layout_of(adapter.geometry)
     inputs, outputs = geometry.inputs, geometry.outputs
     tokens = u.shape[0]
     tile = lookup(architecture(u.device), "shrink_expand", u.itemsize, layout.columns)
+    tile = tile.for_tokens(tokens, u.device)
     dropout = adapter.seed is not None and x is not None
     with on_device_of(u):
         _shrink_expand_kernel[(triton.cdiv(tokens, tile.tokens),)](
@@ -150,6 +163,6 @@ def shrink_expand(
             GROUP=layout.GROUP, BLOCK_T=tile.tokens,
             SHRINK=x is not None, EXPAND=y is not None,
             HAS_BIAS=bias is not None, HAS_BASE=base is not None, HAS_DROPOUT=dropout,
-            PRECISION=dot_precision(u.dtype),
+            PRECISION=dot_precision(u.dtype, u.device),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -30,10 +30,25 @@ class Tile(NamedTuple):
     tokens: int  # rows of x, g and y that a program holds (rows of DW: expand, expand_backward)
     features: int  # columns of x, g or W that it takes a step of its loop
     outputs: int  # columns of the result that it owns; 0 where it owns whole rows
-    programs: int  # programs to a multiprocessor, each looping over row blocks; 0: one a block
+    programs: int  # programs to a multiprocessor, each looping over blocks; 0: one a block
     warps: int
     stages: int
+    descriptors: int = 0  # 1: load tiles through the copy engine (TMA), from sm_90 on
 
+
+    def for_tokens(self, tokens: int, device: torch.device) -> Tile:
+        """The same with fewer rows where there are not enough tokens to keep the GPU busy.
+
+        Rows are halved, down to the 16 that a matrix unit takes, until every multiprocessor has a
+        program: at most three kernels to compile for all numbers of tokens.
+        """
+        rows = self.tokens
+        while rows > _FEWEST_ROWS and -(-tokens // rows) < multiprocessors(device):
+            rows //= 2
+        return self._replace(tokens=rows)
+
+
+_FEWEST_ROWS = 16
 
 # Set by `as_architecture`: what to look up instead of the device's own.
 _forced: str | None = None

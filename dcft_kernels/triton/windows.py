@@ -159,11 +159,11 @@ def mixing_matrix(
 def mix(
     v, matrix,
     WP_FROM: tl.constexpr, WP_TO: tl.constexpr,
-    KP: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr,
+    KP: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Apply `C` to every rank: `[BLOCK_T, KP*WP_FROM]` to `[BLOCK_T, KP*WP_TO]`, in float32."""
     ranks = tl.reshape(v, [BLOCK_T * KP // GROUP, GROUP * WP_FROM])
-    mixed = tl.dot(ranks, matrix, input_precision="ieee")
+    mixed = tl.dot(ranks, matrix, input_precision=PRECISION)
     return tl.reshape(mixed, [BLOCK_T, KP * WP_TO])
 
 

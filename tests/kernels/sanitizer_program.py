@@ -1,0 +1,102 @@
+"""Launch every kernel once, on small ragged shapes: what a sanitizer watches.
+
+    compute-sanitizer --tool memcheck python -m tests.kernels.sanitizer_program
+
+It runs under Triton's interpreter as well, on the CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dcft_kernels import (
+    GroupMember,
+    add_delta_weight_,
+    dcft_linear,
+    dcft_linear_group,
+    dcft_update,
+    delta_weight,
+)
+from tests.adapter_cases import Case, Inputs, random_inputs
+
+RAGGED = Case(21, 19, 1, (8, 8), (8, 8))
+OVERLAP = Case(20, 17, 2, (5, 7), (2, 3))
+TOKENS = 37
+
+
+def main(device: torch.device) -> None:
+    """Forward and backward in every strategy, with and without dropout, and all other kernels."""
+    for case, strategy, dropout_p in (
+        (RAGGED, "row_block", 0.0),
+        (RAGGED, "row_block", 0.3),
+        (OVERLAP, "row_block", 0.3),
+        (RAGGED, "fused", 0.0),
+        (RAGGED, "fused", 0.3),
+        (RAGGED, "scratch", 0.0),
+        (OVERLAP, "scratch", 0.0),
+    ):
+        inputs = _inputs(case, device)
+        y = dcft_linear(
+            *inputs.operands,
+            stride=case.stride,
+            dropout_p=dropout_p,
+            backend="triton",
+            strategy=strategy,
+        )
+        _differentiate([y], inputs.operands, [inputs.grad])
+
+    for case in (RAGGED, OVERLAP):
+        inputs = _inputs(case, device)
+        factors = (inputs.A, inputs.B, inputs.C)
+        y = dcft_update(inputs.grad, inputs.x, *factors, stride=case.stride, backend="triton")
+        _differentiate([y], (inputs.x, *factors), [inputs.grad])
+        dense = delta_weight(
+            *factors,
+            in_features=case.in_features,
+            out_features=case.out_features,
+            stride=case.stride,
+            backend="triton",
+        )
+        _differentiate([dense], factors, [torch.ones_like(dense)])
+        for rounding in (False, True):
+            weight = inputs.weight.detach().clone()
+            add_delta_weight_(
+                weight,
+                *factors,
+                stride=case.stride,
+                stochastic_rounding=rounding,
+                backend="triton",
+            )
+            _check([weight])
+
+    inputs = [_inputs(case, device) for case in (RAGGED, RAGGED._replace(out_features=30, rank=2))]
+    members = [GroupMember(i.weight, i.bias, i.A, i.B, i.C, 0.7) for i in inputs]
+    x = inputs[0].x
+    outputs = dcft_linear_group(x, members, dropout_p=0.3, backend="triton")
+    operands = (x, *(tensor for i in inputs for tensor in i.operands[1:]))
+    _differentiate(list(outputs), operands, [i.grad for i in inputs])
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _inputs(case: Case, device: torch.device) -> Inputs:
+    inputs = random_inputs(case, (TOKENS,), torch.bfloat16, torch.float32)
+    return Inputs(*(tensor.to(device) for tensor in inputs)).requiring()
+
+
+def _differentiate(outputs: list[Tensor], operands: tuple[Tensor, ...], grads: list[Tensor]) -> None:
+    _check(outputs)
+    _check(torch.autograd.grad(outputs, operands, grads))
+
+
+def _check(tensors: list[Tensor] | tuple[Tensor, ...]) -> None:
+    for tensor in tensors:
+        if not bool(tensor.isfinite().all()):
+            raise ArithmeticError("a kernel left an element unwritten, or wrote NaN")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print("every kernel ran")
