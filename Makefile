@@ -23,14 +23,17 @@ SAY  := printf '==> %s\n'
 # The tests are many small operations: one worker a core with one thread each beats one process
 # with many threads. TEST_JOBS=0 runs them in a single process.
 XDIST := $(if $(filter 0,$(TEST_JOBS)),,-n $(TEST_JOBS) --maxprocesses 8 --dist worksteal)
-test: export OMP_NUM_THREADS ?= 1
-test: export MKL_NUM_THREADS ?= 1
+test test-matrix: export OMP_NUM_THREADS ?= 1
+test test-matrix: export MKL_NUM_THREADS ?= 1
 
-.PHONY: help demo test bench plot lint format hooks clean distclean
+# Pairs of Triton and PyTorch that `make test-matrix` tests; newest: whatever there is.
+MATRIX ?= 3.6.0:2.11.0 3.7.1:2.13.0 newest:2.13.0
+
+.PHONY: help demo test test-matrix aot bench plot lint format hooks clean distclean
 
 help: ## show this list
 	@printf 'usage: make TARGET [VARIABLE=value ...]\n\n'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-11s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s%s\n", $$1, $$2 }' Makefile
 	@printf '\nvariables\n'
 	@printf '  %-13s%s\n' \
 	    PYTHON      'interpreter that .venv is made from, 3.10 or newer (python3)' \
@@ -39,13 +42,28 @@ help: ## show this list
 	    DEMO_ARGS   'for examples/demo.py, such as --help' \
 	    PYTEST_ARGS 'for make test, such as "-k merge -x"' \
 	    TEST_JOBS   'test processes, 0 for none beside the first (auto: one a core, at most 8)' \
+	    MATRIX      'pairs triton:torch for make test-matrix' \
 	    BENCH_ARGS  'for make bench, such as "-k 768"'
 
 demo: $(VENV)/stamp-demo $(VENV)/stamp-model ## fine-tune a pretrained model with DCFT and print the comparison
 	$(PY) examples/demo.py $(DEMO_ARGS)
 
-test: $(VENV)/stamp-test ## run the tests
+# The kernels' tests run once more, under Triton's interpreter, which has to be chosen before Triton
+# is imported. 5 is pytest's status where PYTEST_ARGS selects none of them.
+test: $(VENV)/stamp-test ## run the tests, those of the kernels under Triton's interpreter
 	$(PY) -m pytest $(XDIST) $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(XDIST) $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+# Every pair has an environment of its own; the interpreter's tests need no GPU.
+test-matrix: $(VENV)/stamp-test ## run the kernels' tests on every supported Triton and PyTorch
+	for pair in $(MATRIX); do \
+	    $(SAY) "triton==$${pair%:*}, torch==$${pair#*:}"; \
+	    sh tests/kernels/run_with.sh "$(PY)" "$(VENV)-matrix" "$${pair%:*}" "$${pair#*:}" "$(TORCH_INDEX)" \
+	        $(XDIST) $(PYTEST_ARGS) || exit 1; \
+	done
+
+aot: $(VENV)/stamp-test ## compile every kernel for every architecture and store what it needs
+	$(PY) -m benchmarks.aot
 
 bench: $(VENV)/stamp-bench ## run the benchmarks, store the rows, draw the plots
 	$(PY) -m pytest benchmarks --benchmark-only $(BENCH_ARGS)
@@ -71,7 +89,7 @@ clean: ## remove caches, build products and demo output; keep .venv
 	find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean ## remove .venv as well
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-matrix
 
 $(PY):
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

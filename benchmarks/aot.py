@@ -57,11 +57,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dcft_kernels.adapter import Adapter
+from dcft_kernels.cost_model import ranks_of_a_launch
 from dcft_kernels.geometry import Geometry, Pair, Side
 from dcft_kernels.triton.backward import backward
 from dcft_kernels.triton.expand import expand, expand_backward
 from dcft_kernels.triton.fused_linear import fused_linear
 from dcft_kernels.triton.layout import layout_of
+from dcft_kernels.triton.ranks import slices
 from dcft_kernels.triton.shrink_expand import shrink_expand
 from dcft_kernels.triton.tiles import KERNELS, as_architecture, lookup
 
@@ -100,6 +102,10 @@ TOKENS = {
 }
 
 
+# Divisible by 16, as sizes of models are; no two alike.
+TOKEN_COUNT, IN_FEATURES, OUT_FEATURES = 256, 1024, 2048
+
+
 class Setting(NamedTuple):
     """What a case is launched with."""
 
@@ -107,6 +113,7 @@ class Setting(NamedTuple):
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     dropout: bool = False
+    tokens: int = TOKEN_COUNT
 
     @property
     def adapter(self) -> Adapter:
@@ -126,15 +133,15 @@ class Setting(NamedTuple):
 
     @property
     def x(self) -> Tensor:
-        return self.tensor(TOKEN_COUNT, self.geometry.inputs.size)
+        return self.tensor(self.tokens, self.geometry.inputs.size)
 
     @property
     def y(self) -> Tensor:
-        return self.tensor(TOKEN_COUNT, self.geometry.outputs.size)
+        return self.tensor(self.tokens, self.geometry.outputs.size)
 
     @property
     def u(self) -> Tensor:
-        return self.tensor(TOKEN_COUNT, self.geometry.rank * self.geometry.inputs.width)
+        return self.tensor(self.tokens, self.geometry.rank * self.geometry.inputs.width)
 
     @property
     def bias(self) -> Tensor:
@@ -155,6 +162,7 @@ class Case(NamedTuple):
     dropout: bool = False
     tf32: bool = False
     dtypes: tuple[str, ...] = tuple(DTYPES)
+    tokens: int = TOKEN_COUNT
 
     @property
     def alignable(self) -> bool:
@@ -162,8 +170,16 @@ class Case(NamedTuple):
         return all(_is_contiguous(side) for side in (self.geometry.inputs, self.geometry.outputs))
 
     def runs_on(self, architecture: str, dtype: str) -> bool:
-        """Whether there is such a variant; tf32 is a matter of NVIDIA GPUs."""
-        return dtype in self.dtypes and (not self.tf32 or architecture.startswith("sm_"))
+        """Whether there is such a variant; tf32 is a matter of NVIDIA GPUs.
+
+        The fused kernel takes no adapter that has to be sliced. In float16, whose instructions are
+        those of bfloat16 but for a letter, every tile is compiled once.
+        """
+        most = ranks_of_a_launch(self.geometry, DTYPES[dtype].itemsize)
+        if dtype == "fp16" and self.name.removeprefix("gx-") not in (*_COLUMNS, "stochastic"):
+            return False
+        fits = self.kernel != "fused_linear" or self.geometry.rank <= most
+        return fits and dtype in self.dtypes and (not self.tf32 or architecture.startswith("sm_"))
 
     def adapter_dtypes(self, dtype: str) -> list[str]:
         """Adapters are float32; in the first case of a kernel also of the tokens' dtype."""
@@ -174,9 +190,6 @@ class Case(NamedTuple):
 def _is_contiguous(side: Side) -> bool:
     return side.width == side.stride and side.width & (side.width - 1) == 0
 
-
-# Divisible by 16, as sizes of models are; no two alike.
-TOKEN_COUNT, IN_FEATURES, OUT_FEATURES = 256, 1024, 2048
 
 FIRST = "columns16"
 
@@ -191,7 +204,7 @@ _COLUMNS = {
     "columns32": _geometry(rank=4),
     "columns64": _geometry(rank=8),
     "columns128": _geometry(rank=16),
-    "columns256": _geometry(width=12, rank=10),
+    "sliced": _geometry(width=12, rank=10),  # more columns than a launch holds
 }
 _OVERLAP = _geometry(stride=(2, 2))
 
@@ -285,6 +298,10 @@ def _cases() -> Iterator[Case]:
     yield Case("expand", "stochastic", main, _expand_stochastic, dtypes=("bf16", "fp16"))
     for needs in "ABC":
         yield Case("expand_backward", f"needs-{needs}", main, _expand_backward(needs))
+    # Fewer rows a program where there are few tokens: half as many, and the fewest.
+    for name, tokens in (("tokens64", 64), ("tokens16", 16)):
+        yield Case("shrink_expand", name, main, _forward, tokens=tokens)
+        yield Case("backward", name, main, _backward("ABC", gx=True), tokens=tokens)
     yield Case("shrink_expand", "overlap", _OVERLAP, _forward)
     yield Case("shrink_expand", "update", main, _forward_update)
     yield Case("shrink_expand", "shrink", main, _forward_shrink)
@@ -436,7 +453,9 @@ class Variant(NamedTuple):
 
 def variants_of(case: Case, architecture: str, dtype: str, adapter_dtype: str) -> list[Variant]:
     """What one call of a launcher starts."""
-    setting = Setting(case.geometry, DTYPES[dtype], DTYPES[adapter_dtype], case.dropout)
+    setting = Setting(
+        case.geometry, DTYPES[dtype], DTYPES[adapter_dtype], case.dropout, case.tokens
+    )
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = case.tf32
     try:
@@ -444,14 +463,20 @@ def variants_of(case: Case, architecture: str, dtype: str, adapter_dtype: str) -
             case.launch(setting)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
-    itemsize, columns = setting.dtype.itemsize, layout_of(case.geometry).columns
-    variants = []
+    itemsize = setting.dtype.itemsize
+    whole, part = case.geometry, next(slices(setting.adapter, setting.dtype)).adapter.geometry
+    variants: list[Variant] = []
     for launch in launches:
         kernel = launch.kernel.removeprefix("_").removesuffix("_kernel")
         tile = "-"
         if kernel in KERNELS:
+            geometry = whole if kernel.startswith("expand") else part
+            columns = layout_of(geometry).columns
             tile = " ".join(map(str, lookup(architecture, kernel, itemsize, columns)))
-        key = Key(architecture, kernel, dtype, adapter_dtype, case.name)
+        # A slice of ranks after the first adds to what is there, and so is a variant of its own.
+        again = sum(variant.launch.kernel == launch.kernel for variant in variants)
+        name = f"{case.name}-again{again}" if again else case.name
+        key = Key(architecture, kernel, dtype, adapter_dtype, name)
         variants.append(Variant(key, launch, tile, case.alignable))
     return variants
 

@@ -1,6 +1,7 @@
 """Deconvolution fine-tuning (DCFT, arXiv 2503.01419) that never materialises its weight update."""
 
 from dcft_kernels.adapter_files import load_adapter, save_adapter
+from dcft_kernels.explanation import explain
 from dcft_kernels.functional import add_delta_weight_, dcft_linear, dcft_update, delta_weight
 from dcft_kernels.group import GroupMember, dcft_linear_group
 from dcft_kernels.model import (
@@ -21,6 +22,7 @@ __all__ = [
     "dcft_linear_group",
     "dcft_update",
     "delta_weight",
+    "explain",
     "freeze_base",
     "load_adapter",
     "merge_model",

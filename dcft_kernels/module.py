@@ -60,6 +60,7 @@ class DCFTLinear(nn.Linear):
         dtype: of `weight` and `bias`.
         adapter_dtype: of the adapter; None gives float32 over a 16-bit base, where 16-bit
             parameters would lose small optimizer steps, else `dtype`.
+        strategy: how the Triton kernels compute the layer, see `dcft_kernels.strategy`.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -87,9 +88,10 @@ class DCFTLinear(nn.Linear):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
+        strategy: str = "auto",
     ) -> None:
         options = DCFTOptions(
-            rank, kernel_size, stride, alpha, dropout, init, backend, adapter_dtype
+            rank, kernel_size, stride, alpha, dropout, init, backend, adapter_dtype, strategy
         )
         in_features = validation.positive_int("in_features", in_features)
         out_features = validation.positive_int("out_features", out_features)
@@ -116,6 +118,7 @@ class DCFTLinear(nn.Linear):
         self.dropout = options.dropout
         self.init = options.init
         self.backend = options.backend
+        self.strategy = options.strategy
         # Whether `weight` is stored [n, m], as GPT-2's Conv1D does.
         self.fan_in_fan_out = fan_in_fan_out
         # The base weight while a merged one stands in for it. A tuple: nn.Module would register
@@ -232,6 +235,7 @@ class DCFTLinear(nn.Linear):
             dropout_p=self.dropout,
             training=self.training,
             backend=self.backend,
+            strategy=self.strategy,
         )
 
     def delta_weight(self) -> Tensor:

@@ -11,6 +11,7 @@ from dcft_kernels import validation
 from dcft_kernels.dispatch import check_backend
 from dcft_kernels.geometry import Geometry, Pair
 from dcft_kernels.initialization import check_init
+from dcft_kernels.strategy import check_strategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class DCFTOptions:
     init: str = "paper"
     backend: str = "auto"
     adapter_dtype: torch.dtype | None = None
+    strategy: str = "auto"
 
     def __post_init__(self) -> None:
         kernel_size = validation.pair("kernel_size", self.kernel_size)
@@ -40,6 +42,7 @@ class DCFTOptions:
             validation.float_dtype("adapter_dtype", self.adapter_dtype)
         check_init(self.init)
         check_backend(self.backend)
+        check_strategy(self.strategy)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

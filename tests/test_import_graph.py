@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"functional", "options"},
     {"group"},
     {"module"},
-    {"targets", "explain"},
+    {"targets", "explanation"},
     {"model"},
     {"adapter_files", "regularizer"},
     {""},

@@ -6,7 +6,7 @@ Operators in the namespace `dcft_kernels`, opaque to the compiler and clean unde
     linear(x, weight, bias, A, B, C, seed, ..., strategy)  -> (y, U)
     update(y, x, A, B, C, seed, ..., strategy)             -> (y + dropout(x) DW^T, U)
     backward(g, x, U, weight, A, B, C, seed, ..., needs)   -> six gradients
-    linear_group(x, weights, biases, As, Bs, Cs, seed, ...)   -> (every y, U), by the kernels
+    linear_group(x, weights, biases, has_bias, As, Bs, Cs, seed, ...) -> (every y, U), kernels
     linear_group_backward(gs, x, U, weights, ..., needs)   -> all their gradients
     expand(A, B, C, ..., n, m)                             -> scaling * DW, by the kernels
     expand_backward(G, A, B, C, ..., n, m, needs)          -> its three gradients

@@ -20,8 +20,8 @@ _ADAPTERS_SCHEMA = (
     "float[] scaling, int[] stride, float dropout_p"
 )
 LIBRARY.define(
-    f"linear_group(Tensor x, Tensor[] weights, Tensor[] biases, bool[] has_bias, {_ADAPTERS_SCHEMA})"
-    " -> (Tensor[], Tensor)"
+    "linear_group(Tensor x, Tensor[] weights, Tensor[] biases, bool[] has_bias, "
+    f"{_ADAPTERS_SCHEMA}) -> (Tensor[], Tensor)"
 )
 LIBRARY.define(
     "linear_group_backward(Tensor?[] g, Tensor? x, Tensor? u, Tensor[] weights, "
@@ -66,14 +66,11 @@ def _adapters(
 ) -> list[Adapter]:
     As, Bs, Cs, seed, scalings, stride, dropout_p = arguments
     strides = zip(stride[::2], stride[1::2], strict=True)
-    return [
-        unflatten(
-            (A, B, C, seed, scaling, pair, dropout_p, "auto"), in_features, weight.shape[0]
-        )[0]
-        for A, B, C, scaling, pair, weight in zip(
-            As, Bs, Cs, scalings, strides, weights, strict=True
-        )
-    ]
+    adapters = []
+    for A, B, C, scaling, pair, weight in zip(As, Bs, Cs, scalings, strides, weights, strict=True):
+        one = (A, B, C, seed, scaling, pair, dropout_p, "auto")
+        adapters.append(unflatten(one, in_features, weight.shape[0])[0])
+    return adapters
 
 
 def _by_layer(biases: Sequence[Any], has_bias: Sequence[bool]) -> list[Any]:

@@ -65,11 +65,11 @@ def resolve(strategy: str, tokens: Tensor, adapter: Adapter, *, base: bool = Tru
         return "torch"
     from dcft_kernels.triton.tiles import architecture, device_name
 
-    strategy, _ = requested_strategy(strategy)
-    if strategy in ("fused", "scratch") and not base:
+    asked_for, _ = requested_strategy(strategy)
+    if asked_for in ("fused", "scratch") and not base:
         return "row_block"
     name = device_name(tokens.device)
-    if strategy == "auto" and name is None:  # the interpreter: nothing to predict
+    if asked_for == "auto" and name is None:  # the interpreter: nothing to predict
         return "row_block"
     call = Call(
         bucket(tokens.shape[0]),

@@ -33,7 +33,7 @@ from dcft_kernels.triton.windows import (
 
 @triton.jit
 def _add_to_partial(
-    partial_ptr, values, tile, L, stride_l, stride_k, is_first,
+    partial_ptr, values, tile, L, stride_l, stride_k, has_partial,
     K: tl.constexpr, KP: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Add a tile's `[BLOCK_L, KP]` gradient values to this program's slice of the buffer."""
@@ -42,7 +42,7 @@ def _add_to_partial(
     mask = (window < L) & (kappa < K)
     where = partial_ptr + window * stride_l + kappa * stride_k
     # The buffer starts uninitialised: the first row block sets what later ones add to.
-    before = tl.load(where, mask=mask & (is_first == 0), other=0.0)
+    before = tl.load(where, mask=mask & has_partial, other=0.0)
     tl.store(where, before + values, mask=mask)
 
 
@@ -95,7 +95,7 @@ def _backward_kernel(
     grad_C = tl.zeros([GROUP * WP_OUT, GROUP * WP_IN], tl.float32)
 
     for block in range(program, tl.cdiv(T, BLOCK_T), programs):
-        is_first = (block == program).to(tl.int32)
+        has_partial = block != program
         t = tl.cast(block, tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         row = t[:, None]
         inside = row < T
@@ -126,7 +126,7 @@ def _backward_kernel(
                     dense = tl.dot(tl.trans(g), v, input_precision=PRECISION)
                     _add_to_partial(
                         partial_ptr + offset_b, collapse(dense, WP_OUT, KP, L_OUT),
-                        tile, J, K, 1, is_first, K, KP, L_OUT,
+                        tile, J, K, 1, has_partial, K, KP, L_OUT,
                     )  # fmt: skip
             vb *= scaling
             if NEED_C:
@@ -164,7 +164,7 @@ def _backward_kernel(
                 dense = tl.dot(tl.trans(x), ub, input_precision=PRECISION)
                 _add_to_partial(
                     partial_ptr, collapse(dense, WP_IN, KP, L_IN),
-                    tile, I, 1, I, is_first, K, KP, L_IN,
+                    tile, I, 1, I, has_partial, K, KP, L_IN,
                 )  # fmt: skip
 
         if WRITE_GX:

@@ -2,9 +2,9 @@
 
 A side has `L` windows of `WIDTH` features every `STRIDE` (see `dcft_kernels.geometry`) and a factor
 `f [K, L]`: `A` on the input side, `B^T` on the output side. Kernels walk over a side in tiles of
-`BLOCK_L` windows. A tile's feature axis has `BLOCK_L * WP` columns, column `l*WP + r` being the r-th
-feature of the tile's l-th window, where `WP` is `WIDTH` padded to a power of two. What is shrunk
-to the factor's columns has `KP * WP` of them, column `κ*WP + r`, where `KP` pads `K`. A
+`BLOCK_L` windows. A tile's feature axis has `BLOCK_L * WP` columns, column `l*WP + r` being the
+r-th feature of the tile's l-th window, where `WP` is `WIDTH` padded to a power of two. What is
+shrunk to the factor's columns has `KP * WP` of them, column `κ*WP + r`, where `KP` pads `K`. A
 padded entry holds zero on every side of every product, so it changes nothing.
 
 The product with a factor is a matrix product with `spread(f) [BLOCK_L*WP, KP*WP]`, which is
@@ -57,7 +57,7 @@ def factor_tile(
 
 @triton.jit
 def spread(values, WP: tl.constexpr, KP: tl.constexpr, BLOCK_L: tl.constexpr):
-    """`[BLOCK_L, KP]` to `[BLOCK_L*WP, KP*WP]`: `f[κ, l]` at `(l*WP+r, κ*WP+r)`, zeros elsewhere."""
+    """`[BLOCK_L, KP]` to `[BLOCK_L*WP, KP*WP]`: `f[κ, l]` at `(l*WP+r, κ*WP+r)`, elsewhere zero."""
     offset = tl.arange(0, WP)
     same = offset[None, :, None, None] == offset[None, None, None, :]
     entries = tl.where(same, values[:, None, :, None], 0.0)

@@ -1,10 +1,12 @@
 """Repairs to Triton's interpreter (3.6 to 3.9), which the tests need and GPUs do not.
 
-- It stores bfloat16 as the bits of an unsigned integer, truncates when it converts float32 to it, and
-  multiplies the bits themselves in `tl.dot`. Repaired: round to nearest even as GPUs do, and
+- It stores bfloat16 as the bits of an unsigned integer, truncates when it converts float32 to it,
+  and multiplies the bits themselves in `tl.dot`. Repaired: round to nearest even as GPUs do, and
   multiply the values, which are exact in float32, as matrix units do.
 - It wraps the whole language anew at every call of one `@triton.jit` function from another, which
   takes most of the time. Repaired: only where it is not wrapped yet.
+- It makes integers of the product of a mask and a scalar, and then refuses them (3.9).
+- It takes the bounds of loops out of arrays in a way that NumPy 2.4 has no more (3.6).
 """
 
 from __future__ import annotations
@@ -52,8 +54,28 @@ def _call(self: Any, *arguments: Any, **keywords: Any) -> Any:
     return self.rewrite()(*arguments, **keywords)
 
 
+def _boolean(mask: Any) -> Any:
+    return interpreter.TensorHandle(np.asarray(mask.data).astype(bool), tl.int1)
+
+
+def _masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    return _original_load(self, pointers, _boolean(mask), *rest)
+
+
+def _masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    return _original_store(self, pointers, value, _boolean(mask), *rest)
+
+
+def _patch_tensor(tensor: Any, *scope: Any) -> None:
+    _original_patch_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: int(np.asarray(self.handle.data).item())
+
+
 def repair() -> None:
     """Install the repairs in this process."""
+    interpreter.InterpreterBuilder.create_masked_load = _masked_load
+    interpreter.InterpreterBuilder.create_masked_store = _masked_store
+    interpreter._patch_lang_tensor = _patch_tensor
     interpreter.InterpreterBuilder.cast_impl = _cast
     interpreter.InterpreterBuilder.create_dot = _dot
     interpreter.InterpretedFunction.__call__ = _call
@@ -61,3 +83,6 @@ def repair() -> None:
 
 _original_cast = interpreter.InterpreterBuilder.cast_impl
 _original_dot = interpreter.InterpreterBuilder.create_dot
+_original_load = interpreter.InterpreterBuilder.create_masked_load
+_original_store = interpreter.InterpreterBuilder.create_masked_store
+_original_patch_tensor = interpreter._patch_lang_tensor

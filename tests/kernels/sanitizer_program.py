@@ -85,7 +85,9 @@ def _inputs(case: Case, device: torch.device) -> Inputs:
     return Inputs(*(tensor.to(device) for tensor in inputs)).requiring()
 
 
-def _differentiate(outputs: list[Tensor], operands: tuple[Tensor, ...], grads: list[Tensor]) -> None:
+def _differentiate(
+    outputs: list[Tensor], operands: tuple[Tensor, ...], grads: list[Tensor]
+) -> None:
     _check(outputs)
     _check(torch.autograd.grad(outputs, operands, grads))
 

@@ -16,7 +16,7 @@ from tests.kernels.parity import check, run, to
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from dcft_kernels.triton.philox import keep
+from dcft_kernels.triton.philox import keep  # noqa: E402 - needs Triton
 
 OPS = torch.ops.dcft_kernels
 # As many ranks as input windows, so that A can be the identity; output windows as they come.
@@ -67,10 +67,9 @@ def arguments(case: Case, A: Tensor, seed: int, p: float, strategy: str) -> tupl
 
 
 @pytest.mark.parametrize(("case", "strategy"), pairs(READABLE), ids=str)
-@pytest.mark.parametrize("seed", SEEDS[1:3])
-def test_the_mask_of_the_forward(device, case: Case, strategy: str, seed: int) -> None:
+def test_the_mask_of_the_forward(device, case: Case, strategy: str) -> None:
     """With the identity for `A` and ones for `x`, `U` is the mask in windows."""
-    p = 0.4
+    p, seed = 0.4, SEEDS[2]
     A = torch.eye(case.rank, device=device)
     assert A.shape == case.geometry.shape_A
     x = torch.ones(TOKENS, case.in_features, device=device)
@@ -81,10 +80,9 @@ def test_the_mask_of_the_forward(device, case: Case, strategy: str, seed: int) -
 
 
 @pytest.mark.parametrize(("case", "strategy"), pairs(READABLE), ids=str)
-@pytest.mark.parametrize("seed", SEEDS[1:3])
-def test_the_mask_of_the_backward(device, case: Case, strategy: str, seed: int) -> None:
+def test_the_mask_of_the_backward(device, case: Case, strategy: str) -> None:
     """With ones for all else and no base, `gx` is zero where the mask is, and nowhere else."""
-    p = 0.4
+    p, seed = 0.4, SEEDS[2]
     shape = (TOKENS, case.in_features)
     A = torch.ones(case.geometry.shape_A, device=device)
     g = torch.ones(TOKENS, case.out_features, device=device)
@@ -222,10 +220,11 @@ def test_calls_differ_and_manual_seed_repeats(
     torch.manual_seed(3)
     assert torch.equal(layer(x), first)
     assert torch.equal(layer(x), second)
-    state = torch.get_rng_state()
+    generator = torch.cuda if device.type == "cuda" else torch
+    state = generator.get_rng_state()
     layer.eval()
     assert torch.equal(layer(x), layer(x))
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(generator.get_rng_state(), state)
 
 
 def test_seeds_are_where_kernels_read_them(device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -117,9 +118,7 @@ def grouped(layers: Layers, dropout_p: float = 0.0, backend: str = "triton") -> 
     )
 
 
-def separately(
-    layers: Layers, dropout_p: float = 0.0, backend: str = "triton"
-) -> Sequence[Tensor]:
+def separately(layers: Layers, dropout_p: float = 0.0, backend: str = "triton") -> Sequence[Tensor]:
     """Every layer by `dcft_linear`, with the same seed for all."""
     outputs = []
     for member in layers.members:
@@ -157,13 +156,13 @@ def names_of(layers: Layers) -> list[str]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Fills with the names of what computes: the group as one, or layer by layer."""
     seen: list[str] = []
+
+    def spy(name: str, original: Callable[..., Any], *arguments: Any) -> Any:
+        seen.append(name)
+        return original(*arguments)
+
     for name in ("linear_group", "linear"):
-
-        def spy(*arguments: Any, name: str = name, original=getattr(ops, name)) -> Any:
-            seen.append(name)
-            return original(*arguments)
-
-        monkeypatch.setattr(ops, name, spy)
+        monkeypatch.setattr(ops, name, partial(spy, name, getattr(ops, name)))
     return seen
 
 
@@ -205,14 +204,14 @@ def test_parity_of_other_windows(device, calls: list[str], name: str) -> None:
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_the_values_of_single_layers(device, name: str, dropout_p: float) -> None:
     """And with dropout, every layer drops the same elements of `x`."""
-    layers = layers_of(GROUPS[name], device)
+    layers = layers_of(GROUPS[name], device, tokens=9)
     results = []
     for run in (grouped, separately):
         some = layers.requiring()
         results.append(differentiate(some, run(some, dropout_p)))
     for what, actual, expected in zip(names_of(layers), *results, strict=True):
         torch.testing.assert_close(
-            actual, expected, rtol=1e-5, atol=1e-5, msg=lambda text, what=what: f"{what}: {text}"
+            actual, expected, rtol=1e-5, atol=5e-5, msg=lambda text, what=what: f"{what}: {text}"
         )
 
 
@@ -235,11 +234,12 @@ def test_dropout_of_one_seed(device) -> None:
 
 def test_no_dropout_in_evaluation(device) -> None:
     layers = layers_of(RAGGED, device)
-    state = torch.get_rng_state()
+    generator = torch.cuda if device.type == "cuda" else torch
+    state = generator.get_rng_state()
     outputs = dcft_linear_group(
         layers.x, layers.members, dropout_p=0.5, training=False, backend="triton"
     )
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(generator.get_rng_state(), state)
     for y, expected in zip(outputs, grouped(layers), strict=True):
         assert torch.equal(y, expected)
 
@@ -283,7 +283,7 @@ def test_an_output_that_the_loss_ignores(device, ignored: int) -> None:
     """Its layer has no gradients at all, and the others have theirs."""
     results = []
     for run in (grouped, separately):
-        some = layers_of(QKV, device).requiring()
+        some = layers_of(QKV, device, tokens=9).requiring()
         pairs = [
             pair
             for index, pair in enumerate(zip(run(some), some.grads, strict=True))
@@ -297,7 +297,7 @@ def test_an_output_that_the_loss_ignores(device, ignored: int) -> None:
     for name, actual, expected in zip(names_of(some)[3:], *results, strict=True):
         assert (actual is None) == (expected is None), name
         if expected is not None:
-            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=5e-5)
     assert any(gradient is None for gradient in results[0])
 
 
@@ -475,7 +475,7 @@ def op_arguments(layers: Layers, seed: Tensor | None) -> tuple[Any, ...]:
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
 @pytest.mark.parametrize("name", ["ragged", "overlap"])
 def test_opcheck(device, name: str, dropout: bool) -> None:
-    layers = layers_of(GROUPS[name], device, torch.bfloat16, torch.float32, tokens=5)
+    layers = layers_of(GROUPS[name], device, torch.bfloat16, torch.float32, tokens=3)
     seed = draw_seed(device) if dropout else None
     arguments = op_arguments(layers.requiring(), seed)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")

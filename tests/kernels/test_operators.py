@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dcft_kernels import DCFTLinear, dcft_linear, dcft_update, delta_weight
 from dcft_kernels.dropout import draw_seed
-from dcft_kernels.gradients import Needs
 from dcft_kernels.gpu_rates import INTERPRETER
+from dcft_kernels.gradients import Needs
 from dcft_kernels.strategy import Call, why_strategy_cannot
 from tests.adapter_cases import CASES, Case, adapter_of, random_inputs
 from tests.kernels import sanitizer_program
@@ -146,7 +147,9 @@ def test_fake_results_are_like_the_real_ones(device, strategy: str) -> None:
             fake_results = op(*fakes)
         for real, fake in zip(op(*arguments), fake_results, strict=True):
             assert (real.shape, real.dtype) == (fake.shape, fake.dtype)
-            assert real.stride() == fake.stride()
+            # The stride along a dimension of one element means nothing.
+            strides = zip(real.shape, real.stride(), fake.stride(), strict=True)
+            assert all(size == 1 or a == b for size, a, b in strides)
 
 
 def layer_on(
@@ -171,19 +174,10 @@ def step(run: Any, layer: nn.Module, tokens: int) -> list[Tensor]:
     return [y.detach(), x.grad, *(p.grad.clone() for p in factors)]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
-def test_compiled_once_for_every_number_of_tokens(
-    device, monkeypatch: pytest.MonkeyPatch, dropout: float
-) -> None:
+def test_compiled_once_for_every_number_of_tokens(device, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what computes it is settled at every call, not when it is compiled."""
-    ran: list[str] = []
-
-    def spy(*arguments: Any, original=passes.linear) -> Any:
-        ran.append(arguments[-1])
-        return original(*arguments)
-
-    monkeypatch.setattr(passes, "linear", spy)
-    layer = layer_on(device, dropout)
+    ran = spied(monkeypatch)
+    layer = layer_on(device, dropout=0.3)
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=graphs, dynamic=True)
     counts = []
@@ -194,7 +188,7 @@ def test_compiled_once_for_every_number_of_tokens(
             step(compiled, layer, tokens), step(layer, layer, tokens), strict=True
         ):
             torch.testing.assert_close(actual, expected)
-        assert ran == [strategy, strategy]
+        assert ran == [strategy] * 4  # forward and backward, compiled and eager
         counts.append(graphs.frame_count)
     assert counts == counts[:1] * 4
 
@@ -389,13 +383,13 @@ def test_saves_a_seed_and_no_mask_with_dropout(device) -> None:
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Fills with the strategies that the kernels' passes run; `torch` runs none of them."""
     ran: list[str] = []
+
+    def spy(original: Callable[..., Any], *arguments: Any) -> Any:
+        ran.append(arguments[-1])
+        return original(*arguments)
+
     for name in ("linear", "backward"):
-
-        def spy(*arguments: Any, original=getattr(passes, name)) -> Any:
-            ran.append(arguments[-1])
-            return original(*arguments)
-
-        monkeypatch.setattr(passes, name, spy)
+        monkeypatch.setattr(passes, name, partial(spy, getattr(passes, name)))
     return ran
 
 

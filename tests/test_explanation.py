@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dcft_kernels import DCFTLinear
-from dcft_kernels.explain import Explanation, explain
+from dcft_kernels.explanation import Explanation, explain
 from dcft_kernels.strategy import ENVIRONMENT_VARIABLE
 
 SIZES: dict[str, Any] = {"in_features": 4096, "out_features": 4096, "tokens": 8192}

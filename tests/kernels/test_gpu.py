@@ -1,0 +1,253 @@
+"""What only a GPU shows: graphs, races, host synchronisation, memory, other devices, real sizes.
+
+The rest of this folder runs on a GPU as well as under Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dcft_kernels import DCFTLinear, dcft_linear
+from dcft_kernels.geometry import window_count
+from tests.adapter_cases import Case, Inputs, random_inputs
+from tests.kernels.parity import check, run, to
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available(),
+        reason="needs a GPU: the interpreter cannot show this",
+    ),
+]
+
+STRATEGIES = ["row_block", "fused", "scratch"]
+# `scratch` computes one product, which cannot drop elements for the adapter alone.
+DROPOUTS = [*((strategy, 0.0) for strategy in STRATEGIES), ("row_block", 0.4), ("fused", 0.4)]
+every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+with_and_without_dropout = pytest.mark.parametrize(("strategy", "dropout_p"), DROPOUTS)
+SMALL_LAYER = Case(768, 768, 1, (8, 8), (8, 8))
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def layer_on(device: torch.device, dropout_p: float = 0.0, size: int = 256) -> DCFTLinear:
+    """A bfloat16 layer with factors above zero, so that a gradient is zero where it is dropped."""
+    layer = DCFTLinear(size, size, dropout=dropout_p, dtype=torch.bfloat16, backend="triton")
+    for factor in (layer.dcft_A, layer.dcft_B, layer.dcft_C):
+        nn.init.uniform_(factor, 0.5, 1.5)
+    return layer.to(device)
+
+
+def step_of(layer: DCFTLinear, x: Tensor, grad: Tensor) -> Callable[[], list[Tensor]]:
+    """A function that computes the output and all gradients of the layer."""
+    operands = [x, layer.dcft_A, layer.dcft_B, layer.dcft_C]
+
+    def step() -> list[Tensor]:
+        y = layer(x)
+        return [y.detach(), *torch.autograd.grad(y, operands, grad)]
+
+    return step
+
+
+def captured(step: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A graph of one step, and the tensors that every replay writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: object) -> None:
+    """Equal but for a few roundings of bfloat16, of the largest value."""
+    error = (actual.double() - expected.double()).abs().max()
+    # Written so that a NaN fails.
+    assert float(error) <= 2**-6 * float(expected.double().abs().max()), what
+
+
+@every_strategy
+@pytest.mark.parametrize("tokens", [77, 1024])
+def test_cuda_graph(device, monkeypatch: pytest.MonkeyPatch, strategy: str, tokens: int) -> None:
+    """Forward and backward are captured, and every replay computes from what its inputs hold."""
+    monkeypatch.setenv("DCFT_STRATEGY", strategy)
+    layer = layer_on(device)
+    x = torch.randn(tokens, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(tokens, 256, device=device, dtype=torch.bfloat16)
+    step = step_of(layer, x, grad)
+    graph, results = captured(step)
+    for _ in range(3):
+        with torch.no_grad():
+            x.normal_()
+            grad.normal_()
+            layer.dcft_C.uniform_(0.5, 1.5)
+        graph.replay()
+        replayed = [each.clone() for each in results]
+        for index, (actual, expected) in enumerate(zip(replayed, step(), strict=True)):
+            assert_close(actual, expected, index)
+
+
+@pytest.mark.parametrize("strategy", ["row_block", "fused"])
+def test_cuda_graph_with_dropout(device, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+    """Every replay draws a mask of its own; its forward and its backward use the same one.
+
+    Graphs register the device's default generator, which the seed is drawn from.
+    """
+    monkeypatch.setenv("DCFT_STRATEGY", strategy)
+    tokens, p = 512, 0.4
+    layer = layer_on(device, p)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.zero_()
+    x = torch.rand(tokens, 256, device=device, dtype=torch.bfloat16).add_(0.5).requires_grad_()
+    grad = torch.ones(tokens, 256, device=device, dtype=torch.bfloat16)
+    graph, results = captured(step_of(layer, x, grad))
+    factors = (layer.dcft_A, layer.dcft_B, layer.dcft_C)
+    A, B, C = (factor.detach().double() for factor in factors)
+    dense = layer.scaling / (1 - p) * torch.kron(B @ A, C)
+    masks = []
+    for _ in range(3):
+        graph.replay()
+        y, grad_x, *_ = (each.clone() for each in results)
+        # There is no base, and every factor is above zero.
+        mask = grad_x != 0
+        # More than ten standard deviations.
+        assert abs(float(mask.double().mean()) - (1 - p)) < 0.02
+        assert_close(y, (x.detach().double() * mask) @ dense.t(), "y of the mask of gx")
+        masks.append(mask)
+    assert not torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[1], masks[2])
+
+
+@pytest.mark.slow
+@with_and_without_dropout
+def test_a_hundred_repeats_to_the_bit(device, strategy: str, dropout_p: float) -> None:
+    inputs = to(random_inputs(SMALL_LAYER, (4096,), torch.bfloat16, torch.float32), device)
+    first = run(inputs, SMALL_LAYER, "triton", strategy=strategy, dropout_p=dropout_p)
+    assert all(bool(each.isfinite().all()) for each in first)
+    for _ in range(99):
+        again = run(inputs, SMALL_LAYER, "triton", strategy=strategy, dropout_p=dropout_p)
+        assert all(map(torch.equal, again, first))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "dropout_p"),
+    [("row_block", 0.0), ("row_block", 0.3), ("fused", 0.0), ("fused", 0.3)],
+)
+@pytest.mark.parametrize("in_features", [1024, 1021])
+def test_parity_at_a_real_size(device, in_features: int, strategy: str, dropout_p: float) -> None:
+    case = Case(in_features, 4096, 1, (8, 8), (8, 8))
+    inputs = to(random_inputs(case, (1000,), torch.bfloat16, torch.float32), device)
+    check(inputs, case, strategy, dropout_p=dropout_p)
+
+
+@with_and_without_dropout
+def test_no_host_synchronisation(
+    device, monkeypatch: pytest.MonkeyPatch, strategy: str, dropout_p: float
+) -> None:
+    monkeypatch.setenv("DCFT_STRATEGY", strategy)
+    x = torch.randn(333, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
+    step = step_of(layer_on(device, dropout_p), x, torch.randn_like(x))
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@with_and_without_dropout
+def test_another_device_than_the_current_one(strategy: str, dropout_p: float) -> None:
+    dtype = torch.float32 if strategy == "scratch" else torch.bfloat16
+    inputs = random_inputs(SMALL_LAYER, (100,), dtype, torch.float32)
+    assert torch.cuda.current_device() == 0
+    results = check(to(inputs, torch.device("cuda", 1)), SMALL_LAYER, strategy, dropout_p=dropout_p)
+    assert {each.device.index for each in results} == {1}
+    assert torch.cuda.current_device() == 0
+
+
+def peak_of(step: Callable[[], object]) -> int:
+    """Bytes that a step allocates at most at once; what its first run leaves does not count."""
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    return peak
+
+
+@pytest.mark.parametrize(("strategy", "dropout_p"), [d for d in DROPOUTS if d[0] != "scratch"])
+def test_peak_memory(device, strategy: str, dropout_p: float) -> None:
+    """Beside `y`, `gx` and the products' workspaces: `U` and the partial sums of gradients."""
+    tokens, size, width = 1024, 4096, 8
+    case = Case(size, size, 1, (width, width), (width, width))
+    inputs = to(random_inputs(case, (tokens,), torch.bfloat16, torch.float32), device)
+    some: Inputs = inputs.requiring(True, False, False, True, True, True)
+    operands = (some.x, some.A, some.B, some.C)
+
+    def step() -> list[Tensor]:
+        y = dcft_linear(*some.operands, dropout_p=dropout_p, backend="triton", strategy=strategy)
+        return [y, *torch.autograd.grad(y, operands, some.grad)]
+
+    def frozen() -> list[Tensor]:
+        y = torch.zeros(tokens, size, dtype=torch.bfloat16, device=device)
+        gx = torch.zeros_like(y)
+        return [y.addmm_(inputs.x, inputs.weight.t()), gx.addmm_(inputs.grad, inputs.weight)]
+
+    factors = 2 * window_count(size, width, width) + width**2
+    # A program has a row block of 16 tokens or more, and float32 gradients of its own.
+    partials = tokens // 16 * factors * 4
+    u = tokens * width * 2
+    # The allocator hands out blocks of up to a MiB more than was asked for.
+    more = u + partials + 4 * 2**20
+    assert more < tokens * size * 2, "the bound would let a mask of the input's size pass"
+    assert peak_of(step) <= peak_of(frozen) + more
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on PATH"
+)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool: str) -> None:
+    """No access out of bounds, and no race in shared memory, in any of the kernels."""
+    environment = {
+        **os.environ,
+        # Every tensor an allocation of its own, so that leaving one shows.
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    command = [
+        "compute-sanitizer",
+        f"--tool={tool}",
+        "--error-exitcode=9",
+        "--kernel-regex=kns=_kernel",
+        sys.executable,
+        "-m",
+        "tests.kernels.sanitizer_program",
+    ]
+    finished = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1200
+    )
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
+    assert "every kernel ran" in finished.stdout
