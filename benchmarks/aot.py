@@ -566,8 +566,13 @@ def measure(variant: Variant) -> Record:
         binary = read_amdgcn(compiled.asm["amdgcn"])
     ttir = str(compiled.asm["ttir"])
     pointers = [name for name, kind in launch.signature.items() if kind != "constexpr"]
-    places = token_loads(ttir, pointers, TOKENS.get(launch.kernel, set()))
-    widths = [wide for name, line, wide in binary.loads if (name, line) in places]
+    if any(kind.startswith("tensordesc") for kind in launch.signature.values()):
+        # The copy engine loads the tokens: whole tiles, however wide a thread's loads would be.
+        places: set[tuple[str, int]] = set()
+        widths = [True] * compiled.asm["ptx"].count("cp.async.bulk.tensor")
+    else:
+        places = token_loads(ttir, pointers, TOKENS.get(launch.kernel, set()))
+        widths = [wide for name, line, wide in binary.loads if (name, line) in places]
     for place in places - {(name, line) for name, line, _ in binary.loads}:
         raise RuntimeError(f"{variant.key}: no instruction found for the load in {place}")
     return Record(
@@ -581,7 +586,7 @@ def measure(variant: Variant) -> Record:
         getattr(compiled.metadata, "tmem_size", None) or 0,
         matrix_products(ttir),
         binary.matrix_instructions,
-        int(variant.alignable and bool(places)),
+        int(variant.alignable and bool(places or widths)),
         widths.count(True),
         widths.count(False),
         binary.instructions,

@@ -112,15 +112,22 @@ def ranks_of_a_launch(geometry: Geometry, itemsize: int) -> int:
     """How many of an adapter's ranks one launch of a row-block kernel takes; the rest take more.
 
     As many as its registers hold columns of, in slices of about equal rank. Every slice is one
-    more pass over the tokens.
+    more pass over the tokens. Windows that are padded or overlap take registers for addresses.
     """
     rank, outputs, inputs = geometry
     most = _COLUMNS_OF_A_LAUNCH[itemsize]
+    if not all(_contiguous(side) for side in (outputs, inputs)):
+        most //= 2
     for count in range(1, rank + 1):
         size = -(-rank // count)
         if max(columns(side, size) for side in (outputs, inputs)) <= most:
             return size
     return 1
+
+
+def _contiguous(side: Side) -> bool:
+    """Whether the windows lie one after the other without padding between them."""
+    return side.stride == side.width == _power_of_two(side.width)
 
 
 def estimate(strategy: str, call: Call, gpu: Gpu) -> Estimate:

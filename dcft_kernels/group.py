@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dcft_kernels import ops
+from dcft_kernels import autocast, ops, validation
 from dcft_kernels.dispatch import select, takes_group
 from dcft_kernels.functional import checked_layer, with_dropout
 from dcft_kernels.geometry import Pair
@@ -58,6 +58,7 @@ def dcft_linear_group(
     """
     if not members:
         raise ValueError("members: expected at least one layer, got none")
+    x = autocast.cast(validation.tokens("x", x))  # once for all
     layers = []
     for index, member in enumerate(members):
         weight, bias, A, B, C, scaling = _fields(index, member)

@@ -42,5 +42,5 @@ def _rounded_stochastically(values: Tensor, dtype: torch.dtype, seed: Tensor) ->
     if dtype == torch.float16:
         steps = torch.floor(values / _LEAST_POSITIVE_16 + noise / (1 << surplus))
         rounded = torch.where(values.abs() < _LEAST_NORMAL_16, steps * _LEAST_POSITIVE_16, rounded)
-    # What overflows, and what is not a number, is left to rounding to nearest.
-    return torch.where(rounded.abs() <= torch.finfo(dtype).max, rounded, values)
+    # From the largest finite value on, and for what is not a number, it is rounding to nearest.
+    return torch.where(values.abs() < torch.finfo(dtype).max, rounded, values)

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 
 from dcft_kernels import (
     DCFTLinear,
+    add_delta_weight_,
     dcft_linear,
+    dcft_linear_group,
     dcft_update,
     delta_weight,
+    explain,
     freeze_base,
     load_adapter,
     merge_model,
@@ -90,6 +93,15 @@ class Setting:
     def update(self, **changed: Any) -> Tensor:
         good = {"y": self.y, "x": self.x, "dcft_A": self.A, "dcft_B": self.B, "dcft_C": self.C}
         return dcft_update(**good | changed)
+
+    def merge(self, **changed: Any) -> Tensor:
+        good = {"weight": self.weight, "dcft_A": self.A, "dcft_B": self.B, "dcft_C": self.C}
+        return add_delta_weight_(**good | changed)
+
+    def group(self, *members: Any, **changed: Any) -> tuple[Tensor, ...]:
+        """A good layer, and then those given."""
+        good = (self.weight, self.bias, self.A, self.B, self.C)
+        return dcft_linear_group(**{"x": self.x, "members": [good, *members]} | changed)
 
     def delta(self, **changed: Any) -> Tensor:
         good = {"dcft_A": self.A, "dcft_B": self.B, "dcft_C": self.C}
@@ -260,6 +272,18 @@ TABLE = [
         r"^backend='triton' cannot run: .+; use backend='auto' or 'torch'"),
     row("backend-triton-delta", lambda s: s.delta(backend="triton"), RuntimeError,
         r"^backend='triton' cannot run: .+; use backend='auto' or 'torch'"),
+    row("backend-triton-merge", lambda s: s.merge(backend="triton"), RuntimeError,
+        r"^backend='triton' cannot run: .+; use backend='auto' or 'torch'"),
+    row("backend-triton-group", lambda s: s.group(backend="triton"), RuntimeError,
+        r"^backend='triton' cannot run: .+; use backend='auto' or 'torch'"),
+    row("strategy-unknown", lambda s: s.linear(strategy="fast"), ValueError,
+        r"^strategy: expected one of 'auto', 'row_block', 'fused', .*got 'fast'"),
+    row("strategy-without-a-gpu", lambda s: s.linear(strategy="fused"), RuntimeError,
+        r"^strategy='fused' cannot run: .*'cpu'.* need a GPU; use strategy='auto' or 'torch'"),
+    row("strategy-of-another-backend", lambda s: s.linear(backend="torch", strategy="fused"),
+        ValueError, r"^strategy: 'fused' is one of the Triton kernels', got backend='torch'"),
+    row("strategy-torch-of-triton", lambda s: s.linear(backend="triton", strategy="torch"),
+        ValueError, r"^strategy: 'torch' is not one of backend='triton'"),
     row("keyword-unknown", lambda s: s.linear(dropout=0.1), TypeError, r"argument 'dropout'"),
 
     # dcft_update and delta_weight
@@ -283,6 +307,26 @@ TABLE = [
         r"^out_features: expected a positive int, got 16\.0"),
     row("delta-in-features-other", lambda s: s.delta(in_features=N + 1), ValueError,
         r"^dcft_A: expected shape \[1, 4\] for in_features=25, .*got \[1, 3\]"),
+
+    # add_delta_weight_, dcft_linear_group, explain
+    row("merge-weight-3d", lambda s: s.merge(weight=torch.ones(2, M, N)), ValueError,
+        r"^weight: expected a 2-D tensor, got shape \[2, 16, 24\]"),
+    row("merge-other-sizes", lambda s: s.merge(weight=torch.ones(M, N + 1)), ValueError,
+        r"^dcft_A: expected shape \[1, 4\] for in_features=25"),
+    row("merge-stochastic-float32", lambda s: s.merge(stochastic_rounding=True), ValueError,
+        r"^stochastic_rounding: expected a float16 or bfloat16 weight.*got torch\.float32"),
+    row("merge-stochastic-text", lambda s: s.merge(stochastic_rounding="yes"), TypeError,
+        r"^stochastic_rounding: expected True or False, got 'yes'"),
+    row("group-empty", lambda s: dcft_linear_group(s.x, []), ValueError,
+        r"^members: expected at least one layer, got none"),
+    row("group-short", lambda s: s.group((s.weight, s.bias)), TypeError,
+        r"^members\[1\]: expected \(weight, bias, dcft_A.*got tuple of 2"),
+    row("group-other-size", lambda s: s.group((s.weight[:, 1:], s.bias, s.A, s.B, s.C)),
+        ValueError, r"^members\[1\]: x: expected a last dimension of 23"),
+    row("group-layer", lambda s: s.group(s.layer), TypeError,
+        r"^members\[1\]: expected \(weight.*got DCFTLinear"),
+    row("explain-tokens", lambda s: explain(s.layer, tokens=0), ValueError,
+        r"^tokens: expected a positive int, got 0"),
 
     # DCFTLinear: construction
     row("in-features-0", lambda s: DCFTLinear(0, M), ValueError,
@@ -338,6 +382,8 @@ TABLE = [
         r"^weight: expected torch\.float16, the dtype of x, got torch\.float32"),
     row("layer-x-other-device", lambda s: s.layer(torch.ones(2, N, device="meta")), ValueError,
         r"^weight: expected device meta, where x is, got cpu"),
+    row("layer-strategy", lambda s: DCFTLinear(N, M, strategy="best"), ValueError,
+        r"^strategy: expected one of 'auto', .*got 'best'"),
     row("layer-triton", lambda s: DCFTLinear(N, M, backend="triton")(s.x), RuntimeError,
         r"^backend='triton' cannot run: .+; use backend='auto' or 'torch'"),
     row("merge-twice", lambda s: s.merged.query.merge(), RuntimeError,

@@ -56,7 +56,7 @@ def resolve(strategy: str, tokens: Tensor, adapter: Adapter, *, base: bool = Tru
 
     Args:
         strategy: as asked for.
-        tokens: `x` or `g`: both passes of a call settle on the same.
+        tokens: `x` or `g`: both passes of a call that has a base settle on the same.
         adapter: of the call.
         base: whether a base layer is computed along; if not, there is one way for kernels to go.
     """

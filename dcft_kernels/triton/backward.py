@@ -200,7 +200,7 @@ def _backward_kernel(
         tl.store(partial_ptr + offset_c + q * W_IN + r, total, mask=(q < W_OUT) & (r < W_IN))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _sum_partials_kernel(
     partial_ptr, stride_partial, programs,
     a_ptr, b_ptr, c_ptr,

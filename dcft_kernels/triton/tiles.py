@@ -35,7 +35,6 @@ class Tile(NamedTuple):
     stages: int
     descriptors: int = 0  # 1: load tiles through the copy engine (TMA), from sm_90 on
 
-
     def for_tokens(self, tokens: int, device: torch.device) -> Tile:
         """The same with fewer rows where there are not enough tokens to keep the GPU busy.
 
