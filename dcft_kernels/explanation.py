@@ -12,6 +12,7 @@ from dcft_kernels import validation
 from dcft_kernels.cost_model import Call, Cost, Estimate, bucket
 from dcft_kernels.geometry import Geometry, Pair
 from dcft_kernels.gpu_rates import Gpu, identify, lookup, named
+from dcft_kernels.precision import tf32_is_allowed
 from dcft_kernels.strategy import Candidate, Choice, check_strategy, choose
 
 
@@ -125,7 +126,7 @@ def explain(
         device_name=device_name,
         backward=backward,
         dropout=dropped > 0.0,
-        tf32=torch.backends.cuda.matmul.allow_tf32,
+        tf32=tf32_is_allowed(),
     )
     if settled is not None and strategy is None:
         return Explanation(call, tokens, rates, *settled, None)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.geometry import Geometry
+from dcft_kernels.precision import tf32_is_allowed
 from dcft_kernels.strategy import Call, bucket, choose, requested_strategy
 
 LIBRARY = torch.library.Library("dcft_kernels", "DEF")
@@ -80,6 +81,6 @@ def resolve(strategy: str, tokens: Tensor, adapter: Adapter, *, base: bool = Tru
         name,
         base=base,
         dropout=adapter.seed is not None,
-        tf32=torch.backends.cuda.matmul.allow_tf32,
+        tf32=tf32_is_allowed(),
     )
     return choose(call, strategy).strategy

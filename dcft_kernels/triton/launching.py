@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcft_kernels.precision import tf32_is_allowed
 from dcft_kernels.triton.tiles import architecture
 
 
@@ -27,7 +28,7 @@ def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
     """
     if architecture(device).startswith("gfx"):
         return "ieee"
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    if dtype == torch.float32 and tf32_is_allowed():
         return "tf32"
     return "tf32x3"
 

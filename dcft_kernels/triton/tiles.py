@@ -5,7 +5,8 @@ run time: the first step of a new shape costs a compilation of its kernel at mos
 
 A table is keyed by kernel, by bytes an element of the tokens (2 or 4), and by the columns that
 the tokens are shrunk to (`layout.Layout.columns`); a call takes the entry of the least columns that
-hold its own. A GPU that has no table of its own takes that of the nearest older one.
+hold its own. A GPU that has no table of its own takes that of the nearest older one whose tiles
+fit into its shared memory.
 """
 
 from __future__ import annotations
@@ -98,14 +99,20 @@ def architectures() -> tuple[str, ...]:
     return tuple(_table())
 
 
+# Shared memory that tiles of a table may fill, in KiB a block.
+_SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
+_LEAST_SHARED = 89
+
+
 @functools.cache
 def _device_architecture(index: int) -> str:
-    properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         return "gfx942"
+    properties = torch.cuda.get_device_properties(index)
     capability = properties.major * 10 + properties.minor
-    known = [int(name[3:]) for name in architectures() if name.startswith("sm_")]
-    return f"sm_{max([k for k in known if k <= capability], default=min(known))}"
+    shared = properties.shared_memory_per_block_optin / 1024
+    fitting = [k for k, most in _SHARED_KIB.items() if k <= capability and most <= shared]
+    return f"sm_{max(fitting, default=_LEAST_SHARED)}"
 
 
 def architecture(device: torch.device) -> str:

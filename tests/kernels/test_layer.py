@@ -116,7 +116,7 @@ def test_any_strides(device, which: int, rearrange, strategy: str) -> None:
 
 
 def test_offsets_beyond_32_bits(device) -> None:
-    """Rows so far apart that their offsets overflow 32 bits; most of the memory is never touched."""
+    """Rows so far apart that their offsets overflow 32 bits; most memory is never touched."""
     case = Case(16, 16, 1, (8, 8), (8, 8))
     distance = 2**31 + 16
     inputs = to(random_inputs(case, (2,), torch.bfloat16), device)

@@ -1,8 +1,8 @@
 """What the kernels read and write, counted address by address under the interpreter.
 
-The passes of the design: forward reads `x` once and writes `y` once; backward reads `g` once and `x`
-once and writes `gx` once; a merge reads and writes the weight once. The cost model must count the
-same bytes.
+The passes of the design: forward reads `x` once and writes `y` once; backward reads `g` once and
+`x` once and writes `gx` once; a merge reads and writes the weight once. The cost model must count
+the same bytes.
 """
 
 from __future__ import annotations
@@ -62,12 +62,16 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accesses]:
     accesses = Accesses([], [])
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
+    def taken(pointers, mask):
+        # The interpreter makes integers of some masks.
+        return pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)]
+
     def counted_load(self, pointers, mask, *rest):
-        accesses.loads.append(pointers.data[np.broadcast_to(mask.data, pointers.data.shape)])
+        accesses.loads.append(taken(pointers, mask))
         return load(self, pointers, mask, *rest)
 
     def counted_store(self, pointers, value, mask, *rest):
-        accesses.stores.append(pointers.data[np.broadcast_to(mask.data, pointers.data.shape)])
+        accesses.stores.append(taken(pointers, mask))
         return store(self, pointers, value, mask, *rest)
 
     with monkeypatch.context() as patch:
