@@ -40,15 +40,17 @@ class Tile(NamedTuple):
         """The same with fewer rows where there are not enough tokens to keep the GPU busy.
 
         Rows are halved, down to the 16 that a matrix unit takes, until every multiprocessor has a
-        program: at most three kernels to compile for all numbers of tokens.
+        program; and warps with them, so that a thread still has wide loads to do. At most three
+        kernels are to be compiled for all numbers of tokens.
         """
-        rows = self.tokens
+        rows, warps = self.tokens, self.warps
         while rows > _FEWEST_ROWS and -(-tokens // rows) < multiprocessors(device):
-            rows //= 2
-        return self._replace(tokens=rows)
+            rows, warps = rows // 2, max(_FEWEST_WARPS, warps // 2)
+        return self._replace(tokens=rows, warps=warps)
 
 
 _FEWEST_ROWS = 16
+_FEWEST_WARPS = 4
 
 # Set by `as_architecture`: what to look up instead of the device's own.
 _forced: str | None = None
