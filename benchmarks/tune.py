@@ -58,11 +58,19 @@ DRY_SHAPES: tuple[Shape, ...] = ((20, 32, 48),)
 # Rank and kernel size that fill each class of columns of the table.
 _ADAPTERS = {16: (1, 8), 32: (4, 8), 64: (8, 8), 128: (16, 8), 256: (10, 12)}
 
-# What a neighbour may change, and between which bounds. A field doubles or halves; stages count.
+# What a neighbour may change, and between which bounds. Sizes and warps double or halve.
 _FIELDS = {
     "shrink_expand": ("tokens", "features", "warps", "stages"),
     "backward": ("tokens", "features", "programs", "warps", "stages"),
-    "fused_linear": ("tokens", "features", "outputs", "warps", "stages"),
+    "fused_linear": (
+        "tokens",
+        "features",
+        "outputs",
+        "programs",
+        "warps",
+        "stages",
+        "descriptors",
+    ),
     "expand": ("tokens", "outputs", "warps"),
     "expand_backward": ("tokens", "features", "programs", "warps", "stages"),
 }
@@ -70,10 +78,12 @@ _BOUNDS = {
     "tokens": (16, 256),
     "features": (16, 256),
     "outputs": (16, 256),
-    "programs": (1, 8),
+    "programs": (0, 8),
     "warps": (2, 16),
     "stages": (1, 5),
+    "descriptors": (0, 1),
 }
+_COUNTED = ("programs", "stages", "descriptors")
 _SIZES = ("tokens", "features", "outputs")
 
 _GAIN = 0.02  # less is noise
@@ -129,7 +139,7 @@ def read_table(path: Path) -> Table:
 def store_tile(path: Path, job: Job, architecture: str, tile: Tile) -> None:
     """Change one entry of a table, and nothing that somebody else wrote meanwhile."""
     table = read_table(path)
-    table[architecture][job.kernel][str(job.dtype.itemsize)][str(job.columns)] = list(tile)
+    table[architecture][job.kernel][str(job.dtype.itemsize)][str(job.columns)] = tile.row()
     replace_file(path, format_table(table))
 
 
@@ -190,8 +200,10 @@ def neighbours(kernel: str, tile: Tile) -> list[Tile]:
         candidate = tile
         for field, sign in change:
             value = getattr(candidate, field)
-            moved = value + sign if field == "stages" else value * 2 if sign > 0 else value // 2
+            moved = value + sign if field in _COUNTED else value * 2 if sign > 0 else value // 2
             low, high = _BOUNDS[field]
+            if field == "programs" and kernel != "fused_linear":
+                low = 1  # only the fused kernel has a program for every block
             if not low <= moved <= high:
                 break
             candidate = candidate._replace(**{field: moved})
@@ -599,7 +611,7 @@ def tune(job: Job, run: Run) -> tuple[Tile, Tile, float]:
     gates = [*timed, *(problem(smallest, c) for c in job.classes[-1:] if c != job.classes[0])]
     wrong = next(filter(None, (gate.why_wrong(best) for gate in gates)), None)
     if wrong is not None:
-        raise RuntimeError(f"{job}: the table's own tile {list(best)} fails: {wrong}")
+        raise RuntimeError(f"{job}: the table's own tile {best.row()} fails: {wrong}")
     tried, total = {best}, 1.0
     for _ in range(settings.steps):
         candidates = []
@@ -625,7 +637,7 @@ def tune(job: Job, run: Run) -> tuple[Tile, Tile, float]:
                     run, job, tile,
                     gate="passed", shape=checked.problem.shape, rounds=len(by_round),
                     device_ms_p20=p.p20, device_ms_p50=p.p50, device_ms_p80=p.p80,
-                    compared_with=list(best), ratio=statistics.median(by_round),
+                    compared_with=best.row(), ratio=statistics.median(by_round),
                 )  # fmt: skip
             if tile != best and wins(by_round) and statistics.median(by_round) < gain:
                 winner, gain = tile, statistics.median(by_round)
@@ -640,7 +652,7 @@ def _record(run: Run, job: Job, tile: Tile, **values: Any) -> None:
         kernel=job.kernel,
         dtype=str(job.dtype).removeprefix("torch."),
         columns=job.columns,
-        tile=list(tile),
+        tile=tile.row(),
         **values,
     )
 
@@ -762,13 +774,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{job}: failed: {error}", file=sys.stderr)
             continue
         if best == first:
-            print(f"{job}: {list(first)} stays")
+            print(f"{job}: {first.row()} stays")
         else:
             store_tile(run.table, job, run.architecture, best)
             if job.kernel == "fused_linear" and job[1:3] == (torch.bfloat16, min(_ADAPTERS)):
                 with tiles.override("fused_linear", best):  # the rates hold its speed
                     store_rates(run.rates, name, measure_rates(run))
-            print(f"{job}: {list(first)} -> {list(best)}, {ratio:.2f} of the time")
+            print(f"{job}: {first.row()} -> {best.row()}, {ratio:.2f} of the time")
     return 1 if failed else 0
 
 

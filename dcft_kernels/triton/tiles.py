@@ -36,6 +36,10 @@ class Tile(NamedTuple):
     stages: int
     descriptors: int = 0  # 1: load tiles through the copy engine (TMA), from sm_90 on
 
+    def row(self) -> list[int]:
+        """As it stands in the table."""
+        return list(self if self.descriptors else self[:-1])
+
     def for_tokens(self, tokens: int, device: torch.device) -> Tile:
         """The same with fewer rows where there are not enough tokens to keep the GPU busy.
 
