@@ -26,6 +26,7 @@ from dcft_kernels.gpu_rates import Gpu
 
 # Rows that a program of the row-block kernels owns, by how much it holds a row (see `tiles.json`).
 _ROWS_16_BIT, _ROWS_MORE = 64, 32
+_FEWEST_ROWS = 16
 _NARROW_COLUMNS = 32
 # Rows and columns of a tile of the fused matrix product.
 _FUSED_ROWS = 128
@@ -65,6 +66,7 @@ class Kernel(NamedTuple):
     bytes: int
     flops: int = 0
     programs: int | None = None  # None: enough of them to fill any GPU
+    most_programs: int | None = None  # what they are doubled to on a GPU that they do not fill
     library: bool = False  # the vendor's matrix product, not a Triton kernel
     launches: int = 1
 
@@ -155,7 +157,12 @@ def cost(work: tuple[Kernel, ...], call: Call, gpu: Gpu) -> Cost:
 
 def _kernel_seconds(kernel: Kernel, call: Call, gpu: Gpu) -> float:
     """The longer of the time of its bytes and that of its flops; few programs leave a GPU idle."""
-    busy = 1.0 if kernel.programs is None else min(1.0, kernel.programs / gpu.multiprocessors)
+    busy = 1.0
+    if kernel.programs is not None:
+        programs, most = kernel.programs, kernel.most_programs or kernel.programs
+        while programs < min(most, gpu.multiprocessors):  # as `Tile.for_tokens` does
+            programs = min(2 * programs, most)
+        busy = min(1.0, programs / gpu.multiprocessors)
     rate = gpu.matrix_rate(call.dtype, call.tf32) * (1.0 if kernel.library else gpu.triton_gemm)
     bandwidth = gpu.bandwidth * min(1.0, busy * _BANDWIDTH_SURPLUS)
     return max(kernel.bytes / bandwidth, kernel.flops / (rate * busy))
@@ -208,6 +215,10 @@ class _Sizes:
 
     def gemm_programs(self, features: int, tile_columns: int) -> int:
         return -(-self.T // _FUSED_ROWS) * -(-features // tile_columns)
+
+    @property
+    def most_row_programs(self) -> int:
+        return -(-self.T // _FEWEST_ROWS)
 
     @property
     def row_programs(self) -> int:
@@ -268,6 +279,7 @@ def _row_block(s: _Sizes) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
         s.x + s.y + given_y + s.U + s.factors + more * (s.x + 2 * s.y),
         s.shrink_flops(s.inputs) + s.expand_flops(s.outputs),
         s.row_programs,
+        s.most_row_programs,
         launches=s.slices,
     )
     backward = Kernel(
@@ -275,6 +287,7 @@ def _row_block(s: _Sizes) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
         s.y + s.x + s.x + s.U + s.factors + partial + more * (s.y + 3 * s.x),
         s.gradient_flops + s.expand_flops(s.inputs),
         s.row_programs,
+        s.most_row_programs,
         launches=s.slices,
     )
     return (forward, *s.base(adds=True)), (backward, sums, *s.base_gradient(adds=True))
@@ -305,7 +318,11 @@ def _fused(s: _Sizes) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
         s.gemm_programs(s.inputs.size, tile),
     )
     gradients = Kernel(
-        "gradients", s.y + s.x + s.U + s.factors + partial, s.gradient_flops, s.row_programs
+        "gradients",
+        s.y + s.x + s.U + s.factors + partial,
+        s.gradient_flops,
+        s.row_programs,
+        s.most_row_programs,
     )
     return (forward,), (grad_input, gradients, sums)
 
@@ -314,9 +331,19 @@ def _scratch(s: _Sizes) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
     """`W + s DW` written to a buffer, in each direction anew, then the vendor's product with it."""
     partial, sums = s.sums()
     expand = Kernel("expand", 2 * s.W + s.factors)
-    shrink = Kernel("shrink", s.x + s.U + s.factors, s.shrink_flops(s.inputs), s.row_programs)
+    shrink = Kernel(
+        "shrink",
+        s.x + s.U + s.factors,
+        s.shrink_flops(s.inputs),
+        s.row_programs,
+        s.most_row_programs,
+    )
     gradients = Kernel(
-        "gradients", s.y + s.x + s.U + s.factors + partial, s.gradient_flops, s.row_programs
+        "gradients",
+        s.y + s.x + s.U + s.factors + partial,
+        s.gradient_flops,
+        s.row_programs,
+        s.most_row_programs,
     )
     return (
         (shrink, expand, *s.base(adds=False)),

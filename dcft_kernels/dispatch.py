@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
-from dcft_kernels import ops, torch_backend
+from dcft_kernels import ops
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.strategy import (
     Call,
@@ -51,11 +51,11 @@ class Backend(Protocol):
     def delta_weight(self, adapter: Adapter) -> Tensor:
         """`scaling * DW`, `[m, n]`."""
 
-    def merge(self, weight: Tensor, adapter: Adapter, out: Tensor, seed: Tensor | None) -> None:
-        """`weight + scaling * DW` into `out [m, n]`, which may be `weight`; rounded once.
+    def merge(self, weight: Tensor, adapter: Adapter, seed: Tensor | None) -> Tensor:
+        """A new `weight + scaling * DW` `[m, n]`, rounded once; with a seed, stochastically."""
 
-        With a seed, an int64 scalar on the device, stochastically.
-        """
+    def merge_(self, weight: Tensor, adapter: Adapter, seed: Tensor | None) -> None:
+        """The same in place."""
 
 
 class _Operators(NamedTuple):
@@ -72,12 +72,11 @@ class _Operators(NamedTuple):
     def delta_weight(self, adapter: Adapter) -> Tensor:
         return ops.delta_weight(adapter, self.strategy)
 
-    def merge(self, weight: Tensor, adapter: Adapter, out: Tensor, seed: Tensor | None) -> None:
-        if self.strategy == "torch":
-            return torch_backend.merge(weight, adapter, out, seed)
-        from dcft_kernels.triton import passes
+    def merge(self, weight: Tensor, adapter: Adapter, seed: Tensor | None) -> Tensor:
+        return ops.merge(weight, adapter, seed, self.strategy)
 
-        return passes.merge(weight, adapter, out, seed)
+    def merge_(self, weight: Tensor, adapter: Adapter, seed: Tensor | None) -> None:
+        ops.merge_(weight, adapter, seed, self.strategy)
 
 
 def check_backend(backend: str) -> None:
@@ -111,6 +110,7 @@ def select(
     """
     check_backend(backend)
     check_strategy(strategy)
+    by_environment, _ = requested_strategy("auto")
     if backend in ("torch", "reference") and strategy not in ("auto", "torch"):
         raise ValueError(
             f"strategy: {strategy!r} is one of the Triton kernels', got backend={backend!r}; "
@@ -127,7 +127,8 @@ def select(
             f"backend={backend!r}: torch.func transforms (vmap, grad, jvp) cannot pass through "
             "its operators; use backend='reference' inside them"
         )
-    if backend == "torch" or strategy == "torch":
+    by_default = strategy == "auto" and backend == "auto"
+    if "torch" in (backend, strategy) or (by_default and by_environment == "torch"):
         return _Operators("torch")
     reason = why_not_triton(adapter, dtype)
     if reason is None:

@@ -42,7 +42,7 @@ class Explanation:
             lines.append(f"on {self.gpu.name} ({self.call.architecture})")
         lines += ["", f"runs {self.strategy}: {self.reason}"]
         if self.choice is not None and self.gpu is not None:
-            lines += ["", *_table(self.choice, self.call), "", *_rates(self.gpu, self.call)]
+            lines += ["", *_table(self.choice), "", *_rates(self.gpu, self.call)]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -61,7 +61,6 @@ def explain(
     adapter_dtype: torch.dtype | None = None,
     dropout: float | None = None,
     strategy: str | None = None,
-    backward: bool = True,
     device: torch.device | str | None = None,
     gpu: str | None = None,
 ) -> Explanation:
@@ -82,7 +81,6 @@ def explain(
         adapter_dtype: of the factors; float32 if not given.
         dropout: probability; with a layer, the layer's own while it trains.
         strategy: a name of `dcft_kernels.strategy.STRATEGIES`; the layer's own, else `"auto"`.
-        backward: whether gradients will be asked for.
         device: where the tokens are, such as `"cuda"`; the layer's device, else a GPU if one is
             there.
         gpu: the name of a GPU that need not be there, such as `"H100"`; in place of `device`.
@@ -92,7 +90,6 @@ def explain(
         ValueError: a number out of range, an unknown name, a strategy that cannot run.
     """
     tokens = validation.positive_int("tokens", tokens)
-    backward = validation.boolean("backward", backward)
     requested = "auto" if strategy is None else check_strategy(strategy)
     if dtype is not None:
         validation.float_dtype("dtype", dtype)
@@ -124,7 +121,6 @@ def explain(
         tokens=bucket(tokens),
         architecture=architecture,
         device_name=device_name,
-        backward=backward,
         dropout=dropped > 0.0,
         tf32=tf32_is_allowed(),
     )
@@ -222,7 +218,6 @@ def _headline(call: Call, tokens: int) -> str:
         parts.append(f"{_short(call.adapter_dtype)} adapter")
     parts += ["dropout"] * call.dropout + ["trained weight"] * call.weight_trained
     parts += [] if call.base else ["increment alone"]
-    parts += [] if call.backward else ["forward only"]
     return "DCFT layer: " + ", ".join(parts)
 
 
@@ -230,7 +225,7 @@ _HEADER = ("", "MB", "launches", "us", "MB", "launches", "us", "us in all", "x f
 _CHOSEN = "*"
 
 
-def _table(choice: Choice, call: Call) -> list[str]:
+def _table(choice: Choice) -> list[str]:
     """Predicted bytes, launches and time of every strategy, aligned."""
     rows: list[Sequence[str]] = [_HEADER]
     if choice.frozen is not None:
@@ -246,7 +241,7 @@ def _table(choice: Choice, call: Call) -> list[str]:
     lines = ["  ".join(_padded(row, widths)).rstrip() for row in rows]
     # Over each direction's three columns, its name.
     title = " " * (widths[0] + 2) + "forward".ljust(sum(widths[1:4]) + 6) + "backward"
-    return [title if call.backward else title.removesuffix("backward").rstrip(), *lines]
+    return [title, *lines]
 
 
 def _cells(candidate: Candidate, choice: Choice) -> tuple[str, ...]:

@@ -239,17 +239,15 @@ def add_delta_weight_(
     runs = select(backend, adapter, weight.dtype)
     seed = draw_seed(weight.device) if stochastic_rounding else None
     with autocast.suspended(weight):
-        runs.merge(weight, adapter, weight, seed)
+        runs.merge_(weight, adapter, seed)
     return weight
 
 
 @torch.no_grad()
 def merged_weight(weight: Tensor, adapter: Adapter, backend: str) -> Tensor:
     """A new `weight + scaling * DW`, rounded once; strides as `weight`'s."""
-    out = torch.empty_like(weight)
     with autocast.suspended(weight):
-        select(backend, adapter, weight.dtype).merge(weight, adapter, out, None)
-    return out
+        return select(backend, adapter, weight.dtype).merge(weight, adapter, None)
 
 
 def checked_layer(

@@ -13,7 +13,7 @@ least; `torch` takes what the kernels cannot. `"auto"` takes of these three the 
 large as `W`, and in 16 bit `W + s DW` loses every update below half a unit in the last place of
 `W`, so it is not exact.
 
-The environment variable `DCFT_STRATEGY` takes the place of `"auto"`.
+The environment variable `DCFT_STRATEGY` takes the place of `"auto"` wherever kernels can run.
 """
 
 from __future__ import annotations

@@ -128,12 +128,6 @@ def test_float64_runs_without_a_prediction() -> None:
     assert "not float64" in str(told)
 
 
-def test_forward_only() -> None:
-    text = str(explain(**SIZES, gpu="H100", backward=False))
-    assert "forward only" in text
-    assert "backward" not in text
-
-
 def test_the_environment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fused")
     assert "runs fused: asked for by DCFT_STRATEGY='fused'" in str(explain(**SIZES, gpu="H100"))

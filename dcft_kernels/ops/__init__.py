@@ -10,6 +10,8 @@ Operators in the namespace `dcft_kernels`, opaque to the compiler and clean unde
     linear_group_backward(gs, x, U, weights, ..., needs)   -> all their gradients
     expand(A, B, C, ..., n, m)                             -> scaling * DW, by the kernels
     expand_backward(G, A, B, C, ..., n, m, needs)          -> its three gradients
+    merge(W, A, B, C, seed, ...)                           -> W + scaling * DW, by the kernels
+    merge_(W, A, B, C, seed, ...)                          -> the same in place
 
 `U [T, k, d_in]` is an output only because the backward pass needs it.
 
@@ -19,8 +21,8 @@ saved tensors instead of through the opaque operators, so double backward works.
 transformed with them use `backend="reference"`.
 """
 
-from dcft_kernels.ops.expand import delta_weight
+from dcft_kernels.ops.expand import delta_weight, merge, merge_
 from dcft_kernels.ops.group import linear_group
 from dcft_kernels.ops.layer import linear, update
 
-__all__ = ["delta_weight", "linear", "linear_group", "update"]
+__all__ = ["delta_weight", "linear", "linear_group", "merge", "merge_", "update"]

@@ -22,6 +22,13 @@ LIBRARY.define(
 )
 
 
+_MERGE_SCHEMA = (
+    "Tensor dcft_A, Tensor dcft_B, Tensor dcft_C, Tensor? seed, float scaling, int[] stride"
+)
+LIBRARY.define(f"merge(Tensor weight, {_MERGE_SCHEMA}) -> Tensor")
+LIBRARY.define(f"merge_(Tensor(a!) weight, {_MERGE_SCHEMA}) -> ()")
+
+
 def delta_weight(adapter: Adapter, strategy: str) -> Tensor:
     """`scaling * DW`, `[m, n]`, in the factors' common dtype; differentiable."""
     geometry = adapter.geometry
@@ -32,6 +39,59 @@ def delta_weight(adapter: Adapter, strategy: str) -> Tensor:
     return torch.ops.dcft_kernels.expand(
         adapter.A, adapter.B, adapter.C, adapter.scaling, stride, *sizes
     )
+
+
+def merge(weight: Tensor, adapter: Adapter, seed: Tensor | None, strategy: str) -> Tensor:
+    """A new `weight + scaling * DW`, rounded once; strides as `weight`'s. Not differentiable."""
+    if strategy == "torch":
+        return torch_backend.merge(weight, adapter, seed)
+    return torch.ops.dcft_kernels.merge(weight, *_flatten_merge(adapter, seed))
+
+
+def merge_(weight: Tensor, adapter: Adapter, seed: Tensor | None, strategy: str) -> None:
+    """`weight += scaling * DW` in place, rounded once. Not differentiable."""
+    if strategy == "torch":
+        torch_backend.merge(weight, adapter, seed, out=weight)
+        return
+    torch.ops.dcft_kernels.merge_(weight, *_flatten_merge(adapter, seed))
+    if not torch.compiler.is_compiling():
+        # What autograd has saved of the weight is no longer what was saved.
+        torch.autograd.graph.increment_version(weight)
+
+
+def _flatten_merge(adapter: Adapter, seed: Tensor | None) -> tuple[Any, ...]:
+    stride = [adapter.geometry.outputs.stride, adapter.geometry.inputs.stride]
+    return (adapter.A, adapter.B, adapter.C, seed, adapter.scaling, stride)
+
+
+def _unflatten_merge(weight: Tensor, arguments: Sequence[Any]) -> tuple[Adapter, Tensor | None]:
+    A, B, C, seed, scaling, stride = arguments
+    sizes = (weight.shape[1], weight.shape[0])
+    return _unflatten_expand((A, B, C, scaling, stride, *sizes)), seed
+
+
+@torch.library.impl(LIBRARY, "merge", "CompositeExplicitAutograd")
+def _merge_kernel(weight: Tensor, *arguments: Any) -> Tensor:
+    from dcft_kernels.triton import passes
+
+    return passes.merge(weight, *_unflatten_merge(weight, arguments))
+
+
+@torch.library.impl(LIBRARY, "merge_", "CompositeExplicitAutograd")
+def _merge_in_place_kernel(weight: Tensor, *arguments: Any) -> None:
+    from dcft_kernels.triton import passes
+
+    passes.merge(weight, *_unflatten_merge(weight, arguments), out=weight)
+
+
+@torch.library.register_fake("dcft_kernels::merge", lib=LIBRARY)
+def _merge_fake(weight: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(weight)
+
+
+@torch.library.register_fake("dcft_kernels::merge_", lib=LIBRARY)
+def _merge_in_place_fake(weight: Tensor, *arguments: Any) -> None:
+    return None
 
 
 def _unflatten_expand(arguments: Sequence[Any]) -> Adapter:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from dcft_kernels import autocast, torch_backend
 from dcft_kernels.adapter import Adapter
@@ -48,7 +49,7 @@ def linear(
 ) -> Tensor:
     """`x W^T + b + dropout(x) DW^T`; `x [T, n]`, result `[T, m]`."""
     arguments = (x, weight, bias, *flatten(adapter, strategy))
-    if torch.compiler.is_compiling():
+    if _needs_dispatcher(x):
         y, _ = torch.ops.dcft_kernels.linear(*arguments)
     else:
         y, _ = _EagerLinear.apply(*arguments)
@@ -58,11 +59,16 @@ def linear(
 def update(y: Tensor, x: Tensor, adapter: Adapter, strategy: str) -> Tensor:
     """`y + dropout(x) DW^T`; `y [T, m]`, `x [T, n]`."""
     arguments = (y, x, *flatten(adapter, strategy))
-    if torch.compiler.is_compiling():
+    if _needs_dispatcher(x):
         out, _ = torch.ops.dcft_kernels.update(*arguments)
     else:
         out, _ = _EagerUpdate.apply(*arguments)
     return out
+
+
+def _needs_dispatcher(x: Tensor) -> bool:
+    """Whether somebody looks on for whom the operators are meant: a compiler, a fake tensor."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter)
 
 
 @torch.library.impl(LIBRARY, "linear", "CompositeExplicitAutograd")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.geometry import Geometry
+from dcft_kernels.gpu_rates import INTERPRETER, identify
 from dcft_kernels.precision import tf32_is_allowed
 from dcft_kernels.strategy import Call, bucket, choose, requested_strategy
 
@@ -64,20 +65,18 @@ def resolve(strategy: str, tokens: Tensor, adapter: Adapter, *, base: bool = Tru
     empty = 0 in (tokens.shape[0], adapter.geometry.inputs.size, adapter.geometry.outputs.size)
     if strategy == "torch" or empty:
         return "torch"
-    from dcft_kernels.triton.tiles import architecture, device_name
-
     asked_for, _ = requested_strategy(strategy)
     if asked_for in ("fused", "scratch") and not base:
         return "row_block"
-    name = device_name(tokens.device)
-    if asked_for == "auto" and name is None:  # the interpreter: nothing to predict
+    architecture, name = identify(tokens.device)
+    if asked_for == "auto" and architecture is None:  # the interpreter: nothing to predict
         return "row_block"
     call = Call(
         bucket(tokens.shape[0]),
         adapter.geometry,
         tokens.dtype,
         adapter.A.dtype,
-        architecture(tokens.device),
+        architecture or INTERPRETER,
         name,
         base=base,
         dropout=adapter.seed is not None,

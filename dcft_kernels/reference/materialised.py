@@ -10,6 +10,7 @@ convolutions round their operands to ten bits.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,6 +42,18 @@ def update(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
     return y + F.linear(drop(x, adapter.dropout_p, adapter.seed), dense)
 
 
-def merge(weight: Tensor, adapter: Adapter, out: Tensor, seed: Tensor | None) -> None:
-    """`weight + scaling * DW` into `out [m, n]`, in float32 or wider, then `rounding.store`."""
+def merge(
+    weight: Tensor, adapter: Adapter, seed: Tensor | None, *, out: Tensor | None = None
+) -> Tensor:
+    """`weight + scaling * DW` `[m, n]`, in float32 or wider, then `rounding.store`.
+
+    Into `out`, which may be `weight`, or into a new tensor with `weight`'s strides.
+    """
+    out = torch.empty_like(weight) if out is None else out
     store(weight + delta_weight(adapter.widened(weight.dtype)), out, seed)
+    return out
+
+
+def merge_(weight: Tensor, adapter: Adapter, seed: Tensor | None) -> None:
+    """`merge` in place."""
+    merge(weight, adapter, seed, out=weight)

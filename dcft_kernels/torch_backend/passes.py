@@ -123,9 +123,16 @@ def delta_weight(adapter: Adapter) -> Tensor:
     return expand_(dense, mixed, adapter.A, geometry.inputs)
 
 
-def merge(weight: Tensor, adapter: Adapter, out: Tensor, seed: Tensor | None) -> None:
-    """`weight + scaling * DW` into `out [m, n]`, in float32 or wider, then `rounding.store`."""
+def merge(
+    weight: Tensor, adapter: Adapter, seed: Tensor | None, *, out: Tensor | None = None
+) -> Tensor:
+    """`weight + scaling * DW` `[m, n]`, in float32 or wider, then `rounding.store`.
+
+    Into `out`, which may be `weight`, or into a new tensor with `weight`'s strides.
+    """
+    out = torch.empty_like(weight) if out is None else out
     store(weight + delta_weight(adapter.widened(weight.dtype)), out, seed)
+    return out
 
 
 def _mix(U: Tensor, adapter: Adapter) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 OLDEST_TRITON = (3, 6)
 # Asynchronous copies and bfloat16 matrix instructions.
 OLDEST_CAPABILITY = (8, 0)
+# Matrix cores and wavefronts that the tiles are made for.
+AMD_ARCHITECTURES = ("gfx942", "gfx950")
 
 
 def why_unavailable(device: torch.device) -> str | None:
@@ -40,8 +42,14 @@ def _why_unavailable(device: torch.device) -> str | None:
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"triton {triton.__version__} is too old; pip install 'triton>={oldest}'"
-    if interpreted or torch.version.hip is not None:
+    if interpreted:
         return None
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        if name.startswith(AMD_ARCHITECTURES):
+            return None
+        known = ", ".join(AMD_ARCHITECTURES)
+        return f"{name} is not one of the AMD architectures that the kernels are for: {known}"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         oldest = ".".join(map(str, OLDEST_CAPABILITY))

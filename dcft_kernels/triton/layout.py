@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from dcft_kernels.geometry import Geometry, Side
+from dcft_kernels.geometry import Geometry
 
 # Fewest columns that the matrix units take along each dimension of a product.
 _FEWEST_COLUMNS = 16
@@ -44,11 +44,6 @@ def layout_of(geometry: Geometry) -> Layout:
 def windows_per_tile(features: int, padded_width: int) -> int:
     """Windows in a tile of about `features` columns: at least one, and 16 columns or more."""
     return max(1, max(features, _FEWEST_COLUMNS) // padded_width)
-
-
-def loop_tiles(side: Side, windows: int) -> int:
-    """Steps of a loop over a side, `windows` a step."""
-    return -(-side.windows // windows)
 
 
 def _power_of_two(number: int) -> int:

@@ -31,7 +31,7 @@ def linear(
     u = _empty_u(x, adapter)
     if strategy == "scratch":
         shrink_expand(x, adapter, u=u)
-        return F.linear(x, _scratch(weight, adapter), bias), _by_rank(u, adapter)
+        return F.linear(x, merge(weight, adapter), bias), _by_rank(u, adapter)
     y = x.new_empty(x.shape[0], weight.shape[0])
     if strategy == "fused":
         fused_linear(x, weight, adapter, y, bias=bias, u=u)
@@ -65,7 +65,7 @@ def backward(
         if strategy == "fused":
             fused_linear(g, weight, adapter, gx, grad_input=True)
         else:
-            torch.mm(g, _scratch(weight, adapter), out=gx)
+            torch.mm(g, merge(weight, adapter), out=gx)
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if beside is not None or needs.A or needs.B or needs.C:
         grads = backward_kernels.backward(
@@ -106,15 +106,15 @@ def delta_weight_backward(
     return expand_backward(grad, adapter, *needs)
 
 
-def merge(weight: Tensor, adapter: Adapter, out: Tensor, seed: Tensor | None) -> None:
-    """`weight + scaling * DW` into `out [m, n]`, in one pass, rounded once; see `expand`."""
+def merge(
+    weight: Tensor, adapter: Adapter, seed: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """`weight + scaling * DW` `[m, n]` in one pass, rounded once; see `expand`.
+
+    Into `out`, which may be `weight`, or into a new tensor with `weight`'s strides.
+    """
+    out = torch.empty_like(weight) if out is None else out
     expand(adapter, out=out, weight=weight, seed=seed)
-
-
-def _scratch(weight: Tensor, adapter: Adapter) -> Tensor:
-    """`weight + scaling * DW`, rounded to `weight`'s dtype; strides as `weight`'s."""
-    out = torch.empty_like(weight)
-    expand(adapter, out=out, weight=weight)
     return out
 
 

@@ -133,12 +133,6 @@ def architecture(device: torch.device) -> str:
 
 
 @functools.cache
-def device_name(device: torch.device) -> str | None:
-    """The GPU's name; None for a device that is none."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
-
-
-@functools.cache
 def entries(arch: str, kernel: str, itemsize: int) -> dict[int, Tile]:
     """The tiles of a kernel by number of columns, least first."""
     rows = _table()[arch][kernel][str(itemsize)]
@@ -156,9 +150,13 @@ def lookup(arch: str, kernel: str, itemsize: int, columns: int) -> Tile:
     raise ValueError(f"columns: no tile of {kernel} on {arch} holds {columns}")
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs of a persistent kernel run at once, one to a multiprocessor."""
     if device.type != "cuda" or _forced is not None:
         return 2
+    return _multiprocessors(device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
