@@ -163,6 +163,7 @@ class Case(NamedTuple):
     tf32: bool = False
     dtypes: tuple[str, ...] = tuple(DTYPES)
     tokens: int = TOKEN_COUNT
+    extreme: bool = False  # right, but beyond what the tiles are made for: spills are recorded
 
     @property
     def alignable(self) -> bool:
@@ -278,14 +279,25 @@ def _expand_backward(needs: str) -> Callable[[Setting], object]:
     return launch
 
 
+_EXTREMES = {
+    "width1-rank128": _geometry(1, rank=128),
+    "width16-rank8": _geometry(16, rank=8),
+    "width64": _geometry(64),
+    "width64-overlap": _geometry(64, stride=(16, 16)),
+}
+
+# The launchers of a layer's passes, and how their cases' names begin.
+_LAYERS = (
+    ("shrink_expand", _forward, ""),
+    ("backward", _backward("ABC", gx=True), ""),
+    ("fused_linear", _fused, ""),
+    ("fused_linear", _fused_gx, "gx-"),
+)
+
+
 def _cases() -> Iterator[Case]:
     main = _COLUMNS[FIRST]
-    for kernel, launch, prefix in (
-        ("shrink_expand", _forward, ""),
-        ("backward", _backward("ABC", gx=True), ""),
-        ("fused_linear", _fused, ""),
-        ("fused_linear", _fused_gx, "gx-"),
-    ):
+    for kernel, launch, prefix in _LAYERS:
         for name, geometry in _COLUMNS.items():
             yield Case(kernel, prefix + name, geometry, launch)
         yield Case(kernel, prefix + "dropout", main, launch, dropout=True)
@@ -298,6 +310,19 @@ def _cases() -> Iterator[Case]:
     yield Case("expand", "stochastic", main, _expand_stochastic, dtypes=("bf16", "fp16"))
     for needs in "ABC":
         yield Case("expand_backward", f"needs-{needs}", main, _expand_backward(needs))
+    # Other kernel sizes that the paper tries, and those farthest from it.
+    for kernel, launch, prefix in _LAYERS:
+        for width in (2, 4, 6, 12, 16):
+            geometry = _geometry(width)
+            padded = kernel == "fused_linear" and not _is_contiguous(geometry.inputs)
+            yield Case(kernel, f"{prefix}width{width}", geometry, launch, extreme=padded)
+        for name, geometry in _EXTREMES.items():
+            if kernel == "fused_linear" and name.endswith("overlap"):
+                continue  # what is contracted must not overlap
+            yield Case(kernel, prefix + name, geometry, launch, dtypes=("bf16",), extreme=True)
+        widest = _COLUMNS["columns128"]
+        name = prefix + "columns128-dropout"
+        yield Case(kernel, name, widest, launch, dropout=True, dtypes=("bf16",), extreme=True)
     # Fewer rows a program where there are few tokens: half as many, and the fewest.
     for name, tokens in (("tokens64", 64), ("tokens16", 16)):
         yield Case("shrink_expand", name, main, _forward, tokens=tokens)
@@ -449,6 +474,7 @@ class Variant(NamedTuple):
     launch: Launch
     tile: str  # as in tiles.json; "-" where the table has no say
     alignable: bool
+    extreme: bool
 
 
 def variants_of(case: Case, architecture: str, dtype: str, adapter_dtype: str) -> list[Variant]:
@@ -477,7 +503,7 @@ def variants_of(case: Case, architecture: str, dtype: str, adapter_dtype: str) -
         again = sum(variant.launch.kernel == launch.kernel for variant in variants)
         name = f"{case.name}-again{again}" if again else case.name
         key = Key(architecture, kernel, dtype, adapter_dtype, name)
-        variants.append(Variant(key, launch, tile, case.alignable))
+        variants.append(Variant(key, launch, tile, case.alignable, case.extreme))
     return variants
 
 
@@ -532,6 +558,7 @@ class Record(NamedTuple):
     tensor_memory: int
     products: int  # products of 16-bit or tf32 operands in the kernel
     matrix_instructions: int
+    may_spill: int  # 1 where spills are recorded, not refused: `Case.extreme`
     alignable: int  # 1 where loads of tokens have to be wide
     wide_loads: int  # instructions that load 128 bits or more of tokens
     narrow_loads: int
@@ -586,6 +613,7 @@ def measure(variant: Variant) -> Record:
         getattr(compiled.metadata, "tmem_size", None) or 0,
         matrix_products(ttir),
         binary.matrix_instructions,
+        int(variant.extreme),
         int(variant.alignable and bool(places or widths)),
         widths.count(True),
         widths.count(False),
@@ -760,8 +788,8 @@ def read_amdgcn(assembly: str) -> Binary:
 
 
 def check_spills(record: Record) -> str | None:
-    """No register goes to memory."""
-    if record.spills:
+    """No register goes to memory, but in extreme cases."""
+    if record.spills and not record.may_spill:
         return f"spills: expected 0, got {record.spills} with {record.registers} registers"
     return None
 

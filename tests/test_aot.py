@@ -24,7 +24,7 @@ GOOD = Record(
     "sm_90", "shrink_expand", "bf16", "fp32", "columns16", "64 128 0 0 4 3",
     registers=132, spills=0, lane_spills=0,
     shared_bytes=53504, shared_limit=232448, tensor_memory=0,
-    products=2, matrix_instructions=9, alignable=1, wide_loads=24, narrow_loads=0,
+    products=2, matrix_instructions=9, may_spill=0, alignable=1, wide_loads=24, narrow_loads=0,
     instructions=1208, triton="3.7.1", fingerprint="0123456789abcdef",
 )  # fmt: skip
 

@@ -219,6 +219,9 @@ def fused_linear(
         factor_in, factor_out, C, weight = factor_out, factor_in, C.t(), weight.t()
     tokens = z.shape[0]
     tile = lookup(architecture(z.device), "fused_linear", z.itemsize, layout.columns)
+    if (inputs.width, outputs.width) != (layout.WP_IN, layout.WP_OUT):
+        # Addresses of padded windows take registers, which fewer rows leave.
+        tile = tile._replace(tokens=max(16, tile.tokens // 2))
     windows_out = windows_per_tile(tile.outputs, layout.WP_OUT)
     if outputs.stride == outputs.width:
         blocks_out = triton.cdiv(outputs.windows, windows_out)
