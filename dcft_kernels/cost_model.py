@@ -17,6 +17,7 @@ Notation as everywhere: `x [T, n]`, `W [m, n]`, `U [T, k*d_in]`.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -110,6 +111,7 @@ def columns(side: Side, rank: int) -> int:
     return max(_FEWEST_COLUMNS, _power_of_two(rank) * _power_of_two(side.width))
 
 
+@functools.cache
 def ranks_of_a_launch(geometry: Geometry, itemsize: int) -> int:
     """How many of an adapter's ranks one launch of a row-block kernel takes; the rest take more.
 

@@ -72,12 +72,14 @@ def test_the_stored_table_is_complete(shipped: dict[Key, tuple[Job, Variant]]) -
 
 def test_the_stored_table_is_current(shipped: dict[Key, tuple[Job, Variant]]) -> None:
     """Fingerprints are Triton's to define: another version's cannot be compared."""
+    stored = aot.read()
+    versions = {record.triton for record in stored.values()}
+    if versions != {triton.__version__}:
+        pytest.skip(f"stored with triton {', '.join(versions)}, here is {triton.__version__}")
     stale = [
         " ".join(key)
-        for key, record in aot.read().items()
-        if key in shipped
-        and record.triton == triton.__version__
-        and not aot.is_current(record, shipped[key][1])
+        for key, record in stored.items()
+        if key in shipped and not aot.is_current(record, shipped[key][1])
     ]
     assert not stale, f"out of date in {aot.RESULTS.name}, run python -m benchmarks.aot: {stale}"
 

@@ -80,6 +80,6 @@ def resolve(strategy: str, tokens: Tensor, adapter: Adapter, *, base: bool = Tru
         name,
         base=base,
         dropout=adapter.seed is not None,
-        tf32=tf32_is_allowed(),
+        tf32=tokens.dtype == torch.float32 and tf32_is_allowed(),
     )
     return choose(call, strategy).strategy

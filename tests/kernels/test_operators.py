@@ -511,3 +511,15 @@ def test_no_kernel_is_compiled_again_for_other_tokens(device) -> None:
 def test_the_sanitizers_program(device) -> None:
     """What `test_gpu.py` runs under a sanitizer launches every kernel, and gives no NaN."""
     sanitizer_program.main(device)
+
+
+@pytest.mark.parametrize("seeded", [False, True], ids=["nearest", "stochastic"])
+def test_opcheck_of_merging(device, seeded: bool) -> None:
+    inputs = to(random_inputs(SMALL[0], (1,), torch.bfloat16, torch.float32), device)
+    seed = torch.tensor(3, device=device) if seeded else None
+    arguments = (inputs.A, inputs.B, inputs.C, seed, 0.7, list(SMALL[0].stride))
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for operator in (torch.ops.dcft_kernels.merge, torch.ops.dcft_kernels.merge_):
+        torch.library.opcheck(
+            operator.default, (inputs.weight.clone(), *arguments), test_utils=tests
+        )
