@@ -110,7 +110,9 @@ def select(
     """
     check_backend(backend)
     check_strategy(strategy)
-    by_environment, _ = requested_strategy("auto")
+    # A compiled graph asks when its operators run, so that it serves whatever is asked for then.
+    tracing = torch.compiler.is_compiling()
+    by_environment = "auto" if tracing else requested_strategy("auto")[0]
     if backend in ("torch", "reference") and strategy not in ("auto", "torch"):
         raise ValueError(
             f"strategy: {strategy!r} is one of the Triton kernels', got backend={backend!r}; "
@@ -122,7 +124,7 @@ def select(
         from dcft_kernels import reference  # loaded only when asked for by name
 
         return reference
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not tracing and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"backend={backend!r}: torch.func transforms (vmap, grad, jvp) cannot pass through "
             "its operators; use backend='reference' inside them"
