@@ -58,6 +58,7 @@ class Call(NamedTuple):
     backward: bool = True  # whether gradients will be asked for
     dropout: bool = False
     tf32: bool = False  # whether PyTorch allows it for float32
+    kernels_only: bool = False  # whether the Triton backend was asked for by name
 
 
 class Kernel(NamedTuple):

@@ -139,6 +139,8 @@ def select(
             reason = why_strategy_cannot(strategy, call)
             if reason is not None:
                 raise ValueError(f"strategy: {strategy!r} cannot take this layer: {reason}")
+        elif backend == "triton":
+            return _Operators(ops.KERNELS)
         return _Operators(strategy)
     if strategy != "auto":
         raise RuntimeError(

@@ -9,7 +9,8 @@
 
 Large shapes suit `row_block`, whose products are the vendor's; small ones `fused`, which launches
 least; `torch` takes what the kernels cannot. `"auto"` takes of these three the one that
-`dcft_kernels.cost_model` predicts to be quickest. `scratch` has to be asked for: its buffer is as
+`dcft_kernels.cost_model` predicts to be quickest; `backend="triton"`, of the first two. `scratch`
+has to be asked for: its buffer is as
 large as `W`, and in 16 bit `W + s DW` loses every update below half a unit in the last place of
 `W`, so it is not exact.
 
@@ -134,6 +135,8 @@ def why_kernels_cannot(
 @functools.cache
 def why_strategy_cannot(strategy: str, call: Call) -> str | None:
     """Why a strategy cannot run a call, or None if it can; `torch` and `auto` always can."""
+    if strategy == "torch" and call.kernels_only:
+        return "backend='triton' was asked for"
     if strategy in ("auto", "torch"):
         return None
     if call.architecture is None:
@@ -177,10 +180,10 @@ def choose(call: Call, requested: str = "auto") -> Choice:
 def _choose(call: Call, requested: str, source: str) -> Choice:
     impossible = why_strategy_cannot(requested, call)
     if impossible is not None:
-        raise ValueError(
-            f"{source}: {requested!r} cannot run here: {impossible}; "
-            f"{'unset it' if source == ENVIRONMENT_VARIABLE else 'use auto'}, or use 'torch'"
-        )
+        way_out = "unset it" if source == ENVIRONMENT_VARIABLE else "use auto"
+        if not call.kernels_only:
+            way_out += ", or use 'torch'"
+        raise ValueError(f"{source}: {requested!r} cannot run here: {impossible}; {way_out}")
     candidates = tuple(_candidate(name, call) for name in STRATEGIES if name != "auto")
     frozen = None
     if _predictable(call) and call.base:

@@ -370,3 +370,21 @@ def test_unknown_gpus_are_named() -> None:
         named("GTX 970")
     with pytest.raises(ValueError, match="architecture: expected 'sm_<number>'"):
         lookup(None, "riscv")
+
+
+def test_a_backend_named_is_never_exchanged_for_torch() -> None:
+    """Where PyTorch is predicted to be quickest, `backend="triton"` still runs the kernels."""
+    sizes = [(tokens, n) for tokens in (1, 64, 4096) for n in (256, 4096)]
+    alike = 0
+    for tokens, n in sizes:
+        free = call(tokens, n, n, FP32)
+        bound = free._replace(kernels_only=True)
+        chosen = choose(bound)
+        assert chosen.strategy in ("row_block", "fused")
+        assert chosen.candidate("torch").why_not == "backend='triton' was asked for"
+        candidates = {c.strategy: c for c in choose(free).candidates}
+        assert candidates["torch"].why_not is None
+        alike += choose(free).strategy == chosen.strategy
+    assert alike, "where torch is not quickest, the choice is the same"
+    with pytest.raises(ValueError, match=r"'torch' cannot run here: backend='triton' was asked"):
+        choose(call(kernels_only=True), "torch")

@@ -24,5 +24,6 @@ transformed with them use `backend="reference"`.
 from dcft_kernels.ops.expand import delta_weight, merge, merge_
 from dcft_kernels.ops.group import linear_group
 from dcft_kernels.ops.layer import linear, update
+from dcft_kernels.ops.library import KERNELS
 
-__all__ = ["delta_weight", "linear", "linear_group", "merge", "merge_", "update"]
+__all__ = ["KERNELS", "delta_weight", "linear", "linear_group", "merge", "merge_", "update"]

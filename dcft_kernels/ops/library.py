@@ -28,6 +28,9 @@ ADAPTER_SCHEMA = (
 # How many arguments the adapter's part of an operator has; they follow its leading tensors.
 ADAPTER_ARGUMENTS = 8
 
+# The strategy of an operator that may choose, but among the kernels': `backend="triton"`.
+KERNELS = "kernels"
+
 
 def flatten(adapter: Adapter, strategy: str) -> tuple[Any, ...]:
     """An adapter as operator arguments, which are tensors and numbers only."""
@@ -62,6 +65,9 @@ def resolve(strategy: str, tokens: Tensor, adapter: Adapter, *, base: bool = Tru
         adapter: of the call.
         base: whether a base layer is computed along; if not, there is one way for kernels to go.
     """
+    kernels_only = strategy == KERNELS
+    if kernels_only:
+        strategy = "auto"
     empty = 0 in (tokens.shape[0], adapter.geometry.inputs.size, adapter.geometry.outputs.size)
     if strategy == "torch" or empty:
         return "torch"
@@ -81,5 +87,6 @@ def resolve(strategy: str, tokens: Tensor, adapter: Adapter, *, base: bool = Tru
         base=base,
         dropout=adapter.seed is not None,
         tf32=tokens.dtype == torch.float32 and tf32_is_allowed(),
+        kernels_only=kernels_only,
     )
     return choose(call, strategy).strategy

@@ -397,6 +397,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("value", ["row_block", "fused", "scratch", "torch", ""])
 def test_the_environment_chooses(device, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     layer = layer_on(device)
+    layer.backend = "auto"
     expected = step(layer, layer, 7)
     ran = spied(monkeypatch)
     monkeypatch.setenv("DCFT_STRATEGY", value)
@@ -404,6 +405,14 @@ def test_the_environment_chooses(device, monkeypatch: pytest.MonkeyPatch, value:
         close(actual, other)
     if value or device.type == "cpu":
         assert ran == ([] if value == "torch" else [value or "row_block"] * 2)
+
+
+def test_the_environment_cannot_turn_away_a_backend_named(device, monkeypatch) -> None:
+    """`backend="triton"` runs the kernels or raises, whatever is quicker and whoever says so."""
+    layer = layer_on(device)
+    monkeypatch.setenv("DCFT_STRATEGY", "torch")
+    with pytest.raises(ValueError, match=r"^DCFT_STRATEGY: 'torch' .*backend='triton' was asked"):
+        step(layer, layer, 7)
 
 
 def test_an_argument_outranks_the_environment(device, monkeypatch: pytest.MonkeyPatch) -> None:
