@@ -69,10 +69,10 @@ class Inputs(NamedTuple):
         return Inputs(*(tensor.detach().to(dtype) for tensor in self))
 
     def requiring(self, *flags: bool) -> Inputs:
-        """Detached copies of which those flagged require gradients (default: all)."""
+        """The same data and strides, of which those flagged require gradients (default: all)."""
         wanted = flags or (True,) * 6
         operands = [
-            tensor.detach().clone().requires_grad_(flag)
+            tensor.detach().requires_grad_(flag)
             for tensor, flag in zip(self.operands, wanted, strict=True)
         ]
         return Inputs(*operands, self.grad)
