@@ -29,7 +29,7 @@ test test-matrix: export MKL_NUM_THREADS ?= 1
 # Pairs of Triton and PyTorch that `make test-matrix` tests; newest: whatever there is.
 MATRIX ?= 3.6.0:2.11.0 3.7.1:2.13.0 newest:2.13.0
 
-.PHONY: help demo test test-matrix aot bench plot lint format hooks clean distclean
+.PHONY: help demo test test-matrix aot bench bench-full report lint format hooks clean distclean
 
 help: ## show this list
 	@printf 'usage: make TARGET [VARIABLE=value ...]\n\n'
@@ -43,7 +43,7 @@ help: ## show this list
 	    PYTEST_ARGS 'for make test, such as "-k merge -x"' \
 	    TEST_JOBS   'test processes, 0 for none beside the first (auto: one a core, at most 8)' \
 	    MATRIX      'pairs triton:torch for make test-matrix' \
-	    BENCH_ARGS  'for make bench, such as "-k 768"'
+	    BENCH_ARGS  'for make bench, such as "-k layer-main"'
 
 demo: $(VENV)/stamp-demo $(VENV)/stamp-model ## fine-tune a pretrained model with DCFT and print the comparison
 	$(PY) examples/demo.py $(DEMO_ARGS)
@@ -65,12 +65,16 @@ test-matrix: $(VENV)/stamp-test ## run the kernels' tests on every supported Tri
 aot: $(VENV)/stamp-test ## compile every kernel for every architecture and store what it needs
 	$(PY) -m benchmarks.aot
 
-bench: $(VENV)/stamp-bench ## run the benchmarks, store the rows, draw the plots
+bench: $(VENV)/stamp-bench ## run the benchmarks (minutes), store the rows, write the report
 	$(PY) -m pytest benchmarks --benchmark-only $(BENCH_ARGS)
-	$(PY) -m benchmarks.plot
+	$(PY) -m benchmarks.report
 
-plot: $(VENV)/stamp-bench ## draw the plots again from the stored rows
-	$(PY) -m benchmarks.plot
+bench-full: $(VENV)/stamp-bench ## the same with every sweep (an hour or more)
+	$(PY) -m pytest benchmarks --benchmark-only --size full $(BENCH_ARGS)
+	$(PY) -m benchmarks.report
+
+report: $(VENV)/stamp-bench ## write the report again from the stored rows
+	$(PY) -m benchmarks.report
 
 lint: $(VENV)/stamp-lint ## check style, formatting and types
 	$(PY) -m ruff check .

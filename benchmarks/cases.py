@@ -1,87 +1,94 @@
-"""What is measured: the shapes and dtypes, and the tensors that all providers of a case share."""
+"""What a measurement is of: its level, shape, dtype and direction, and what limits a run."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
+
+# Other things than a pass of a layer that are measured, in the same column of the rows.
+OTHER_DIRECTIONS = ("copy", "product", "merge", "unmerge", "save", "load", "step")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One input of a layer: `T` tokens, `n` features in, `m` features out, of one dtype."""
+    """One input: what all providers that are compared with each other get.
 
-    T: int
-    n: int
-    m: int
+    `T` tokens of `n` features to `m`, where the level has them; a `model` where the shape, or the
+    set of tensors, is that of a model.
+    """
+
+    level: str  # a key of benchmarks.levels.LEVELS
+    T: int | None
+    n: int | None
+    m: int | None
     dtype: str  # a key of DTYPES
+    direction: str = "fwd+bwd"
+    model: str | None = None
+    sweep: str = "main"  # what is varied from case to case, or from provider to provider
 
     @property
     def shape(self) -> str:
+        """Such as `2048x768->768`; a model's name where that stands for it."""
+        if self.model is not None:
+            return self.model if self.T is None else f"{self.model}@{self.T}"
+        if self.T is None:
+            return f"{self.n}->{self.m}"
         return f"{self.T}x{self.n}->{self.m}"
 
     def __str__(self) -> str:
-        return f"{self.shape} {self.dtype}"
+        return f"{self.level} {self.shape} {self.dtype} {self.direction} ({self.sweep})"
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """`(T, n, m)` of a case that has all three."""
+        if self.T is None or self.n is None or self.m is None:
+            raise ValueError(f"{self}: has no T, n and m")
+        return self.T, self.n, self.m
 
 
-# BERT-base attention and feed-forward projections, and an attention projection of a 7B-8B model.
-LAYER_SHAPES = ((2048, 768, 768), (2048, 768, 3072), (1024, 4096, 4096))
-# For trying the suite out: says nothing about speed.
-QUICK_SHAPES = ((32, 64, 64), (32, 64, 128))
+class Scope(NamedTuple):
+    """How much is measured: which cases a level proposes."""
+
+    device_type: str  # "cpu" or "cuda"
+    size: str  # "tiny": does it run at all; "main": minutes; "full": every sweep
+
+    @property
+    def tiny(self) -> bool:
+        """Whether times say nothing, and only the program is tried out."""
+        return self.size == "tiny"
+
+    @property
+    def full(self) -> bool:
+        """Whether every sweep is wanted."""
+        return self.size == "full"
+
+    @property
+    def gpu(self) -> bool:
+        """Whether a GPU is measured."""
+        return self.device_type == "cuda"
 
 
-def layer_cases(*, quick: bool = False) -> list[Case]:
-    """The cases of the layer suite; fp32 first, since a slow dtype must not hold up the other."""
-    shapes = QUICK_SHAPES if quick else LAYER_SHAPES
-    return [Case(*shape, dtype=dtype) for dtype in DTYPES for shape in shapes]
+SIZES = ("tiny", "main", "full")
+
+_SHAPE = re.compile(r"(\d+)x(\d+)(?:->|x)(\d+)")
 
 
-class Problem:
-    """The tensors of a case: the same input, output gradient and base layer for every provider.
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """`(T, n, m)` from `4096x768->3072`, or, since a shell reads `>`, `4096x768x3072`.
 
-    `x` and `g` are independent and standard normal, weight and bias are what `nn.Linear` starts
-    with. `x` asks for a gradient, as the input of a layer inside a network does.
+    Raises:
+        ValueError: anything else.
     """
-
-    def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
-        self.case = case
-        self.device = device
-        self.dtype = DTYPES[case.dtype]
-        self.generator = torch.Generator().manual_seed(seed)
-        self.x = self._draw(case.T, case.n).requires_grad_()
-        self.g = self._draw(case.T, case.m)
-        bound = case.n**-0.5
-        self.weight = self._draw(case.m, case.n, uniform=bound)
-        self.bias = self._draw(case.m, uniform=bound)
-
-    def base(self) -> nn.Linear:
-        """A new frozen `nn.Linear` over the shared weight and bias."""
-        linear = nn.Linear(self.case.n, self.case.m, device="meta")
-        linear.weight = nn.Parameter(self.weight, requires_grad=False)
-        linear.bias = nn.Parameter(self.bias, requires_grad=False)
-        return linear
-
-    @cached_property
-    def x64(self) -> Tensor:
-        return self.x.detach().double()
-
-    @cached_property
-    def g64(self) -> Tensor:
-        return self.g.double()
-
-    @cached_property
-    def dense_gradient(self) -> Tensor:
-        """`g^T x [m, n]` in float64, from which the gradient of every adapter follows."""
-        return self.g64.t() @ self.x64
-
-    def _draw(self, *shape: int, uniform: float | None = None) -> Tensor:
-        values = torch.empty(shape)
-        if uniform is None:
-            values.normal_(generator=self.generator)
-        else:
-            values.uniform_(-uniform, uniform, generator=self.generator)
-        return values.to(self.device, self.dtype)
+    found = _SHAPE.fullmatch(text)
+    sizes = tuple(int(part) for part in found.groups()) if found else ()
+    if len(sizes) != 3 or 0 in sizes:
+        raise ValueError(
+            f"shape: expected tokens, features in and out such as 4096x768x3072, got {text!r}"
+        )
+    return sizes

@@ -9,21 +9,21 @@ import pytest
 import torch
 
 from benchmarks import environment
-
-RESULTS = environment.ROOT / "benchmarks" / "results"
-QUICK_RESULTS = environment.ROOT / ".benchmarks" / "quick"
+from benchmarks.cases import SIZES
+from benchmarks.run import RESULTS, TINY_RESULTS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dcft_kernels benchmarks")
     group.addoption(
-        "--quick",
-        action="store_true",
-        help="tiny shapes for a moment: tries the suite out, says nothing about speed; "
-        f"rows go to {QUICK_RESULTS.relative_to(environment.ROOT)}",
+        "--size",
+        choices=SIZES,
+        default="main",
+        help="tiny: tries the suite out, says nothing about speed, rows go to "
+        f"{TINY_RESULTS.relative_to(environment.ROOT)}; main: minutes; full: every sweep (main)",
     )
     group.addoption(
-        "--budget", type=float, metavar="SECONDS", help="time for the rounds of a case (60)"
+        "--case-budget", type=float, metavar="SECONDS", help="time for the rounds of a case (30)"
     )
     group.addoption(
         "--results",
@@ -41,9 +41,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     option: Any = config.option
+    if option.device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device: expected a GPU that PyTorch finds, and there is none")
     if not getattr(option, "benchmark_json", None):
         # The folder comes into being with the first row.
-        option.benchmark_json = str(_device_folder(config) / "layer.pytest-benchmark.json")
+        option.benchmark_json = str(_device_folder(config) / "pytest-benchmark.json")
     if not getattr(option, "benchmark_project_name", None):
         option.benchmark_project_name = "dcft_kernels"
 
@@ -62,5 +64,5 @@ def device_folder(request: pytest.FixtureRequest) -> Path:
 def _device_folder(config: pytest.Config) -> Path:
     results: Path | None = config.getoption("--results")
     if results is None:
-        results = QUICK_RESULTS if config.getoption("--quick") else RESULTS
+        results = TINY_RESULTS if config.getoption("--size") == "tiny" else RESULTS
     return results / environment.describe(config.getoption("--device")).slug

@@ -121,3 +121,26 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def main() -> None:
+    """Print what a run on this machine is made with, a line each."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    lines: dict[str, object] = dict(vars(describe(device_type)))
+    lines |= {"python": platform.python_version(), "system": platform.platform()}
+    lines |= {p: _version(p) for p in ("transformers", "numpy", "lycoris-lora", "unsloth")}
+    if device_type == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        lines |= {
+            "cuda": torch.version.cuda or torch.version.hip,
+            "compute capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory, GiB": round(properties.total_memory / 2**30, 1),
+            "devices": torch.cuda.device_count(),
+        }
+    for name, value in lines.items():
+        print(f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -18,13 +18,13 @@ class Row:
     """
 
     provider: str
-    level: str  # what is measured: "layer"
+    level: str  # what is measured: a key of benchmarks.levels.LEVELS
     model: str | None  # the model whose shape this is, where there is one
-    direction: str  # "fwd", "bwd" or "fwd+bwd"
+    direction: str  # one of cases.DIRECTIONS or cases.OTHER_DIRECTIONS
     dtype: str
-    T: int
-    n: int
-    m: int
+    T: int | None
+    n: int | None
+    m: int | None
     d: int | None
     k: int | None
     stride: int | None
@@ -34,6 +34,7 @@ class Row:
     peft: str | None
     commit: str
     time: str  # start of the case: rows of one case with the same time were measured together
+    sweep: str = "main"  # what varies: cases of one sweep are drawn as a curve
     rounds: int = 0
     device_ms_p20: float | None = None
     device_ms_p50: float | None = None
@@ -41,17 +42,45 @@ class Row:
     wall_ms_p20: float | None = None
     wall_ms_p50: float | None = None
     wall_ms_p80: float | None = None
+    graph_ms_p20: float | None = None  # the step as a CUDA graph, device time
+    graph_ms_p50: float | None = None
+    graph_ms_p80: float | None = None
     ratio_to_frozen_device: float | None = None  # median of the ratios within each round
     ratio_to_frozen_wall: float | None = None
-    peak_bytes: int | None = None
-    saved_bytes: int | None = None
+    ratio_to_frozen_graph: float | None = None
+    peak_bytes: int | None = None  # above what was held before the step
+    saved_bytes: int | None = None  # for the backward pass, parameters not counted
     launches: int | None = None
+    moved_bytes: int | None = None  # counted: every input read once, every output written once
+    flops: int | None = None  # counted likewise, a multiply-add is two
+    gb_per_s: float | None = (
+        None  # moved_bytes over the median, by the device's clock if it has one
+    )
+    tflop_per_s: float | None = None
+    graph_error: str | None = None  # why there are no graph times of a step that is short
     gate: str | None = None  # "passed", "failed", or null when it was not reached
     error: str | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int | None, int | None, int | None]:
         return (self.T, self.n, self.m)
+
+    @property
+    def variant(self) -> tuple[str, int | None, int | None, int | None]:
+        """What tells a row from the others of its case."""
+        return (self.provider, self.d, self.k, self.stride)
+
+    @property
+    def milliseconds(self) -> float | None:
+        """The median, by the device's clock if it has one."""
+        return self.wall_ms_p50 if self.device_ms_p50 is None else self.device_ms_p50
+
+    @property
+    def ratio(self) -> float | None:
+        """The ratio to the frozen layer that goes with `milliseconds`."""
+        if self.ratio_to_frozen_device is not None:
+            return self.ratio_to_frozen_device
+        return self.ratio_to_frozen_wall
 
     def as_dict(self) -> dict[str, object]:
         return dataclasses.asdict(self)
@@ -59,9 +88,14 @@ class Row:
 
 def append(path: Path, row: Row) -> None:
     """Add a row to a file, on disk when this returns; folders are made as needed."""
+    append_line(path, row.as_dict())
+
+
+def append_line(path: Path, values: dict[str, object]) -> None:
+    """Add a line of JSON to a file, on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row.as_dict(), allow_nan=False) + "\n")
+        file.write(json.dumps(values, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -87,7 +121,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     """Of every case the rows of its latest run, so that what is compared was measured together."""
     cases: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        key = (row.level, row.model, row.direction, row.dtype, row.shape)
+        key = (row.sweep, row.level, row.model, row.direction, row.dtype, row.shape)
         together = cases.setdefault(key, [])
         if together and together[0].time < row.time:
             together.clear()

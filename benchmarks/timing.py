@@ -4,89 +4,169 @@ Every round runs each provider once, so that whatever else the machine is doing 
 alike, and a provider's ratio to the baseline is the median of the ratios within the rounds. The
 order rotates, and is reversed in every second round, so that nobody always runs first or always
 after the same neighbour.
+
+On a GPU a sample has up to three clocks, each a run of its own:
+
+| clock | starts | ends | says |
+| --- | --- | --- | --- |
+| `wall` | the GPU is idle | it is idle again | what an eager caller waits |
+| `device` | all launches are queued | the last one ends | what the GPU works |
+| `graph` | a captured graph is queued | it ends | the same without launches to wait for |
+
+The caches are flushed before the last two, and what is timed is queued behind the flush and, for
+`device`, behind a sleep that outlasts the processor, so that no launch is waited for.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 
 class Sample(NamedTuple):
-    """The duration of one step in seconds; device time only where the device has its own clock."""
+    """The duration of one step in seconds, by clock; None where the device has no such clock."""
 
     wall: float
     device: float | None = None
-
-
-class Stopwatch(Protocol):
-    """Runs a step and says how long it took."""
-
-    def __call__(self, step: Callable[[], None]) -> Sample: ...
+    graph: float | None = None
 
 
 class Step(Protocol):
-    """A training step of a layer."""
+    """What is timed."""
 
-    def reset(self) -> None:
-        """Drop what the last run left behind; not timed."""
+    def prepare(self) -> None:
+        """Bring about the state that `run` starts from; not timed."""
 
     def run(self) -> None:
         """The step itself."""
 
+    def release(self) -> None:
+        """Drop what the last run left behind, or it would crowd the next one's memory."""
 
-def host_stopwatch(step: Callable[[], None]) -> Sample:
+
+class Stopwatch(Protocol):
+    """Runs a prepared step, perhaps several times, and says how long it took."""
+
+    def __call__(self, step: Step, graph: Callable[[], None] | None = None) -> Sample: ...
+
+
+def host_stopwatch(step: Step, graph: Callable[[], None] | None = None) -> Sample:
     """For the CPU, where the device's time is the wall's."""
+    step.prepare()
     start = time.perf_counter()
-    step()
+    step.run()
     return Sample(time.perf_counter() - start)
 
 
-def cuda_stopwatch(step: Callable[[], None]) -> Sample:
-    """Wall time until the GPU has finished, and the time between two events in its stream."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    begin.record()
-    step()
-    end.record()
-    torch.cuda.synchronize()
-    return Sample(time.perf_counter() - start, begin.elapsed_time(end) / 1e3)
+# More than the last-level cache of any GPU.
+_FLUSHED_BYTES = 256 << 20
+# A clock cycle is half a nanosecond or more; the sleep is longer than the launches took by as much.
+_CYCLES_A_SECOND = 2e9
+_SLEEP_MARGIN = 1.5
+_LONGEST_SLEEP_S = 0.5
 
 
+class CudaStopwatch:
+    """For a GPU: all three clocks, see this module's text."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device=device)
+
+    def __call__(self, step: Step, graph: Callable[[], None] | None = None) -> Sample:
+        step.prepare()
+        torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        step.run()
+        queued = time.perf_counter() - start
+        torch.cuda.synchronize(self._device)
+        wall = time.perf_counter() - start
+
+        step.release()
+        step.prepare()
+        on_device = self._between_events(step.run, queued)
+        replayed = None if graph is None else self._between_events(graph, 0.0)
+        return Sample(wall, on_device, replayed)
+
+    def _between_events(self, run: Callable[[], None], queueing: float) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self._device)
+        if queueing > 0.0:
+            sleep: Any = torch.cuda._sleep
+            seconds = min(queueing * _SLEEP_MARGIN, _LONGEST_SLEEP_S)
+            sleep(int(seconds * _CYCLES_A_SECOND))
+        self._flushed.zero_()
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize(self._device)
+        return begin.elapsed_time(end) / 1e3
+
+
+def warm_up(step: Step, device: torch.device) -> None:
+    """On a GPU, compile what is compiled at the first call; a CPU's first round is its warm-up."""
+    if device.type == "cuda":
+        step.prepare()
+        step.run()
+        torch.cuda.synchronize(device)
+        step.release()
+
+
+@functools.cache
 def stopwatch_for(device: torch.device) -> Stopwatch:
     """The stopwatch that suits a device."""
-    return cuda_stopwatch if device.type == "cuda" else host_stopwatch
+    return CudaStopwatch(device) if device.type == "cuda" else host_stopwatch
+
+
+def captured(step: Step) -> Callable[[], None]:
+    """A step as a CUDA graph: the result replays it. Raises what the capture raises."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step.prepare()
+            step.run()
+            step.release()
+        step.prepare()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step.run()
+    step.release()
+    return graph.replay
 
 
 @dataclass(frozen=True)
 class Plan:
     """How much time a case may take."""
 
-    budget_s: float = 60.0  # rounds go on while another one fits in
+    budget_s: float = 30.0  # rounds go on while another one fits in
     first_round_s: float = 300.0  # the first round starts no provider after this
     max_rounds: int = 50
     # With fewer rounds than this after it, the first round counts too instead of being a warm-up:
     # where so few fit into the budget a step takes seconds, and warming up is no part of that.
     enough_rounds: int = 5
+    graph_s: float = 0.005  # steps of a GPU that take less are timed as graphs as well
+    extras: bool = True  # whether peak memory is measured on the CPU and launches counted
 
 
 Round = Mapping[str, Sample]
+Graphs = Mapping[str, Callable[[], None]]
 
 
-def timed(step: Step, stopwatch: Stopwatch) -> Sample:
-    """One run of a step from its starting state, with the garbage collector kept out of it."""
-    step.reset()
+def timed(step: Step, stopwatch: Stopwatch, graph: Callable[[], None] | None = None) -> Sample:
+    """One sample of a step, with the garbage collector kept out of it."""
     enabled = gc.isenabled()
     gc.disable()
     try:
-        return stopwatch(step.run)
+        return stopwatch(step, graph)
     finally:
         if enabled:
             gc.enable()
@@ -97,6 +177,7 @@ def paired_rounds(
     first_round: Round,
     plan: Plan,
     stopwatch: Stopwatch,
+    graphs: Graphs | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> list[Round]:
     """Interleaved rounds of all steps, as many as the plan allows.
@@ -106,20 +187,22 @@ def paired_rounds(
         first_round: samples of a round that has been run already, with the same names.
         plan: limits.
         stopwatch: measures a step.
+        graphs: replays of those steps that are timed as graphs as well.
         now: the clock that the budget is held against.
     """
     names = list(steps)
     estimate = sum(sample.wall for sample in first_round.values())
     rounds: list[Round] = []
-    start = now()
-    while len(rounds) < plan.max_rounds and now() - start + estimate <= plan.budget_s:
+    begun = now()
+    while len(rounds) < plan.max_rounds and now() - begun + estimate <= plan.budget_s:
         gc.collect()
         samples: dict[str, Sample] = {}
+        start = now()
         for name in order(names, len(rounds)):
-            samples[name] = timed(steps[name], stopwatch)
-            steps[name].reset()  # or its output and gradients would crowd the next one's memory
+            samples[name] = timed(steps[name], stopwatch, (graphs or {}).get(name))
+            steps[name].release()
         rounds.append(samples)
-        estimate = sum(sample.wall for sample in samples.values())
+        estimate = now() - start
     if len(rounds) < plan.enough_rounds:
         rounds.insert(0, first_round)
     return rounds

@@ -39,24 +39,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import environment
+from benchmarks.gate import check_beside
+from benchmarks.kernel_work import ADAPTERS, COLD_BYTES, KERNELS, Problem, Results, Shape
+from benchmarks.rows import append_line
 from benchmarks.timing import order, percentiles
-from dcft_kernels import cost_model, gpu_rates, torch_backend
-from dcft_kernels.adapter import Adapter
-from dcft_kernels.geometry import Geometry
-from dcft_kernels.gradients import Needs
+from dcft_kernels import cost_model, gpu_rates
 from dcft_kernels.triton import tiles
 from dcft_kernels.triton.tiles import Tile
 
 Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
-Shape = tuple[int, int, int]  # T, n, m
-Results = dict[str, Tensor]
-
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHAPES: tuple[Shape, ...] = ((8192, 4096, 4096), (4096, 768, 768), (2048, 4096, 14336))
 DRY_SHAPES: tuple[Shape, ...] = ((20, 32, 48),)
-
-# Rank and kernel size that fill each class of columns of the table.
-_ADAPTERS = {16: (1, 8), 32: (4, 8), 64: (8, 8), 128: (16, 8), 256: (10, 12)}
 
 # What a neighbour may change, and between which bounds. Sizes and warps double or halve.
 _FIELDS = {
@@ -90,8 +84,6 @@ _GAIN = 0.02  # less is noise
 _ROUNDS = 15
 _LAUNCHES = 8  # timed together, so that the clock's resolution does not matter
 _STEPS = 3  # of the climb
-_COLD_BYTES = 200 << 20  # more than any cache: inputs rotate over as many copies as make this up
-_MOST_COPIES = 32
 # A clock cycle is half a nanosecond or more; enqueuing a launch takes 50 microseconds or less.
 _SLEEP_CYCLES_A_LAUNCH = 100_000
 
@@ -150,22 +142,13 @@ def store_rates(path: Path, name: str, entry: dict[str, Any]) -> None:
     replace_file(path, format_rates(entries))
 
 
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a measurement to a file of JSON lines, on disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 class Job(NamedTuple):
     """One entry of the table."""
 
     kernel: str
     dtype: torch.dtype
     columns: int  # the class's most
-    classes: tuple[int, ...]  # columns that the entry serves, of those in `_ADAPTERS`
+    classes: tuple[int, ...]  # columns that the entry serves, of those in `ADAPTERS`
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -181,7 +164,7 @@ def jobs(
         row = table[architecture][kernel][str(dtype.itemsize)]
         least = 0
         for columns in sorted(map(int, row)):
-            classes = tuple(c for c in _ADAPTERS if least < c <= columns)
+            classes = tuple(c for c in ADAPTERS if least < c <= columns)
             found.append(Job(kernel, dtype, columns, classes or (columns,)))
             least = columns
     return sorted(found, key=lambda job: (job.classes[0], job.dtype.itemsize))
@@ -227,218 +210,6 @@ def fits(kernel: str, tile: Tile, itemsize: int, columns: int, shared_bytes: int
     return (tile.stages * staged + tile.features * columns) * itemsize <= shared_bytes
 
 
-class Problem:
-    """The tensors of a shape; what kernels stream lies in several copies, to be read cold."""
-
-    def __init__(
-        self,
-        shape: Shape,
-        columns: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        cold_bytes: int = _COLD_BYTES,
-    ) -> None:
-        self.shape, self.dtype, self.device = shape, dtype, device
-        self.T, self.n, self.m = shape
-        self._generator = torch.Generator(device).manual_seed(0)
-        rank, width = _ADAPTERS[columns]
-        self.geometry = Geometry.build(self.n, self.m, rank, (width, width), (width, width))
-        gain_A, gain_C = self.geometry.inputs.windows**-0.5, width**-0.5
-        self.adapter = Adapter(
-            self.draw(*self.geometry.shape_A, dtype=torch.float32) * gain_A,
-            self.draw(*self.geometry.shape_B, dtype=torch.float32),
-            self.draw(*self.geometry.shape_C, dtype=torch.float32) * gain_C,
-            1.0,
-            self.geometry,
-        )
-        self.bias = self.draw(self.m)
-        self._cold_bytes = cold_bytes
-
-    def draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Standard normal values."""
-        return torch.randn(
-            shape, generator=self._generator, dtype=dtype or self.dtype, device=self.device
-        )
-
-    def copies(self, elements: int) -> int:
-        """How many copies of `elements` exceed what caches hold."""
-        size = elements * self.dtype.itemsize
-        return min(_MOST_COPIES, 2 + self._cold_bytes // max(1, size))
-
-    def empty(self, *shape: int) -> Tensor:
-        """For results: NaN, so that an element which nothing wrote shows."""
-        return torch.full(shape, math.nan, dtype=self.dtype, device=self.device)
-
-    def adapter_in(self, dtype: torch.dtype) -> Adapter:
-        """The adapter with its factors in a dtype."""
-        A, B, C = (f.to(dtype) for f in (self.adapter.A, self.adapter.B, self.adapter.C))
-        return self.adapter._replace(A=A, B=B, C=C)
-
-
-class Work(NamedTuple):
-    """A kernel on a problem."""
-
-    copies: int
-    written: tuple[Tensor, ...]  # what a launch on copy 0 writes to
-    launch: Callable[[int], Results]  # on a copy; returns what it has written
-    expected: Callable[[torch.dtype], Results]  # by the PyTorch backend, of copy 0, in a dtype
-
-
-def _shrink_expand(p: Problem) -> Work:
-    from dcft_kernels.triton.shrink_expand import shrink_expand
-
-    copies = p.copies(p.T * (p.n + p.m))
-    columns = p.geometry.rank * p.geometry.inputs.width
-    x = [p.draw(p.T, p.n) for _ in range(copies)]
-    y, u = p.empty(copies, p.T, p.m), p.empty(copies, p.T, columns)
-
-    def launch(i: int) -> Results:
-        shrink_expand(x[i], p.adapter, u=u[i], bias=p.bias, y=y[i])
-        return {"y": y[i], "U": u[i]}
-
-    def expected(dtype: torch.dtype) -> Results:
-        out = p.bias.to(dtype).expand(p.T, p.m).clone()
-        U = torch_backend.add_adapter_(out, x[0].to(dtype), p.adapter_in(dtype))
-        return {"y": out, "U": U.flatten(1)}
-
-    return Work(copies, (y[0], u[0]), launch, expected)
-
-
-def _backward(p: Problem) -> Work:
-    from dcft_kernels.triton.backward import backward
-
-    copies = p.copies(p.T * (2 * p.n + p.m))
-    columns = p.geometry.rank * p.geometry.inputs.width
-    x = [p.draw(p.T, p.n) for _ in range(copies)]
-    g = [p.draw(p.T, p.m) for _ in range(copies)]
-    u, gx = p.draw(p.T, columns), p.empty(copies, p.T, p.n)
-
-    def launch(i: int) -> Results:
-        gA, gB, gC = backward(
-            p.adapter, g=g[i], x=x[i], u=u, gx=gx[i], needs_A=True, needs_B=True, needs_C=True
-        )
-        return _present({"gx": gx[i], "gA": gA, "gB": gB, "gC": gC})
-
-    def expected(dtype: torch.dtype) -> Results:
-        needs = Needs(x=True, weight=False, bias=False, A=True, B=True, C=True)
-        U = u.to(dtype).unflatten(1, (p.geometry.rank, p.geometry.inputs.width))
-        grads = torch_backend.backward(
-            g[0].to(dtype), x[0].to(dtype), U, None, p.adapter_in(dtype), needs
-        )
-        return _present({"gx": grads.x, "gA": grads.A, "gB": grads.B, "gC": grads.C})
-
-    return Work(copies, (gx[0],), launch, expected)
-
-
-def _fused_linear(p: Problem) -> Work:
-    from dcft_kernels.triton.fused_linear import fused_linear
-
-    copies = p.copies(2 * p.T * (p.n + p.m) + p.n * p.m)
-    columns = p.geometry.rank * p.geometry.inputs.width
-    x = [p.draw(p.T, p.n) for _ in range(copies)]
-    g = [p.draw(p.T, p.m) for _ in range(copies)]
-    weight = [p.draw(p.m, p.n) * p.n**-0.5 for _ in range(copies)]
-    y, gx = p.empty(copies, p.T, p.m), p.empty(copies, p.T, p.n)
-    u = p.empty(p.T, columns)
-
-    def launch(i: int) -> Results:
-        fused_linear(x[i], weight[i], p.adapter, y[i], bias=p.bias, u=u)
-        fused_linear(g[i], weight[i], p.adapter, gx[i], grad_input=True)
-        return {"y": y[i], "gx": gx[i], "U": u}
-
-    def expected(dtype: torch.dtype) -> Results:
-        needs = Needs(x=True, weight=False, bias=False, A=False, B=False, C=False)
-        W, adapter = weight[0].to(dtype), p.adapter_in(dtype)
-        out, U = torch_backend.linear(x[0].to(dtype), W, p.bias.to(dtype), adapter)
-        grads = torch_backend.backward(g[0].to(dtype), None, None, W, adapter, needs)
-        return _present({"y": out, "gx": grads.x, "U": U.flatten(1)})
-
-    return Work(copies, (y[0], gx[0], u), launch, expected)
-
-
-def _expand(p: Problem) -> Work:
-    from dcft_kernels.triton.expand import expand
-
-    copies = p.copies(2 * p.n * p.m)
-    weight = [p.draw(p.m, p.n) for _ in range(copies)]
-    out = p.empty(copies, p.m, p.n)
-
-    def launch(i: int) -> Results:
-        expand(p.adapter, out=out[i], weight=weight[i])
-        return {"W": out[i]}
-
-    def expected(dtype: torch.dtype) -> Results:
-        return {"W": weight[0].to(dtype) + torch_backend.delta_weight(p.adapter_in(dtype))}
-
-    return Work(copies, (out[0],), launch, expected)
-
-
-def _expand_backward(p: Problem) -> Work:
-    from dcft_kernels.triton.expand import expand_backward
-
-    copies = p.copies(p.n * p.m)
-    grad = [p.draw(p.m, p.n) for _ in range(copies)]
-
-    def launch(i: int) -> Results:
-        gA, gB, gC = expand_backward(grad[i], p.adapter, True, True, True)
-        return _present({"gA": gA, "gB": gB, "gC": gC})
-
-    def expected(dtype: torch.dtype) -> Results:
-        adapter = p.adapter_in(dtype)
-        A, B, C = (f.detach().requires_grad_() for f in (adapter.A, adapter.B, adapter.C))
-        delta = torch_backend.delta_weight(adapter._replace(A=A, B=B, C=C))
-        grads = torch.autograd.grad(delta, (A, B, C), grad[0].to(dtype))
-        return dict(zip(("gA", "gB", "gC"), grads, strict=True))
-
-    return Work(copies, (), launch, expected)
-
-
-# A kernel's name in the table, and how it is called. In order of value.
-KERNELS: dict[str, Callable[[Problem], Work]] = {
-    "backward": _backward,
-    "shrink_expand": _shrink_expand,
-    "fused_linear": _fused_linear,
-    "expand": _expand,
-    "expand_backward": _expand_backward,
-}
-
-
-def _present(results: dict[str, Tensor | None]) -> Results:
-    return {name: value for name, value in results.items() if value is not None}
-
-
-def difference(actual: Results, peer: Results, truth: Results, dtype: torch.dtype) -> str | None:
-    """Why a kernel's results are wrong, or None: the gate that a tile must pass to be timed.
-
-    The largest error may be twice that of `peer`, the PyTorch backend in the kernel's dtype, plus
-    four roundings of the largest value; likewise in the root mean square, plus one.
-
-    Args:
-        actual: what the kernel wrote.
-        peer: the PyTorch backend's results in `dtype`.
-        truth: its results in float64.
-        dtype: of the tokens.
-    """
-    unit = torch.finfo(dtype).eps
-    for name, value in truth.items():
-        error = (actual[name].double() - value).abs()
-        peer_error = (peer[name].double() - value).abs()
-        for what, of in (("largest", _largest), ("root mean square", _rms)):
-            rounding = unit * (4 if what == "largest" else 1)
-            allowed = 2 * of(peer_error) + rounding * of(value)
-            if not of(error) <= allowed:  # so that NaN fails
-                return f"{name}: {what} error {of(error):.3g}, budget {allowed:.3g}"
-    return None
-
-
-def _largest(values: Tensor) -> float:
-    return float(values.abs().max())
-
-
-def _rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())
-
-
 class Settings(NamedTuple):
     """How much a run does."""
 
@@ -447,7 +218,7 @@ class Settings(NamedTuple):
     launches: int = _LAUNCHES
     steps: int = _STEPS
     most_neighbours: int | None = None
-    cold_bytes: int = _COLD_BYTES
+    cold_bytes: int = COLD_BYTES
     big: int = 1 << 28  # elements of the copy that measures the bandwidth
     product: Shape = (8192, 4096, 4096)  # the product that measures the matrix rates
 
@@ -484,7 +255,7 @@ class Run(NamedTuple):
         """Store a row."""
         described = environment.describe(self.device.type)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        append_row(
+        append_line(
             self.rows,
             values
             | {
@@ -512,7 +283,7 @@ class Checked:
         try:
             with tiles.override(self.kernel, tile), _poisoned(self.work.written):
                 results = self.work.launch(0)
-            return difference(results, self._peer, self._truth, self.problem.dtype)
+            return check_beside(results, self._peer, self._truth, self.problem.dtype)
         except Exception as error:  # the compiler and the driver have many ways to refuse a tile
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
@@ -777,7 +548,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{job}: {first.row()} stays")
         else:
             store_tile(run.table, job, run.architecture, best)
-            if job.kernel == "fused_linear" and job[1:3] == (torch.bfloat16, min(_ADAPTERS)):
+            if job.kernel == "fused_linear" and job[1:3] == (torch.bfloat16, min(ADAPTERS)):
                 with tiles.override("fused_linear", best):  # the rates hold its speed
                     store_rates(run.rates, name, measure_rates(run))
             print(f"{job}: {first.row()} -> {best.row()}, {ratio:.2f} of the time")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import environment, tune
+from benchmarks import environment, kernel_work, tune
+from benchmarks.gate import check_beside
 from dcft_kernels import gpu_rates
 from dcft_kernels.triton import tiles
 from dcft_kernels.triton.tiles import Tile
@@ -98,11 +99,11 @@ def test_valuable_entries_come_first() -> None:
     assert expand.classes == (16, 32, 64, 128, 256)
 
 
-@pytest.mark.parametrize("columns", sorted(tune._ADAPTERS))
+@pytest.mark.parametrize("columns", sorted(kernel_work.ADAPTERS))
 def test_adapters_fill_their_class(columns: int) -> None:
     from dcft_kernels.triton.layout import layout_of
 
-    problem = tune.Problem((4, 48, 96), columns, torch.float32, torch.device("cpu"), 0)
+    problem = kernel_work.Problem((4, 48, 96), columns, torch.float32, torch.device("cpu"), 0)
     assert layout_of(problem.geometry).columns == columns
 
 
@@ -172,14 +173,14 @@ def test_the_gate_stops_what_is_wrong() -> None:
     peer = {"y": truth["y"].bfloat16()}
 
     def gate(y: torch.Tensor) -> str | None:
-        return tune.difference({"y": y}, peer, truth, torch.bfloat16)
+        return check_beside({"y": y}, peer, truth, torch.bfloat16)
 
     assert gate(truth["y"].bfloat16()) is None
     unwritten, off = truth["y"].clone(), truth["y"].clone()
     unwritten[3], off[3] = float("nan"), 0.5
-    assert "y: largest error nan" in str(gate(unwritten))
-    assert "y: largest error" in str(gate(off))
-    assert "y: root mean square" in str(gate(truth["y"] * 1.015))
+    assert "y: not finite" in str(gate(unwritten))
+    assert "y: error 1.4" in str(gate(off))
+    assert "y: error 0.0" in str(gate(truth["y"] * 1.02))
 
 
 def test_the_gate_sees_what_a_later_tile_leaves_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,12 +197,14 @@ def test_the_gate_sees_what_a_later_tile_leaves_unwritten(monkeypatch: pytest.Mo
         ones = torch.ones(3, dtype=dtype)
         return {"y": torch.full((4, 4), 2.0, dtype=dtype), "allocated": ones}
 
-    monkeypatch.setitem(tune.KERNELS, "expand", lambda p: tune.Work(1, (y,), launch, expected))
-    problem = tune.Problem((4, 16, 16), 16, torch.float32, torch.device("cpu"), 0)
+    monkeypatch.setitem(
+        tune.KERNELS, "expand", lambda p: kernel_work.Work(1, (y,), launch, expected)
+    )
+    problem = kernel_work.Problem((4, 16, 16), 16, torch.float32, torch.device("cpu"), 0)
     checked = tune.Checked("expand", problem)
     tile = Tile(32, 0, 32, 0, 4, 1)
     assert checked.why_wrong(tile) is None
-    assert "y: largest error nan" in str(checked.why_wrong(tile))
+    assert "y: not finite" in str(checked.why_wrong(tile))
     with pytest.raises(StopIteration):
         next(writes)
     assert "StopIteration" in str(checked.why_wrong(tile))

@@ -1,0 +1,104 @@
+"""What a step takes beside time: bytes kept for the backward pass, bytes at most, launches."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
+
+from benchmarks.timing import Step
+
+
+def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes of all distinct storages that `forward` saves, without those of `parameters`.
+
+    The layer's input counts: a layer that saves `x` keeps it alive, even where something else does
+    so as well. A saved view counts with its whole storage. Parameters exist in any case.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage  # holding it keeps its address from being reused
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    for parameter in parameters:
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    del output
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """Bytes that PyTorch's allocator holds at most during a run, above what it held before."""
+    if device.type != "cuda":
+        return _peak_bytes_of_cpu(step)
+    step.prepare()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step.run()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    step.release()
+    return peak
+
+
+def _peak_bytes_of_cpu(step: Step) -> int:
+    """From the profiler's record of every allocation; what libraries allocate is not in it."""
+    step.prepare()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        _silenced(),
+        torch.profiler.profile(
+            activities=activities, profile_memory=True, acc_events=True
+        ) as profiler,
+    ):
+        step.run()
+    step.release()
+    results: Any = profiler.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep the profiler's own lines, written past Python, from standard error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def launches(step: Step, device: torch.device) -> int | None:
+    """Kernels that a run puts into the GPU's queue; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    step.prepare()
+    torch.cuda.synchronize(device)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with (
+        _silenced(),
+        torch.profiler.profile(activities=activities, acc_events=True) as profiler,
+    ):
+        step.run()
+        torch.cuda.synchronize(device)
+    step.release()
+    events: Iterable[Any] = profiler.events()
+    return sum(event.device_type == DeviceType.CUDA for event in events)

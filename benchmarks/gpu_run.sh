@@ -1,0 +1,187 @@
+#!/usr/bin/env bash
+# Everything that a GPU is needed for, in one command of less than nine minutes:
+#
+#     benchmarks/gpu_run.sh              # on Linux with a GPU; python3 with torch and triton there
+#     benchmarks/gpu_run.sh --dry-run    # every line of it on a CPU, tiny, under the interpreter
+#
+# Nothing is installed and no network is used. Results go to $OUT, or to benchmarks/results/<device>:
+# rows.jsonl, tune.jsonl, tiles.json, gpu_rates.json, environment.txt, ncu.csv, summary.txt, log.txt.
+# The most valuable parts come first, each has a time limit, and what fails does not stop the rest,
+# so a run that is cut off keeps what it has. BUDGET is the limit for all, in seconds (530).
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PYTHON=${PYTHON:-python3}
+BUDGET=${BUDGET:-530}
+KEPT_FOR_SUMMARY=15
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+
+dry=
+case "${1-}" in
+    --dry-run) dry=1 ;;
+    '') ;;
+    *)
+        echo "gpu_run.sh: expected --dry-run or nothing, got '$1'" >&2
+        exit 2
+        ;;
+esac
+
+if [ -n "$dry" ]; then
+    export TRITON_INTERPRET=1
+    device=cpu
+    OUT=${OUT:-.benchmarks/gpu_dry_run}
+else
+    if ! "$PYTHON" -c 'import torch, triton; raise SystemExit(not torch.cuda.is_available())'; then
+        echo "gpu_run.sh: $PYTHON finds no GPU, or no torch or triton; PYTHON= names another one," \
+            "--dry-run tries this out without a GPU" >&2
+        exit 2
+    fi
+    device=cuda
+    slug=$("$PYTHON" -c 'from benchmarks.environment import describe; print(describe("cuda").slug)')
+    OUT=${OUT:-benchmarks/results/$slug}
+fi
+mkdir -p "$OUT"
+log=$OUT/log.txt
+: > "$log"
+start=$SECONDS
+failed=()
+
+say() { printf '%s\n' "$*" | tee -a "$log"; }
+
+# part NAME LIMIT COMMAND...: run a command within its limit and what is left of the budget.
+part() {
+    local name=$1 limit=$2 began=$SECONDS status
+    shift 2
+    local left=$((BUDGET - KEPT_FOR_SUMMARY - (SECONDS - start)))
+    if [ "$left" -le 5 ]; then
+        say "== $name: left out, the budget of $BUDGET s is spent"
+        failed+=("$name (left out)")
+        return 0
+    fi
+    [ "$limit" -le "$left" ] || limit=$left
+    say "== $name (at most $limit s): $*"
+    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$log"
+    status=${PIPESTATUS[0]}
+    say "== $name: status $status after $((SECONDS - began)) s"
+    [ "$status" -eq 0 ] || failed+=("$name (status $status)")
+}
+
+# with_tool TOOL ARGUMENTS... -- COMMAND...: run a command under a tool that may not be there; a dry
+# run runs the command alone.
+with_tool() {
+    local tool=$1 arguments=()
+    shift
+    while [ "$1" != -- ]; do
+        arguments+=("$1")
+        shift
+    done
+    shift
+    if [ -n "$dry" ]; then
+        "$@"
+    elif command -v "$tool" > /dev/null; then
+        "$tool" "${arguments[@]}" "$@"
+    else
+        echo "$tool is not on PATH: left out"
+    fi
+}
+export -f with_tool
+export dry
+
+# measure NAME LIMIT ARGUMENTS...: rows of some levels. The last case may overrun the budget.
+measure() {
+    local name=$1 limit=$2
+    shift 2
+    if [ -n "$dry" ]; then
+        part "$name" 120 "$PYTHON" -m benchmarks.run --device cpu --size tiny --out "$OUT" \
+            --dtypes fp32 --budget 5 --case-budget 0.2 "$@"
+    else
+        part "$name" "$limit" "$PYTHON" -m benchmarks.run --device cuda --out "$OUT" \
+            --budget $((limit * 3 / 4)) "$@"
+    fi
+}
+
+summary() { "$PYTHON" -m benchmarks.report --summary "$OUT" > "$OUT/summary.txt" 2>> "$log"; }
+
+"$PYTHON" -m benchmarks.environment > "$OUT/environment.txt"
+if command -v nvidia-smi > /dev/null; then
+    nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu \
+        --format=csv >> "$OUT/environment.txt" 2>&1
+fi
+cat "$OUT/environment.txt" | tee -a "$log"
+
+rivals="dcft lora_r8 lora_r1 published lora_autograd lokr"
+strategies="dcft_row_block dcft_fused dcft_scratch dcft_torch"
+
+# 1. The headline: what is compared most, at the goals' shapes first.
+measure ceilings 30 --levels ceiling --case-budget 1
+if [ -n "$dry" ]; then
+    measure headline 0 --levels layer --sweeps main --providers $rivals dcft_row_block dcft_fused
+else
+    measure headline 90 --levels layer --sweeps main --dtypes bf16 --case-budget 3 \
+        --providers $rivals $strategies
+fi
+summary
+
+# 2. Is it right? The benchmarks themselves, then the kernels on this device.
+part "self-test" 40 "$PYTHON" -m benchmarks.selftest --device "$device"
+if [ -n "$dry" ]; then
+    part tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider \
+        tests/kernels/test_expand.py -k repeats -x
+else
+    jobs=$("$PYTHON" -c 'import xdist; print("-n 6")' 2> /dev/null)
+    part tests 130 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests -k "not sanitizer" $jobs \
+        --maxfail=25
+fi
+
+# 3. Blocks and training steps, the kernels one by one.
+measure blocks 60 --levels block step --case-budget 3
+measure kernels 30 --levels kernel --case-budget 2
+
+# 4. The tiles and rates of this GPU, beside the shipped ones; copy them over to adopt them.
+cp dcft_kernels/triton/tiles.json dcft_kernels/gpu_rates.json "$OUT/"
+if [ -n "$dry" ]; then
+    part tuner 180 "$PYTHON" -m benchmarks.tune --dry-run --budget 1 --out "$OUT" \
+        --table "$OUT/tiles.json" --rates "$OUT/gpu_rates.json" --kernels expand --dtypes bf16
+else
+    part tuner 80 "$PYTHON" -m benchmarks.tune --budget 60 --dtypes bf16 --out "$OUT" \
+        --table "$OUT/tiles.json" --rates "$OUT/gpu_rates.json"
+fi
+
+# 5. What profilers and sanitizers say, where they may.
+counters=dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum
+counters+=,sm__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread
+counters+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,launch__occupancy_limit_registers
+counters+=,sm__warps_active.avg.pct_of_peak_sustained_active,smsp__inst_executed.sum
+shape=8192x4096x4096 dtype=bf16
+[ -z "$dry" ] || shape=20x32x48 dtype=fp32
+profile() {
+    with_tool ncu --csv --metrics "$counters" --kernel-name 'regex:_kernel' --clock-control none \
+        -- "$PYTHON" -m benchmarks.launch_once --shape "$shape" --dtype "$dtype" > "$OUT/ncu.csv"
+}
+sanitize() {
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 with_tool compute-sanitizer --tool "$1" --error-exitcode 9 \
+        --kernel-regex 'kns=_kernel' -- "$PYTHON" -m tests.kernels.sanitizer_program
+}
+export -f profile sanitize
+export PYTHON OUT counters shape dtype
+part ncu 50 bash -c profile
+part memcheck 50 bash -c 'sanitize memcheck'
+part racecheck 50 bash -c 'sanitize racecheck'
+
+# 6. The rest: everything else that is stored, until the budget is spent.
+measure others 30 --levels merge optimizer load --case-budget 1
+if [ -n "$dry" ]; then
+    measure sweeps 0 --levels layer --sweeps rank --providers dcft
+else
+    measure sweeps 60 --levels layer --sweeps kernel_size rank stride tokens --case-budget 1
+    measure everything 60 --levels layer --sweeps main --case-budget 2
+fi
+
+summary || failed+=("summary")
+say
+cat "$OUT/summary.txt" | tee -a "$log"
+if [ ${#failed[@]} -gt 0 ]; then
+    say "not complete: $(printf '%s; ' "${failed[@]}")"
+fi
+say "$((SECONDS - start)) s; results in $OUT"
+[ -z "$dry" ] || [ ${#failed[@]} -eq 0 ]

@@ -1,0 +1,124 @@
+"""The architectures whose shapes are measured, from their configurations, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+_VOCABULARY = 32  # inputs are embeddings: no vocabulary counts
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model of transformers by its sizes."""
+
+    width: int
+    layers: int  # of a training step; fewer than the model has where noted
+    config: Callable[[Any, int], Any]  # from the transformers package and the number of layers
+    length: int  # tokens of a sequence, at most
+
+    def build(self, layers: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """The model's backbone with random weights, without dropout, in training mode."""
+        import transformers
+
+        config = self.config(transformers, layers)
+        with torch.device(device):
+            model: nn.Module = transformers.AutoModel.from_config(config)
+        return model.to(dtype).train()
+
+    def batched(self, T: int) -> tuple[int, int]:
+        """`T` tokens as a batch of sequences, `(batch, length)`.
+
+        Raises:
+            ValueError: a number that no whole sequences make up.
+        """
+        length = min(T, self.length)
+        if T % length:
+            raise ValueError(f"T: expected a multiple of {length}, the sequence length, got {T}")
+        return T // length, length
+
+
+def _deberta(transformers: Any, layers: int) -> Any:
+    return transformers.DebertaV2Config(
+        vocab_size=_VOCABULARY,
+        hidden_size=768,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        relative_attention=True,
+        position_buckets=256,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        type_vocab_size=0,
+        max_position_embeddings=512,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+def _roberta(transformers: Any, layers: int) -> Any:
+    return transformers.RobertaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=1024,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+def _llama(transformers: Any, layers: int) -> Any:
+    return transformers.LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=4096,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=14336,
+        max_position_embeddings=32768,
+        rope_theta=500000.0,
+        use_cache=False,
+    )
+
+
+def _tiny_llama(transformers: Any, layers: int) -> Any:
+    return transformers.LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        use_cache=False,
+    )
+
+
+def _tiny_bert(transformers: Any, layers: int) -> Any:
+    return transformers.BertConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=192,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+MODELS: dict[str, ModelSpec] = {
+    "deberta-v3-base": ModelSpec(768, 12, _deberta, 128),
+    "roberta-large": ModelSpec(1024, 24, _roberta, 128),
+    # Four of its 32 layers: 0.9 of 7 billion weights, so that the gate's float32 copy fits as well.
+    "llama-3-8b": ModelSpec(4096, 4, _llama, 32768),
+    "tiny-llama": ModelSpec(64, 2, _tiny_llama, 512),
+    "tiny-bert": ModelSpec(96, 2, _tiny_bert, 512),
+}
