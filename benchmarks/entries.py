@@ -31,6 +31,7 @@ class Subject:
     moved_bytes: int | None = None  # this and flops: of one repeat
     flops: int | None = None
     repeats: int = 1  # how often a run does what the row is of
+    compiles: bool = False  # at its first call, which must not count
     graphable: bool = True  # whether `run` may be captured: what `prepare` leaves is not freed
     close: Callable[[], None] = field(default=lambda: None)
 

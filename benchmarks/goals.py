@@ -106,7 +106,7 @@ def verdicts(stored: Stored) -> list[Verdict]:
         Verdict(goal, case, goal.value(case))
         for goal in layer_goals(stored.gpu)
         for case in layer_cases(stored)
-        if goal.applies(case)
+        if goal.applies(case) and case.of("dcft") is not None
     ]
 
 

@@ -141,7 +141,8 @@ def _first_step(
         saved = None
         if subject.forward is not None:
             saved = footprint.saved_bytes(subject.forward, subject.parameters)
-        warm_up(subject.step, device)
+        if subject.compiles or device.type == "cuda":
+            warm_up(subject.step)
         contender.first = timed(subject.step, stopwatch)
         reason = subject.check()
         subject.step.release()

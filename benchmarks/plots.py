@@ -227,7 +227,7 @@ def _sizes(case: Group, field: str) -> dict[str, int]:
 
 
 def _short(mib: float) -> str:
-    return f"{mib:.0f}" if mib >= 100 else f"{mib:.3g}"
+    return f"{mib:.{0 if mib >= 100 else 1 if mib >= 10 else 2}f}"
 
 
 Curves = dict[str, tuple[str, list[tuple[int, float]]]]  # by provider: its label, its points

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(summary.text(load(options.summary)))
         else:
             write([load(folder) for folder in options.folders or _all_folders(RESULTS)])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -92,8 +92,14 @@ def append(path: Path, row: Row) -> None:
 
 
 def append_line(path: Path, values: dict[str, object]) -> None:
-    """Add a line of JSON to a file, on disk when this returns."""
+    """Add a line of JSON to a file, on disk when this returns.
+
+    A last line that a killed run left unfinished is dropped.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    whole = _finished(path.read_bytes()) if path.exists() else b""
+    if path.exists() and path.stat().st_size != len(whole):
+        os.truncate(path, len(whole))
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values, allow_nan=False) + "\n")
         file.flush()
@@ -101,12 +107,18 @@ def append_line(path: Path, values: dict[str, object]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a file.
+    """All rows of a file, but for a last line that a killed run left unfinished.
 
     Raises:
         ValueError: a line that is not a row, by its number.
     """
-    return list(_parse(path, path.read_text(encoding="utf-8").splitlines()))
+    text = _finished(path.read_bytes()).decode("utf-8")
+    return list(_parse(path, text.splitlines()))
+
+
+def _finished(content: bytes) -> bytes:
+    """The lines that end in a line feed."""
+    return content[: content.rfind(b"\n") + 1]
 
 
 def _parse(path: Path, lines: Iterable[str]) -> Iterator[Row]:

@@ -74,10 +74,7 @@ def report(stored: Stored, drawn: Collection[str] = ()) -> str:
         *_rest(stored),
         _failures(stored),
     ]
-    parts = [
-        f"# {stored.device}",
-        _PREFACE,
-    ]
+    parts = [f"# {stored.device}", _PREFACE]
     for section in sections:
         body = [paragraph for paragraph in section.body if paragraph]
         if body:

@@ -29,15 +29,19 @@ def text(stored: Stored) -> str:
     return "\n".join(_shortened(line) for part in parts for line in part)
 
 
-def _ratios(stored: Stored) -> list[str]:
+def _by_clock(stored: Stored) -> list[tuple[Group, str]]:
     """The goals' cases by every clock, then the others by the usual one."""
     cases = goals.layer_cases(stored)
-    names = [name for name in _HEADLINE if any(case.of(name) for case in cases)]
     meant = [c for c in cases if any(goal.applies(c) for goal in goals.frozen_goals(stored.gpu))]
-    shown = [(case, clock) for case in meant for clock in stored.clocks]
-    shown += [(case, stored.clocks[0]) for case in cases if case not in meant]
+    found = [(case, clock) for case in meant for clock in stored.clocks]
+    return found + [(case, stored.clocks[0]) for case in cases if case not in meant]
+
+
+def _ratios(stored: Stored) -> list[str]:
+    cases = goals.layer_cases(stored)
+    names = [name for name in _HEADLINE if any(case.of(name) for case in cases)]
     lines = []
-    for case, clock in shown:
+    for case, clock in _by_clock(stored):
         if case.ratio("dcft", clock) is not None:
             values = "".join(f"{tables.number(case.ratio(n, clock)):>10}" for n in names)
             frozen = f"{tables.time(case.frozen_ms(clock)):>10}"
@@ -70,10 +74,7 @@ def _verdict(verdict: Verdict) -> str:
 
 def _strategies(stored: Stored) -> list[str]:
     lines = [
-        line
-        for clock in stored.clocks
-        for case in goals.layer_cases(stored)
-        if (line := _strategy(case, clock)) is not None
+        line for case, clock in _by_clock(stored) if (line := _strategy(case, clock)) is not None
     ]
     if not stored.gpu or not lines:
         return []

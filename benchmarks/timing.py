@@ -110,13 +110,11 @@ class CudaStopwatch:
         return begin.elapsed_time(end) / 1e3
 
 
-def warm_up(step: Step, device: torch.device) -> None:
-    """On a GPU, compile what is compiled at the first call; a CPU's first round is its warm-up."""
-    if device.type == "cuda":
-        step.prepare()
-        step.run()
-        torch.cuda.synchronize(device)
-        step.release()
+def warm_up(step: Step) -> None:
+    """Run a step once, so that what its first call compiles is compiled."""
+    step.prepare()
+    step.run()
+    step.release()
 
 
 @functools.cache

@@ -535,6 +535,16 @@ def test_rows_are_appended_and_come_back(tmp_path: Path) -> None:
     assert len(file.read_text().splitlines()) == 2
 
 
+def test_a_line_that_a_killed_run_left_unfinished_is_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows.append(file, row())
+    with file.open("a") as handle:
+        handle.write('{"provider": "dc')
+    assert rows.read(file) == [row()]
+    rows.append(file, row(provider="lora_r8"))
+    assert [one.provider for one in rows.read(file)] == ["dcft", "lora_r8"]
+
+
 def test_row_names_are_those_of_the_project() -> None:
     expected = (
         "provider, level, model, direction, dtype, T, n, m, d, k, stride, device_ms_p20, "

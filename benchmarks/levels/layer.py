@@ -238,5 +238,6 @@ def _subject(problem: LayerProblem, kind: AdapterKind) -> Subject:
         parameters=tuple(candidate.layer.parameters()),
         moved_bytes=passes * (T * n + n * m + T * m) * problem.dtype.itemsize if base else None,
         flops=passes * 2 * T * n * m if base else None,
+        compiles=kind.compiled,
         graphable=problem.case.direction != "bwd",
     )

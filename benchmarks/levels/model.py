@@ -149,7 +149,7 @@ class ModelProblem:
 
         self.x = draw().requires_grad_()
         self.g = draw()
-        self._dense: dict[torch.dtype, nn.Module] = {}
+        self._in_dtype: dict[torch.dtype, nn.Module] = {self.dtype: self.base}
 
     @property
     def wide(self) -> torch.dtype:
@@ -170,9 +170,9 @@ class ModelProblem:
 
     def dense(self, candidates: dict[str, Candidate], dtype: torch.dtype) -> gate.Results:
         """Output and gradients with every adapted layer as a dense one, computed in `dtype`."""
-        if dtype not in self._dense:
-            self._dense[dtype] = copy.deepcopy(self.base).to(dtype).requires_grad_(False)
-        model = _shallow_copy(self._dense[dtype])
+        if dtype not in self._in_dtype:
+            self._in_dtype[dtype] = copy.deepcopy(self.base).to(dtype).requires_grad_(False)
+        model = _shallow_copy(self._in_dtype[dtype])
         parameters: dict[str, dict[str, Tensor]] = {}
         for name, candidate in candidates.items():
             own = {
@@ -222,7 +222,11 @@ def _shallow_copy(model: nn.Module) -> nn.Module:
 
 
 class ModelStep:
-    """Forward and backward of a model, and its optimizer's step where the level has one."""
+    """Forward and backward of a model, and its optimizer's step where the level has one.
+
+    Every run starts from the same parameters: the gate, which computes from these, may come after
+    several.
+    """
 
     def __init__(
         self,
@@ -235,11 +239,25 @@ class ModelStep:
         self.x, self.g = problem.x, problem.g
         self.model, self.trained, self.optimizer = model, trained, optimizer
         self.y: Tensor | None = None
+        self._initial = {}
+        if optimizer is not None:
+            self._initial = {name: p.detach().clone() for name, p in trained.items()}
 
     def prepare(self) -> None:
         self.release()
+        self.restore()
         if self.direction == "bwd":
             self._forward()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the parameters back that the optimizer has moved."""
+        for name, value in self._initial.items():
+            self.trained[name].copy_(value)
+
+    def unmoved(self) -> list[str]:
+        """Parameters that are what they were before the optimizer's step."""
+        return [n for n, value in self._initial.items() if torch.equal(self.trained[n], value)]
 
     def run(self) -> None:
         if self.direction != "bwd":
@@ -279,40 +297,26 @@ def subject_of(problem: ModelProblem, kind: AdapterKind) -> Subject:
     }
     step_level = problem.case.level == "step"
     optimizer = None
-    before: dict[str, Tensor] = {}
     if step_level and trained:
         optimizer = torch.optim.AdamW(trained.values(), lr=_LEARNING_RATE, weight_decay=0.0)
     called: Any = torch.compile(model) if kind.compiled else model
     step = ModelStep(problem, called, trained, optimizer)
-    # The gate computes from the values that the step starts from, and the optimizer moves them.
-    initial = {name: p.detach().clone() for name, p in trained.items()}
 
     def check() -> str | None:
-        if optimizer is not None:
-            before.update({name: p.detach().clone() for name, p in trained.items()})
-            _restore(trained, initial)
-        try:
-            peer = problem.dense(candidates, problem.dtype)
-            truth = problem.dense(candidates, problem.wide)
-        finally:
-            if optimizer is not None:
-                moved = all(not torch.equal(before[n], initial[n]) for n in trained)
-                _restore(trained, before)
-        reason = gate.check_beside(step.results(), peer, truth, problem.dtype)
-        if reason is None and optimizer is not None and not moved:
-            return "the optimizer left a parameter as it was"
-        return reason
+        unmoved = step.unmoved()
+        if unmoved:
+            return f"the optimizer left {unmoved[0]} as it was"
+        results = step.results()
+        step.restore()
+        peer = problem.dense(candidates, problem.dtype)
+        truth = problem.dense(candidates, problem.wide)
+        return gate.check_beside(results, peer, truth, problem.dtype)
 
     return Subject(
         step,
         check,
         forward=None if step_level else lambda: model(inputs_embeds=problem.x).last_hidden_state,
         parameters=(*model.parameters(), *model.buffers()),
+        compiles=kind.compiled,
         graphable=problem.case.direction in ("fwd", "fwd+bwd"),
     )
-
-
-def _restore(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(values[name])
