@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import environment
+from benchmarks import environment, rows
 from benchmarks.cases import Case, Scope
 from benchmarks.entries import BASELINE, AnyEntry
 from benchmarks.levels import LEVELS
 from benchmarks.measure import Outcome
-from benchmarks.run import ROWS, TINY_PLAN, measure_case, prepare_torch
+from benchmarks.run import TINY_PLAN, measure_case, prepare_torch
 from benchmarks.timing import Plan
 
 
@@ -112,7 +112,7 @@ def suite(request: pytest.FixtureRequest, device_folder: Path) -> Suite:
     if warning is not None:
         say(warning)
     device = torch.device(config.getoption("--device"))
-    return Suite(selected, device_folder / ROWS, plan, device, say)
+    return Suite(selected, device_folder / rows.FILE, plan, device, say)
 
 
 def _say(config: pytest.Config) -> Callable[[str], None]:

@@ -15,6 +15,14 @@ DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 OTHER_DIRECTIONS = ("copy", "product", "merge", "unmerge", "save", "load", "step")
 
 
+# What is varied of DCFT; the paper has 2 to 12 (Table 4) and strides of 1, 2, 4 and 8 (Table 5).
+KERNEL_SIZES = (2, 4, 6, 8, 12, 16, 32)
+PAPER_KERNEL_SIZES = (2, 4, 6, 8, 12)
+RANKS = (1, 2, 4, 8, 16)
+STRIDES = (1, 2, 3, 4, 5, 6, 7, 8)
+PAPER_STRIDES = (1, 2, 4, 8)
+
+
 @dataclass(frozen=True)
 class Case:
     """One input: what all providers that are compared with each other get.

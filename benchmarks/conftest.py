@@ -10,7 +10,8 @@ import torch
 
 from benchmarks import environment
 from benchmarks.cases import SIZES
-from benchmarks.run import RESULTS, TINY_RESULTS
+from benchmarks.environment import RESULTS
+from benchmarks.run import TINY_RESULTS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -20,6 +20,18 @@ class UnavailableError(Exception):
     """A provider cannot run here, through no fault of its own; the message says why."""
 
 
+class DeviceLostError(Exception):
+    """A provider broke the GPU's context: nothing more can be measured by this process.
+
+    Attributes:
+        key: the provider's.
+    """
+
+    def __init__(self, key: str, cause: Exception) -> None:
+        super().__init__(f"{key} broke the device: {cause}")
+        self.key = key
+
+
 @dataclass(frozen=True)
 class Subject:
     """A provider on one input, ready to be checked and timed."""
@@ -32,6 +44,7 @@ class Subject:
     flops: int | None = None
     repeats: int = 1  # how often a run does what the row is of
     compiles: bool = False  # at its first call, which must not count
+    on_host: bool = False  # a run is the processor's work, which a GPU's clock knows nothing of
     graphable: bool = True  # whether `run` may be captured: what `prepare` leaves is not freed
     close: Callable[[], None] = field(default=lambda: None)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 # What can change a measurement. Results and their README are written by the benchmarks themselves.
 _MEASURED_CODE = (

@@ -25,7 +25,9 @@ kernels. The measure is a peer: PyTorch, in the same dtype, computing the same t
 way. Against a computation in higher precision, an error may be twice the peer's plus some roundings
 of the value, in the largest element and in the root mean square. Of a tensor of few elements, the
 peer's error is itself a matter of luck: a root mean square of `N` errors is known to a relative
-`1 / sqrt(2 N)`, and so is the one that is checked, so the peer's counts `1 + 3 / sqrt(N)` times.
+`1 / sqrt(2 N)`, and so is the one that is checked, so the peer's counts `1 + 3 / sqrt(N)` times. In
+a model of many layers, the errors of a tensor's elements are those of a few early roundings, grown
+on the way: they move together, and `N` is 1.
 """
 
 from __future__ import annotations
@@ -121,7 +123,12 @@ def budgets(
 
 
 def check_beside(
-    actual: Mapping[str, Tensor | None], peer: Results, truth: Results, dtype: torch.dtype
+    actual: Mapping[str, Tensor | None],
+    peer: Results,
+    truth: Results,
+    dtype: torch.dtype,
+    *,
+    together: bool = False,
 ) -> str | None:
     """The reason why results are wrong, or None: errors beside those of a peer.
 
@@ -133,12 +140,14 @@ def check_beside(
         peer: the same of plain PyTorch in `dtype`.
         truth: the same in higher precision.
         dtype: of the computation.
+        together: whether the errors of a tensor's elements depend on each other, see above.
     """
     unit = torch.finfo(dtype).eps
     for name, value in truth.items():
         value = value.detach().double()
         peer_error = (peer[name].detach().double() - value).abs()
-        margin = _MARGIN * (1 + 3 / math.sqrt(max(1, value.numel())))
+        independent = 1 if together else max(1, value.numel())
+        margin = _MARGIN * (1 + 3 / math.sqrt(independent))
         rms_budget = margin * _rms(peer_error) + unit * _rms(value)
         max_budget = margin * _largest(peer_error) + 4 * unit * _largest(value)
         reason = difference(actual.get(name), value, rms_budget, max_budget)

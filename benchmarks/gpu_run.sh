@@ -9,6 +9,7 @@
 # The most valuable parts come first, each has a time limit, and what fails does not stop the rest,
 # so a run that is cut off keeps what it has. BUDGET is the limit for all, in seconds (530).
 set -uo pipefail
+start=$SECONDS
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
@@ -43,7 +44,6 @@ fi
 mkdir -p "$OUT"
 log=$OUT/log.txt
 : > "$log"
-start=$SECONDS
 failed=()
 
 say() { printf '%s\n' "$*" | tee -a "$log"; }
@@ -60,7 +60,7 @@ part() {
     fi
     [ "$limit" -le "$left" ] || limit=$left
     say "== $name (at most $limit s): $*"
-    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$log"
+    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$log"
     status=${PIPESTATUS[0]}
     say "== $name: status $status after $((SECONDS - began)) s"
     [ "$status" -eq 0 ] || failed+=("$name (status $status)")
@@ -89,8 +89,9 @@ export dry
 
 # measure NAME LIMIT ARGUMENTS...: rows of some levels. The last case may overrun the budget.
 measure() {
-    local name=$1 limit=$2
+    local name=$1 limit=$2 left=$((BUDGET - KEPT_FOR_SUMMARY - (SECONDS - start)))
     shift 2
+    [ "$limit" -le "$left" ] || limit=$left
     if [ -n "$dry" ]; then
         part "$name" 120 "$PYTHON" -m benchmarks.run --device cpu --size tiny --out "$OUT" \
             --dtypes fp32 --budget 5 --case-budget 0.2 "$@"
@@ -109,45 +110,44 @@ if command -v nvidia-smi > /dev/null; then
 fi
 cat "$OUT/environment.txt" | tee -a "$log"
 
-rivals="dcft lora_r8 lora_r1 published lora_autograd lokr"
+rivals="dcft lora_r8 lora_r8_16bit lora_r1 published lora_autograd lokr"
 strategies="dcft_row_block dcft_fused dcft_scratch dcft_torch"
+models="dcft dcft_grouped lora_r8 lora_r8_16bit lora_r1 lora_autograd published"
 
 # 1. The headline: what is compared most, at the goals' shapes first.
-measure ceilings 30 --levels ceiling --case-budget 1
+measure ceilings 20 --levels ceiling --case-budget 1
 if [ -n "$dry" ]; then
     measure headline 0 --levels layer --sweeps main --providers $rivals dcft_row_block dcft_fused
 else
-    measure headline 90 --levels layer --sweeps main --dtypes bf16 --case-budget 3 \
+    measure headline 90 --levels layer --sweeps main --dtypes bf16 --case-budget 2 \
         --providers $rivals $strategies
 fi
 summary
 
 # 2. Is it right? The benchmarks themselves, then the kernels on this device.
-part "self-test" 40 "$PYTHON" -m benchmarks.selftest --device "$device"
+part "self-test" 20 "$PYTHON" -m benchmarks.selftest --device "$device"
 if [ -n "$dry" ]; then
     part tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider \
         tests/kernels/test_expand.py -k repeats -x
 else
-    jobs=$("$PYTHON" -c 'import xdist; print("-n 6")' 2> /dev/null)
-    part tests 130 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests -k "not sanitizer" $jobs \
+    jobs=$("$PYTHON" -c 'import xdist; print("-n 8")' 2> /dev/null)
+    part tests 80 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests -k "not sanitizer" $jobs \
         --maxfail=25
 fi
 
-# 3. Blocks and training steps, the kernels one by one.
-measure blocks 60 --levels block step --case-budget 3
-measure kernels 30 --levels kernel --case-budget 2
-
-# 4. The tiles and rates of this GPU, beside the shipped ones; copy them over to adopt them.
-cp dcft_kernels/triton/tiles.json dcft_kernels/gpu_rates.json "$OUT/"
+# 3. Blocks and training steps, merging, the kernels one by one, and how cost grows.
+measure blocks 45 --levels block --case-budget 2 --providers $models
+measure steps 35 --levels step --case-budget 2 --sweeps main --providers $models
+measure merging 10 --levels merge --case-budget 0.5
+measure kernels 25 --levels kernel --case-budget 1
 if [ -n "$dry" ]; then
-    part tuner 180 "$PYTHON" -m benchmarks.tune --dry-run --budget 1 --out "$OUT" \
-        --table "$OUT/tiles.json" --rates "$OUT/gpu_rates.json" --kernels expand --dtypes bf16
+    measure growth 0 --levels layer --sweeps rank --providers dcft
 else
-    part tuner 80 "$PYTHON" -m benchmarks.tune --budget 60 --dtypes bf16 --out "$OUT" \
-        --table "$OUT/tiles.json" --rates "$OUT/gpu_rates.json"
+    measure growth 40 --levels layer --sweeps rank kernel_size tokens stride --case-budget 0.7 \
+        --providers dcft lora_r8 lora_autograd published
 fi
 
-# 5. What profilers and sanitizers say, where they may.
+# 4. What sanitizers and profilers say, where they may.
 counters=dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum
 counters+=,sm__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread
 counters+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,launch__occupancy_limit_registers
@@ -155,7 +155,8 @@ counters+=,sm__warps_active.avg.pct_of_peak_sustained_active,smsp__inst_executed
 shape=8192x4096x4096 dtype=bf16
 [ -z "$dry" ] || shape=20x32x48 dtype=fp32
 profile() {
-    with_tool ncu --csv --metrics "$counters" --kernel-name 'regex:_kernel' --clock-control none \
+    with_tool ncu --csv --metrics "$counters" --kernel-name 'regex:^_.*_kernel$' \
+        --clock-control none \
         -- "$PYTHON" -m benchmarks.launch_once --shape "$shape" --dtype "$dtype" > "$OUT/ncu.csv"
 }
 sanitize() {
@@ -164,18 +165,23 @@ sanitize() {
 }
 export -f profile sanitize
 export PYTHON OUT counters shape dtype
-part ncu 50 bash -c profile
-part memcheck 50 bash -c 'sanitize memcheck'
-part racecheck 50 bash -c 'sanitize racecheck'
+part memcheck 25 bash -c 'sanitize memcheck'
+part racecheck 25 bash -c 'sanitize racecheck'
+part ncu 20 bash -c profile
 
-# 6. The rest: everything else that is stored, until the budget is spent.
-measure others 30 --levels merge optimizer load --case-budget 1
+# 5. The tiles and rates of this GPU, beside the shipped ones; copy them over to adopt them.
+cp dcft_kernels/triton/tiles.json dcft_kernels/gpu_rates.json "$OUT/"
 if [ -n "$dry" ]; then
-    measure sweeps 0 --levels layer --sweeps rank --providers dcft
+    part tuner 120 "$PYTHON" -m benchmarks.tune --dry-run --budget 1 --out "$OUT" \
+        --table "$OUT/tiles.json" --rates "$OUT/gpu_rates.json" --kernels expand --dtypes bf16
 else
-    measure sweeps 60 --levels layer --sweeps kernel_size rank stride tokens --case-budget 1
-    measure everything 60 --levels layer --sweeps main --case-budget 2
+    part tuner 60 "$PYTHON" -m benchmarks.tune --budget 50 --dtypes bf16 --out "$OUT" \
+        --table "$OUT/tiles.json" --rates "$OUT/gpu_rates.json"
 fi
+
+# 6. Whatever else there is time for, under a name that leaves the headline's rows alone.
+measure others 20 --levels optimizer load --case-budget 0.5
+[ -n "$dry" ] || measure everything 60 --levels layer --sweeps main --label others --case-budget 1
 
 summary || failed+=("summary")
 say

@@ -8,8 +8,6 @@ from torch import nn
 from benchmarks.adapters.packages import required
 from benchmarks.models import MODELS
 
-_WHOLE = {"llama-3-8b": 32}  # models of which a training step has fewer layers than there are
-
 
 def skeleton(name: str) -> nn.Module:
     """A model of all its layers on the meta device.
@@ -22,7 +20,7 @@ def skeleton(name: str) -> nn.Module:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {name!r}")
     required("transformers")
     spec = MODELS[name]
-    return spec.build(_WHOLE.get(name, spec.layers), torch.float32, torch.device("meta"))
+    return spec.build(spec.layers, torch.float32, torch.device("meta"))
 
 
 def linear_shapes(name: str) -> list[tuple[int, int]]:

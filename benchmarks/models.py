@@ -17,14 +17,17 @@ class ModelSpec:
     """A model of transformers by its sizes."""
 
     width: int
-    layers: int  # of a training step; fewer than the model has where noted
+    layers: int
     config: Callable[[Any, int], Any]  # from the transformers package and the number of layers
     length: int  # tokens of a sequence, at most
+    # Whether a forward pass may be captured: DeBERTa's copies numbers to the GPU.
+    graphable: bool = True
 
     def build(self, layers: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """The model's backbone with random weights, without dropout, in training mode."""
         import transformers
 
+        _never_packed()
         config = self.config(transformers, layers)
         with torch.device(device):
             model: nn.Module = transformers.AutoModel.from_config(config)
@@ -40,6 +43,19 @@ class ModelSpec:
         if T % length:
             raise ValueError(f"T: expected a multiple of {length}, the sequence length, got {T}")
         return T // length, length
+
+
+def _never_packed() -> None:
+    """Tell transformers that a row of a batch is one sequence.
+
+    It would look for several in the positions, which waits for the GPU in every forward pass, and
+    which it cannot do under `torch.compile` or in a CUDA graph: there it would take another, slower
+    attention.
+    """
+    from transformers import masking_utils
+
+    if hasattr(masking_utils, "find_packed_sequence_indices"):
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
 
 
 def _deberta(transformers: Any, layers: int) -> Any:
@@ -115,10 +131,11 @@ def _tiny_bert(transformers: Any, layers: int) -> Any:
 
 
 MODELS: dict[str, ModelSpec] = {
-    "deberta-v3-base": ModelSpec(768, 12, _deberta, 128),
+    "deberta-v3-base": ModelSpec(768, 12, _deberta, 128, graphable=False),
     "roberta-large": ModelSpec(1024, 24, _roberta, 128),
-    # Four of its 32 layers: 0.9 of 7 billion weights, so that the gate's float32 copy fits as well.
-    "llama-3-8b": ModelSpec(4096, 4, _llama, 32768),
+    "llama-3-8b": ModelSpec(4096, 32, _llama, 32768),
+    # For training steps: 0.9 of 7 billion weights, so that the gate's float32 copy fits as well.
+    "llama-3-8b-4-layers": ModelSpec(4096, 4, _llama, 32768),
     "tiny-llama": ModelSpec(64, 2, _tiny_llama, 512),
     "tiny-bert": ModelSpec(96, 2, _tiny_bert, 512),
 }

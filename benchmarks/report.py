@@ -14,10 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import goals, plots, sections, summary, tables
-from benchmarks.environment import ROOT
+from benchmarks.environment import RESULTS
 from benchmarks.stored import ROWS, Stored, load
 
-RESULTS = ROOT / "benchmarks" / "results"
 REPORT = "report.md"
 
 BEGIN = "<!-- results: written by `python -m benchmarks.report`, do not edit -->"

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+FILE = "rows.jsonl"
+"""In the folder of a device."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -97,9 +100,8 @@ def append_line(path: Path, values: dict[str, object]) -> None:
     A last line that a killed run left unfinished is dropped.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = _finished(path.read_bytes()) if path.exists() else b""
-    if path.exists() and path.stat().st_size != len(whole):
-        os.truncate(path, len(whole))
+    if path.exists() and not _ends_a_line(path):
+        os.truncate(path, len(_finished(path.read_bytes())))
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values, allow_nan=False) + "\n")
         file.flush()
@@ -114,6 +116,15 @@ def read(path: Path) -> list[Row]:
     """
     text = _finished(path.read_bytes()).decode("utf-8")
     return list(_parse(path, text.splitlines()))
+
+
+def _ends_a_line(path: Path) -> bool:
+    """Whether a file is empty or ends in a line feed."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def _finished(content: bytes) -> bytes:

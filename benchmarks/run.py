@@ -7,6 +7,7 @@ is cut off keeps what it has. What cannot run has a row that says why.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,14 +18,12 @@ import torch
 
 from benchmarks import environment, rows
 from benchmarks.cases import DIRECTIONS, DTYPES, SIZES, Case, Scope, parse_shape
-from benchmarks.entries import BASELINE, AnyEntry
+from benchmarks.entries import BASELINE, AnyEntry, DeviceLostError
 from benchmarks.levels import LEVELS
 from benchmarks.measure import Outcome, measure
 from benchmarks.models import MODELS
 from benchmarks.timing import Plan
 
-ROWS = "rows.jsonl"
-RESULTS = environment.ROOT / "benchmarks" / "results"
 TINY_RESULTS = environment.ROOT / ".benchmarks" / "tiny"
 
 TINY_PLAN = Plan(budget_s=1.0, max_rounds=3)
@@ -48,9 +47,8 @@ def measure_case(
         environment.describe(device.type),
         plan,
         device=device,
+        record=lambda row: rows.append(file, row),
     )
-    for outcome in outcomes:
-        rows.append(file, outcome.row)
     timed = [o.row for o in outcomes if o.row.rounds]
     rounds = max((row.rounds for row in timed), default=0)
     say(
@@ -109,6 +107,8 @@ def selected(options: argparse.Namespace, scope: Scope) -> list[tuple[Case, list
         if options.models and case.model is not None and case.model not in options.models:
             continue
         entries = list(LEVELS[case.level].entries(case))
+        if options.label is not None:
+            case = replace(case, sweep=options.label)
         for entry in entries:
             known |= {entry.name: None, entry.key: None}
         if options.providers:
@@ -117,7 +117,8 @@ def selected(options: argparse.Namespace, scope: Scope) -> list[tuple[Case, list
             if not any(e.name != BASELINE for e in chosen) and options.providers != [BASELINE]:
                 continue
             entries = chosen
-        found.append((case, entries))
+        # Cases stay, whatever is left of them, so that their numbers do.
+        found.append((case, [entry for entry in entries if entry.key not in options.without]))
     unknown = [name for name in options.providers if name not in known]
     if unknown:
         raise ValueError(f"--providers: expected some of {', '.join(known)}, got {unknown[0]!r}")
@@ -128,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run; the exit status is 1 if a provider was wrong or broke, 0 otherwise."""
     command_line = parser()
     options = command_line.parse_args(arguments)
+    options.given = sys.argv[1:] if arguments is None else arguments
     options.levels = options.levels or list(LEVELS)
     if options.device == "cuda" and not torch.cuda.is_available():
         command_line.error(
@@ -145,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_torch()
     device = torch.device(options.device)
     described = environment.describe(device.type)
-    folder = options.out or (TINY_RESULTS if scope.tiny else RESULTS) / described.slug
+    folder = options.out or (TINY_RESULTS if scope.tiny else environment.RESULTS) / described.slug
     plan = TINY_PLAN if scope.tiny else Plan()
     if options.case_budget is not None:
         plan = replace(plan, budget_s=options.case_budget)
@@ -156,14 +158,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = 0
     deadline = None if options.budget is None else time.monotonic() + options.budget
     for number, (case, entries) in enumerate(chosen):
+        if number < options.first:
+            continue
         if deadline is not None and time.monotonic() > deadline:
             rest = "; ".join(str(c) for c, _ in chosen[number:])
             _say(f"the budget of {options.budget:.0f} s is spent; not measured: {rest}")
             break
-        outcomes = measure_case(case, entries, folder / ROWS, plan, device, _say)
+        try:
+            outcomes = measure_case(case, entries, folder / rows.FILE, plan, device, _say)
+        except DeviceLostError as error:
+            _say(f"{case}: {error}")
+            left = None if deadline is None else deadline - time.monotonic()
+            _again(number, error.key, options, left)
         wrong += sum(o.row.error is not None and not o.skipped for o in outcomes)
-    _say(f"rows: {folder / ROWS}")
+    _say(f"rows: {folder / rows.FILE}")
     return 1 if wrong else 0
+
+
+def _again(number: int, key: str, options: argparse.Namespace, left: float | None) -> None:
+    """Go on in a new process, from this case on, without the provider that broke the device."""
+    arguments = list(options.given)
+    arguments += ["--first", str(number), "--without", *options.without, key]
+    if left is not None:
+        arguments += ["--budget", f"{max(0.0, left):.0f}"]
+    _say(f"goes on in a new process without {key}")
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.run", *arguments])
 
 
 def _say(text: str) -> None:
@@ -196,6 +215,13 @@ def parser() -> argparse.ArgumentParser:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="a GPU where there is one",
     )
+    several("--without", None, "keys of providers to leave out, such as dcft-k4")
+    found.add_argument(
+        "--first", type=int, default=0, metavar="N", help="leave out the cases before this one"
+    )
+    found.add_argument(
+        "--label", metavar="NAME", help="stored as the sweep, so as not to replace other rows"
+    )
     found.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after this")
     found.add_argument(
         "--case-budget", type=float, metavar="SECONDS", help="for the rounds of a case (30)"
@@ -204,7 +230,7 @@ def parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="DIR",
-        help=f"folder for {ROWS} (benchmarks/results/<device>)",
+        help=f"folder for {rows.FILE} (benchmarks/results/<device>)",
     )
     return found
 

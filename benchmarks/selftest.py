@@ -27,6 +27,7 @@ from benchmarks.timing import Plan
 _CASE = Case("layer", 64, 128, 128, "fp32")
 _DELAY_S = 0.02
 _CYCLES = 20_000_000
+_WAITING = "waiting"  # a provider whose processor is slow, and whose GPU is not
 # Clocks of a shared machine and of a GPU that changes its own.
 _TOLERANCE = 0.5
 
@@ -142,6 +143,8 @@ def run(device: torch.device) -> dict[str, Outcome]:
         planted("slow", _delayed(device), BASELINE),
         *(planted(name, spoil) for name, (spoil, _) in WRONG.items()),
     ]
+    if device.type == "cuda":
+        kinds.append(planted(_WAITING, _delayed(torch.device("cpu")), BASELINE))
     outcomes = measure(
         _CASE,
         layer.entries_of(kinds),
@@ -166,6 +169,10 @@ def faults(outcomes: dict[str, Outcome], delay: float) -> list[str]:
             found.append(f"{name!r} was not caught: {row.error}")
         if row.wall_ms_p50 is not None:
             found.append(f"{name!r} is wrong and was timed")
+    if _WAITING in outcomes:
+        row = outcomes[_WAITING].row
+        if row.device_ms_p50 is None or row.device_ms_p50 > _TOLERANCE * _DELAY_S * 1e3:
+            found.append(f"waiting for the processor counts as the GPU's time: {row.device_ms_p50}")
     slow, frozen = outcomes["slow"].row.milliseconds, outcomes[BASELINE].row.milliseconds
     if slow and frozen and abs(slow - frozen - delay) > _TOLERANCE * delay:
         found.append(f"slower by {delay:.1f} ms was measured as {slow - frozen:.1f} ms")

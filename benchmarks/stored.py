@@ -11,7 +11,7 @@ from benchmarks.cases import DIRECTIONS, Case
 from benchmarks.entries import BASELINE
 from benchmarks.rows import Row
 
-ROWS = "rows.jsonl"
+ROWS = rows.FILE
 
 # Sweeps of single cases that are compared with each other, as against the points of a curve.
 COMPARED = ("main", "asked")

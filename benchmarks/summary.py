@@ -11,8 +11,13 @@ from benchmarks.stored import Group, Stored, provenance
 LINES = 60
 _WIDTH = 140
 
-_HEADLINE = ("dcft", "lora_autograd", "lora_r8", "lora_r1", "lokr", "published")
-_SHORT = {"lora_autograd": "by hand", "lora_r8": "LoRA 8", "lora_r1": "LoRA 1"}
+_HEADLINE = ("dcft", "lora_autograd", "lora_r8_16bit", "lora_r8", "lora_r1", "lokr", "published")
+_SHORT = {
+    "lora_autograd": "by hand",
+    "lora_r8_16bit": "LoRA 8 16b",
+    "lora_r8": "LoRA 8",
+    "lora_r1": "LoRA 1",
+}
 
 
 def text(stored: Stored) -> str:
@@ -23,6 +28,7 @@ def text(stored: Stored) -> str:
         _goals(stored),
         _strategies(stored),
         _models(stored),
+        _memory(stored),
         _ceilings(stored),
         _failures(stored),
     ]
@@ -50,7 +56,7 @@ def _ratios(stored: Stored) -> list[str]:
         return []
     titles = "".join(f"{_SHORT.get(name, name):>10}" for name in names)
     head = "forward + backward / frozen"
-    return [f"{head:<35}{'frozen ms':>10}{titles}", *_at_most(lines, 17)]
+    return [f"{head:<35}{'frozen ms':>10}{titles}", *_at_most(lines, 15)]
 
 
 def _goals(stored: Stored) -> list[str]:
@@ -65,7 +71,7 @@ def _goals(stored: Stored) -> list[str]:
     head = f"goals: {len(found) - len(missed) - len(unmeasured)} met, {len(missed)} missed"
     if unmeasured:
         head += f", {len(unmeasured)} not measured"
-    return [head, *_at_most([_verdict(v) for v in [*missed, *unmeasured]], 13)]
+    return [head, *_at_most([_verdict(v) for v in [*missed, *unmeasured]], 12)]
 
 
 def _verdict(verdict: Verdict) -> str:
@@ -78,7 +84,7 @@ def _strategies(stored: Stored) -> list[str]:
     ]
     if not stored.gpu or not lines:
         return []
-    return ["best strategy, beside auto", *_at_most(lines, 9)]
+    return ["best strategy, beside auto", *_at_most(lines, 7)]
 
 
 def _strategy(case: Group, clock: str) -> str | None:
@@ -104,6 +110,18 @@ def _models(stored: Stored) -> list[str]:
     return ["models / frozen", *_at_most(lines, 6)] if lines else []
 
 
+def _memory(stored: Stored) -> list[str]:
+    """Peaks, where the goal is: no more than LoRA's."""
+    cases = [*goals.layer_cases(stored)[:3], *stored.groups("step", sweeps=("main",))[:2]]
+    lines = []
+    for case in cases:
+        peaks = {n: row.peak_bytes for n in _HEADLINE if (row := case.of(n)) and row.peak_bytes}
+        if peaks:
+            values = ", ".join(f"{n} {size / 2**20:,.0f}" for n, size in peaks.items())
+            lines.append(f"  {case.name} {case.first.direction}: {values}")
+    return ["peak of a step, MiB", *_at_most(lines, 4)] if lines else []
+
+
 def _ceilings(stored: Stored) -> list[str]:
     found = [
         f"{c.dtype} {roofline.rate(c.gb_per_s)} GB/s, {roofline.rate(c.tflop_per_s)} TFLOP/s"
@@ -114,7 +132,7 @@ def _ceilings(stored: Stored) -> list[str]:
 
 def _failures(stored: Stored) -> list[str]:
     lines = [f"  {who}: {error}" for who, error in tables.without_time(stored.rows)]
-    return ["without a time", *_at_most(lines, 7)] if lines else []
+    return ["without a time", *_at_most(lines, 6)] if lines else []
 
 
 def _shortened(line: str) -> str:

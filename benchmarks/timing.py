@@ -5,16 +5,17 @@ alike, and a provider's ratio to the baseline is the median of the ratios within
 order rotates, and is reversed in every second round, so that nobody always runs first or always
 after the same neighbour.
 
-On a GPU a sample has up to three clocks, each a run of its own:
+On a GPU a sample has two clocks, each a run of its own:
 
 | clock | starts | ends | says |
 | --- | --- | --- | --- |
 | `wall` | the GPU is idle | it is idle again | what an eager caller waits |
 | `device` | all launches are queued | the last one ends | what the GPU works |
-| `graph` | a captured graph is queued | it ends | the same without launches to wait for |
 
-The caches are flushed before the last two, and what is timed is queued behind the flush and, for
-`device`, behind a sleep that outlasts the processor, so that no launch is waited for.
+For `device`, a step is queued behind a sleep that outlasts the processor, so that no launch is
+waited for, and behind a read of other memory, so that it finds none of its input in a cache. That
+holds as far as the GPU's queue does: a step of more than LAUNCHES_QUEUED has no `device` time. A
+third time, of the step as a CUDA graph, is the `device` time of a replay (`Replay`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ class Sample(NamedTuple):
 
     wall: float
     device: float | None = None
-    graph: float | None = None
 
 
 class Step(Protocol):
@@ -51,63 +51,56 @@ class Step(Protocol):
         """Drop what the last run left behind, or it would crowd the next one's memory."""
 
 
-class Stopwatch(Protocol):
-    """Runs a prepared step, perhaps several times, and says how long it took."""
-
-    def __call__(self, step: Step, graph: Callable[[], None] | None = None) -> Sample: ...
+Stopwatch = Callable[[Step], Sample]
+"""Prepares a step and runs it, perhaps several times, and says how long it took."""
 
 
-def host_stopwatch(step: Step, graph: Callable[[], None] | None = None) -> Sample:
-    """For the CPU, where the device's time is the wall's."""
+def host_stopwatch(step: Step) -> Sample:
+    """For the CPU, where the device's time is the wall's, and for work that is the processor's."""
     step.prepare()
     start = time.perf_counter()
     step.run()
     return Sample(time.perf_counter() - start)
 
 
-# More than the last-level cache of any GPU.
-_FLUSHED_BYTES = 256 << 20
+# More than the last-level cache of any GPU. It is read: what is written would have to be written
+# back while the step runs.
+_OTHER_BYTES = 256 << 20
 # A clock cycle is half a nanosecond or more; the sleep is longer than the launches took by as much.
 _CYCLES_A_SECOND = 2e9
 _SLEEP_MARGIN = 1.5
 _LONGEST_SLEEP_S = 0.5
+LAUNCHES_QUEUED = 1000
 
 
 class CudaStopwatch:
-    """For a GPU: all three clocks, see this module's text."""
+    """For a GPU: both clocks, see this module's text."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device=device)
+        self._other = torch.zeros(_OTHER_BYTES // 4, device=device)
 
-    def __call__(self, step: Step, graph: Callable[[], None] | None = None) -> Sample:
+    def __call__(self, step: Step) -> Sample:
         step.prepare()
         torch.cuda.synchronize(self._device)
         start = time.perf_counter()
         step.run()
-        queued = time.perf_counter() - start
+        queueing = time.perf_counter() - start
         torch.cuda.synchronize(self._device)
         wall = time.perf_counter() - start
-
         step.release()
-        step.prepare()
-        on_device = self._between_events(step.run, queued)
-        replayed = None if graph is None else self._between_events(graph, 0.0)
-        return Sample(wall, on_device, replayed)
 
-    def _between_events(self, run: Callable[[], None], queueing: float) -> float:
+        step.prepare()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self._device)
-        if queueing > 0.0:
-            sleep: Any = torch.cuda._sleep
-            seconds = min(queueing * _SLEEP_MARGIN, _LONGEST_SLEEP_S)
-            sleep(int(seconds * _CYCLES_A_SECOND))
-        self._flushed.zero_()
+        sleep: Any = torch.cuda._sleep
+        sleep(int(min(queueing * _SLEEP_MARGIN, _LONGEST_SLEEP_S) * _CYCLES_A_SECOND))
+        self._other.sum()
         begin.record()
-        run()
+        step.run()
         end.record()
         torch.cuda.synchronize(self._device)
-        return begin.elapsed_time(end) / 1e3
+        return Sample(wall, begin.elapsed_time(end) / 1e3)
 
 
 def warm_up(step: Step) -> None:
@@ -123,22 +116,44 @@ def stopwatch_for(device: torch.device) -> Stopwatch:
     return CudaStopwatch(device) if device.type == "cuda" else host_stopwatch
 
 
-def captured(step: Step) -> Callable[[], None]:
-    """A step as a CUDA graph: the result replays it. Raises what the capture raises."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
+class Replay:
+    """A step as a CUDA graph; its results stay where the first replay wrote them.
+
+    Raises:
+        Exception: whatever the capture raises.
+    """
+
+    def __init__(self, step: Step) -> None:
+        stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step.prepare()
+                step.run()
+                step.release()
             step.prepare()
-            step.run()
-            step.release()
-        step.prepare()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        step.run()
-    step.release()
-    return graph.replay
+        before.wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        cause: Exception | None = None
+        try:
+            with torch.cuda.graph(self._graph, stream=stream):
+                try:
+                    step.run()
+                except Exception as error:  # what ends the capture says less than what broke it
+                    cause = error
+                    raise
+        except Exception as error:
+            torch.cuda.set_stream(before)  # which a capture that fails does not come back to
+            raise cause or error from error
+
+    def prepare(self) -> None:
+        """Inputs and results are where they were."""
+
+    def run(self) -> None:
+        self._graph.replay()
+
+    def release(self) -> None:
+        """What a graph writes to is its own."""
 
 
 @dataclass(frozen=True)
@@ -151,20 +166,20 @@ class Plan:
     # With fewer rounds than this after it, the first round counts too instead of being a warm-up:
     # where so few fit into the budget a step takes seconds, and warming up is no part of that.
     enough_rounds: int = 5
-    graph_s: float = 0.005  # steps of a GPU that take less are timed as graphs as well
-    extras: bool = True  # whether peak memory is measured on the CPU and launches counted
+    graph_s: float = 0.005  # steps of a GPU that take less are timed as CUDA graphs as well
+    graph_budget_s: float = 2.0  # for their rounds
+    extras: bool = True  # whether peak memory and launches are measured, in runs of their own
 
 
 Round = Mapping[str, Sample]
-Graphs = Mapping[str, Callable[[], None]]
 
 
-def timed(step: Step, stopwatch: Stopwatch, graph: Callable[[], None] | None = None) -> Sample:
+def timed(step: Step, stopwatch: Stopwatch) -> Sample:
     """One sample of a step, with the garbage collector kept out of it."""
     enabled = gc.isenabled()
     gc.disable()
     try:
-        return stopwatch(step, graph)
+        return stopwatch(step)
     finally:
         if enabled:
             gc.enable()
@@ -175,8 +190,8 @@ def paired_rounds(
     first_round: Round,
     plan: Plan,
     stopwatch: Stopwatch,
-    graphs: Graphs | None = None,
     now: Callable[[], float] = time.perf_counter,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> list[Round]:
     """Interleaved rounds of all steps, as many as the plan allows.
 
@@ -185,19 +200,26 @@ def paired_rounds(
         first_round: samples of a round that has been run already, with the same names.
         plan: limits.
         stopwatch: measures a step.
-        graphs: replays of those steps that are timed as graphs as well.
         now: the clock that the budget is held against.
+        failed: told of a step that raises, out of memory for instance, which then leaves the
+            rounds; without it the exception is raised.
     """
     names = list(steps)
     estimate = sum(sample.wall for sample in first_round.values())
     rounds: list[Round] = []
     begun = now()
-    while len(rounds) < plan.max_rounds and now() - begun + estimate <= plan.budget_s:
+    while names and len(rounds) < plan.max_rounds and now() - begun + estimate <= plan.budget_s:
         gc.collect()
         samples: dict[str, Sample] = {}
         start = now()
         for name in order(names, len(rounds)):
-            samples[name] = timed(steps[name], stopwatch, (graphs or {}).get(name))
+            try:
+                samples[name] = timed(steps[name], stopwatch)
+            except Exception as error:
+                if failed is None:
+                    raise
+                names.remove(name)
+                failed(name, error)
             steps[name].release()
         rounds.append(samples)
         estimate = now() - start

@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks import adapters, environment, footprint, gate, rows, run, selftest, timing
 from benchmarks.adapters import ADAPTERS, AdapterKind, Candidate
 from benchmarks.cases import DTYPES, Case, Scope, parse_shape
-from benchmarks.entries import BASELINE, Entry, Subject, UnavailableError
+from benchmarks.entries import BASELINE, DeviceLostError, Entry, Subject, UnavailableError
 from benchmarks.environment import Environment
 from benchmarks.levels import LEVELS, layer
 from benchmarks.levels.layer import LayerProblem, LayerStep
@@ -50,7 +49,7 @@ class Clock:
     def __init__(self) -> None:
         self.now = 0.0
 
-    def stopwatch(self, step: Step, graph: Callable[[], None] | None = None) -> Sample:
+    def stopwatch(self, step: Step) -> Sample:
         step.prepare()
         start = self.now
         step.run()
@@ -350,14 +349,20 @@ def counted(**values) -> Entry:
     return Entry("counted", "", lambda problem: Subject(Counted(), lambda: None, **values))
 
 
-def three_clocks(step: Step, graph: Callable[[], None] | None = None) -> Sample:
-    return Sample(0.8, 0.4, None if graph is None else 0.2)
+def two_clocks(step: Step) -> Sample:
+    return Sample(0.8, 0.2 if isinstance(step, Replayed) else 0.4)
+
+
+class Replayed(Counted):
+    """In place of a CUDA graph."""
+
+    def __init__(self, step: Step) -> None: ...
 
 
 def test_rates_are_of_one_repeat_and_the_device_clock() -> None:
     entry = counted(moved_bytes=10**9, flops=2 * 10**12, repeats=4)
     (outcome,) = measure(
-        SQUARE, [entry], lambda: None, SOMEWHERE, FEW_ROUNDS, device=CPU, stopwatch=three_clocks
+        SQUARE, [entry], lambda: None, SOMEWHERE, FEW_ROUNDS, device=CPU, stopwatch=two_clocks
     )
     row = outcome.row
     assert (row.wall_ms_p50, row.device_ms_p50) == (200.0, 100.0)
@@ -366,26 +371,146 @@ def test_rates_are_of_one_repeat_and_the_device_clock() -> None:
     assert row.milliseconds == 100.0
 
 
-def test_graphs_are_timed_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+def measured_with_graphs(replay: type, **values) -> list[Row]:
     plan = replace(FEW_ROUNDS, graph_s=1.0)
-    monkeypatch.setattr("benchmarks.measure.captured", lambda step: lambda: None)
-    entries = [replace(counted(), name=name) for name in (BASELINE, "other")]
-    outcomes = measure(
-        SQUARE, entries, lambda: None, SOMEWHERE, plan, device=CPU, stopwatch=three_clocks
-    )
-    assert [o.row.graph_ms_p50 for o in outcomes] == [200.0, 200.0]
-    assert outcomes[1].row.ratio_to_frozen_graph == 1.0
+    entries = [replace(counted(**values), name=name) for name in (BASELINE, "other")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.measure.Replay", replay)
+        outcomes = measure(
+            SQUARE, entries, lambda: None, SOMEWHERE, plan, device=CPU, stopwatch=two_clocks
+        )
+    assert all(len(o.samples) == o.row.rounds == 5 for o in outcomes)
+    return [outcome.row for outcome in outcomes]
 
-    def fails(step: Step) -> None:
-        raise RuntimeError("a synchronisation\nin a capture")
 
-    monkeypatch.setattr("benchmarks.measure.captured", fails)
-    outcomes = measure(
-        SQUARE, entries, lambda: None, SOMEWHERE, plan, device=CPU, stopwatch=three_clocks
-    )
-    row = outcomes[1].row
+def test_graphs_are_timed_beside() -> None:
+    rows_ = measured_with_graphs(Replayed)
+    assert [(r.device_ms_p50, r.graph_ms_p50) for r in rows_] == [(400.0, 200.0)] * 2
+    assert rows_[1].ratio_to_frozen_graph == 1.0
+    assert measured_with_graphs(Replayed, graphable=False)[1].graph_ms_p50 is None
+    assert measured_with_graphs(Replayed, repeats=2)[1].graph_ms_p50 == 100.0
+
+
+def test_a_graph_that_cannot_be_captured_is_noted() -> None:
+    class Fails(Replayed):
+        def __init__(self, step: Step) -> None:
+            raise RuntimeError("a synchronisation\nin a capture")
+
+    row = measured_with_graphs(Fails)[1]
     assert (row.graph_ms_p50, row.graph_error) == (None, "RuntimeError: a synchronisation")
-    assert row.ratio_to_frozen_device == 1.0
+    assert (row.error, row.ratio_to_frozen_device) == (None, 1.0)
+
+
+def test_a_graph_that_computes_something_else_is_not_timed() -> None:
+    checks = itertools.cycle([None, None, "y: error", "y: error"])  # of both, then of their graphs
+    entries_check = lambda problem: Subject(Counted(), lambda: next(checks))  # noqa: E731
+    entries = [replace(counted(), name=n, build=entries_check) for n in (BASELINE, "other")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.measure.Replay", Replayed)
+        plan = replace(FEW_ROUNDS, graph_s=1.0)
+        outcomes = measure(
+            SQUARE, entries, lambda: None, SOMEWHERE, plan, device=CPU, stopwatch=two_clocks
+        )
+    for outcome in outcomes:
+        assert outcome.row.gate == "passed"
+        assert (outcome.row.graph_ms_p50, outcome.row.graph_error) == (None, "wrong: y: error")
+
+
+def test_a_step_of_more_launches_than_a_queue_holds_has_no_device_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("benchmarks.footprint.launches", lambda step, device: 2 * 1001)
+    monkeypatch.setattr("benchmarks.footprint.peak_bytes", lambda step, device: 0)
+    plan = replace(FEW_ROUNDS, extras=True)
+    for repeats, device_ms in ((1, None), (2, None), (4, 100.0)):
+        (outcome,) = measure(
+            SQUARE, [counted(repeats=repeats)], lambda: None, SOMEWHERE, plan,
+            device=CPU, stopwatch=two_clocks,
+        )  # fmt: skip
+        assert outcome.row.launches == 2002 // repeats
+        assert outcome.row.device_ms_p50 == device_ms, repeats
+
+
+def test_a_provider_that_fails_while_it_is_timed_leaves_the_rounds() -> None:
+    class FailsThirdTime(Counted):
+        runs = 0
+
+        def run(self) -> None:
+            self.runs += 1
+            if self.runs == 3:
+                raise torch.OutOfMemoryError("out of memory")
+
+    failing = replace(
+        counted(), name="failing", build=lambda p: Subject(FailsThirdTime(), lambda: None)
+    )
+    written: list[Row] = []
+    outcomes = measure(
+        SQUARE, [replace(counted(), name=BASELINE), failing, counted()], lambda: None, SOMEWHERE,
+        FEW_ROUNDS, device=CPU, stopwatch=timing.host_stopwatch, record=written.append,
+    )  # fmt: skip
+    assert [o.row.rounds for o in outcomes] == [5, 0, 5]
+    row = outcomes[1].row
+    assert row.error == "while timing: OutOfMemoryError: out of memory"
+    assert (row.wall_ms_p50, row.ratio_to_frozen_wall) == (None, None)
+    assert {r.provider for r in written} == {BASELINE, "failing", "counted"}
+
+
+def test_a_lost_device_leaves_rows_and_stops_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(key: str, error: Exception, device: torch.device) -> None:
+        raise DeviceLostError(key, RuntimeError("CUDA error: an illegal memory access"))
+
+    monkeypatch.setattr("benchmarks.measure._raise_if_lost", lost)
+    broken = replace(counted(), name="broken", build=lambda p: 1 / 0)
+    written: list[Row] = []
+    with pytest.raises(DeviceLostError, match="broken broke the device: CUDA error") as lost_:
+        measure(
+            SQUARE, [replace(counted(), name=BASELINE), broken, counted()], lambda: None,
+            SOMEWHERE, FEW_ROUNDS, device=CPU, record=written.append,
+        )  # fmt: skip
+    assert lost_.value.key == "broken"
+    errors = {r.provider: r.error for r in written}
+    assert errors == {
+        "broken": "ZeroDivisionError: division by zero",
+        BASELINE: "not run: broken broke the device: CUDA error: an illegal memory access",
+        "counted": "not run: broken broke the device: CUDA error: an illegal memory access",
+    }
+
+
+def test_after_a_lost_device_a_new_process_goes_on_without_what_broke_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(case: Case, entries, *rest) -> list[Outcome]:
+        if any(entry.key == "dcft" for entry in entries) and case.n == 32:
+            raise DeviceLostError("dcft", RuntimeError("an illegal memory access"))
+        seen.append((case.n, [entry.key for entry in entries]))
+        return []
+
+    class ReplacedError(Exception):
+        pass
+
+    def execv(program: str, arguments: list[str]) -> None:
+        assert arguments[:3] == [sys.executable, "-m", "benchmarks.run"]
+        raise ReplacedError(arguments[3:])
+
+    seen: list[tuple[int, list[str]]] = []
+    monkeypatch.setattr(run, "measure_case", lost)
+    monkeypatch.setattr("os.execv", execv)
+    arguments = ["--levels", "layer", "--shapes", "8x16x16", "8x32x32", "8x64x64", "--device"]
+    arguments += [
+        "cpu",
+        "--providers",
+        "dcft",
+        "lora_r1",
+        "--without",
+        "dcft-k4",
+        "--out",
+        str(tmp_path),
+    ]
+    with pytest.raises(ReplacedError) as replaced:
+        run.main(arguments)
+    assert seen == [(16, [BASELINE, "dcft", "lora_r1"])]
+    run.main(replaced.value.args[0])
+    assert seen[1:] == [(32, [BASELINE, "lora_r1"]), (64, [BASELINE, "lora_r1"])]
 
 
 # --------------------------------------------------------------------- providers that cannot run
@@ -446,7 +571,7 @@ def test_first_round_that_takes_too_long_leaves_out_the_last_providers() -> None
     assert [outcome.row.rounds for outcome in outcomes.values()] == [1, 1, 0]
     assert outcomes["third"].skipped
     assert outcomes["third"].row.error == (
-        "not run: the providers before it took 400 s for one step each"
+        "not run: the providers before it took 400 s for a first step each"
     )
 
 
@@ -616,15 +741,16 @@ def test_sweeps_are_those_of_the_project() -> None:
     assert (4096, 1024) in widths  # grouped-query keys and values
     assert {case.dtype for case in cases} == set(DTYPES)
     assert {case.direction for case in cases} == {"fwd", "bwd", "fwd+bwd"}
-    assert layer.KERNEL_SIZES == (2, 4, 6, 8, 12, 16, 32)
-    assert (min(layer.RANKS), max(layer.RANKS)) == (1, 16)
-    assert layer.STRIDES == (1, 2, 4, 8)
+    varied = [kind for name in ("kernel_size", "rank", "stride") for kind in layer.kinds(name)]
+    assert {kind.d for kind in varied} >= {2, 4, 6, 8, 12, 16, 32}
+    assert {kind.k for kind in varied} >= {1, 2, 4, 8, 16}
+    assert {kind.stride for kind in varied if kind.d == 8} >= set(range(1, 9))
     # The goals' shapes come first: a run that is cut off has them.
     assert [case.sizes for case in cases[:2]] == [(8192, 4096, 4096), (4096, 768, 768)]
     tokens = [c.T for c in LEVELS["block"].cases(Scope("cuda", "full")) if "llama" in c.model]
     assert (min(tokens), max(tokens)) == (2048, 32768)
     models = {case.model for case in LEVELS["step"].cases(Scope("cuda", "main"))}
-    assert models == {"deberta-v3-base", "roberta-large", "llama-3-8b"}
+    assert models == {"deberta-v3-base", "roberta-large", "llama-3-8b-4-layers"}
 
 
 @pytest.mark.parametrize("size", ["main", "full"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def test_a_real_run_calls_the_most_valuable_first(calls: list[list[str]]) -> Non
     assert order[-1] == "benchmarks.report"
     assert order.index("benchmarks.selftest") < order.index("pytest")
     assert order.index("pytest") < order.index("benchmarks.tune")
-    assert order.index("benchmarks.tune") < order.index("benchmarks.launch_once")
+    assert order.index("tests.kernels.sanitizer_program") < order.index("benchmarks.tune")
     sanitizers = [call for call in calls if call[0] == "compute-sanitizer"]
     assert [call[2] for call in sanitizers] == ["memcheck", "racecheck"]
     assert order.count("tests.kernels.sanitizer_program") == 2
@@ -136,9 +137,18 @@ def test_the_tuner_of_a_real_run_writes_beside_the_results(calls: list[list[str]
     assert json.loads(options.table.read_text())
 
 
-def test_parts_end_in_time(calls: list[list[str]]) -> None:
-    budget = int(SCRIPT.read_text().split("BUDGET=${BUDGET:-")[1].split("}")[0])
+def test_parts_end_in_time(tmp_path: Path) -> None:
+    text = SCRIPT.read_text()
+    budget = int(text.split("BUDGET=${BUDGET:-")[1].split("}")[0])
+    kept = int(text.split("KEPT_FOR_SUMMARY=")[1].split()[0])
     assert budget < MINUTES * 60
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    finished = called(out=tmp_path / "out", PYTHON=str(stub(tools, "python3", "exit 0")))
+    limits = [int(n) for n in re.findall(r"\(at most (\d+) s\)", finished.stdout)]
+    assert len(limits) >= 14
+    # All but the last, which takes what is left.
+    assert sum(limits[:-1]) <= budget - kept
 
 
 def test_what_fails_does_not_stop_the_rest(tmp_path: Path) -> None:

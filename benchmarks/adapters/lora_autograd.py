@@ -21,10 +21,12 @@ class _LoRAFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float
     ) -> Tensor:
         A, B = A.to(x.dtype), B.to(x.dtype)
+        if scaling != 1.0:
+            B = B * scaling
         rows = x.flatten(0, -2)
         shrunk = rows @ A.t()  # [T, r]
         y = rows @ W.t() if b is None else torch.addmm(b, rows, W.t())
-        y.addmm_(shrunk, B.t(), alpha=scaling)
+        y.addmm_(shrunk, B.t())
         ctx.save_for_backward(x, W, A, B, shrunk)
         ctx.scaling = scaling
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -34,11 +36,14 @@ class _LoRAFunction(torch.autograd.Function):
         x, W, A, B, shrunk = ctx.saved_tensors
         rows, g = x.flatten(0, -2), grad.flatten(0, -2)
         gA = gB = gx = None
-        g_shrunk = (g @ B).mul_(ctx.scaling)  # [T, r]
+        # B holds the scaling, so gA and gx have it.
+        g_shrunk = g @ B  # [T, r]
         if ctx.needs_input_grad[3]:
             gA = g_shrunk.t() @ rows
         if ctx.needs_input_grad[4]:
-            gB = (g.t() @ shrunk).mul_(ctx.scaling)
+            gB = g.t() @ shrunk
+            if ctx.scaling != 1.0:
+                gB.mul_(ctx.scaling)
         if ctx.needs_input_grad[0]:
             gx = (g @ W).addmm_(g_shrunk, A).view_as(x)
         return gx, None, None, gA, gB, None

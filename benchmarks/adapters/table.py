@@ -90,6 +90,8 @@ def _dcft(
 
     def increment(p: Parameters) -> Tensor:
         A, B, C = (p[name] for name in names)
+        if layer.geometry.inputs.tile and layer.geometry.outputs.tile:
+            return torch.kron(B @ A, C)
         return reference.delta_weight(Adapter(A, B, C, 1.0, layer.geometry))
 
     candidate = Candidate(layer, "weight", "bias", added_to("weight", increment))

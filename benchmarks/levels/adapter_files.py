@@ -93,6 +93,8 @@ class _FileStep:
         else:
             assert self._target is not None
             self.loaded = self._load(self._target, self._folder)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # loaded is what has arrived
 
     def release(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -132,7 +134,7 @@ def _subject(problem: FilesProblem, ways: Callable[[FilesProblem], _Ways]) -> Su
     save(source, step._folder)
     size = step.size()
     step.release()
-    return Subject(step, check, moved_bytes=size, graphable=False, close=step.close)
+    return Subject(step, check, moved_bytes=size, on_host=True, close=step.close)
 
 
 _Ways = tuple[

@@ -131,6 +131,46 @@ def _added_products(p: Problem) -> Work:
     return Work(copies, (y, gx), launch, expected, fill=1.0)
 
 
+def _shrink(p: Problem) -> Work:
+    """`U` alone, as layers that share their input have it."""
+    from dcft_kernels.triton.shrink_expand import shrink_expand
+
+    copies = p.copies(p.T * p.n)
+    x = [p.draw(p.T, p.n) for _ in range(copies)]
+    u = p.empty(copies, p.T, p.geometry.rank * p.geometry.inputs.width)
+
+    def launch(i: int) -> Results:
+        shrink_expand(x[i], p.adapter, u=u[i])
+        return {"U": u[i]}
+
+    def expected(dtype: torch.dtype) -> Results:
+        windows = x[0].to(dtype).unflatten(1, (p.geometry.inputs.windows, -1))
+        return {"U": torch.einsum("tip,ki->tkp", windows, p.adapter.A.to(dtype)).flatten(1)}
+
+    return Work(copies, (u[0],), launch, expected)
+
+
+def _expand_rows(p: Problem) -> Work:
+    """The adapter's part of `y` from `U`."""
+    from dcft_kernels.triton.shrink_expand import shrink_expand
+
+    copies = p.copies(p.T * p.m)
+    width = p.geometry.inputs.width
+    u = p.draw(copies, p.T, p.geometry.rank * width)
+    y = p.empty(copies, p.T, p.m)
+
+    def launch(i: int) -> Results:
+        shrink_expand(None, p.adapter, u=u[i], bias=p.bias, y=y[i])
+        return {"y": y[i]}
+
+    def expected(dtype: torch.dtype) -> Results:
+        adapter = p.adapter_in(dtype)
+        mixed = u[0].to(dtype).unflatten(1, (p.geometry.rank, width)) @ adapter.C.t()
+        return {"y": torch.einsum("tkq,jk->tjq", mixed, adapter.B).flatten(1) + p.bias.to(dtype)}
+
+    return Work(copies, (y[0],), launch, expected)
+
+
 # Elements of the tensors by name, and what each kernel reads and writes of them.
 def _bytes(p: Problem, *tensors: str) -> int:
     sizes = {
@@ -150,6 +190,8 @@ def _flops(p: Problem, *passes: int) -> int:
 
 _Count = Callable[[Problem], tuple[int, int]]
 _COUNTS: dict[str, _Count] = {
+    "shrink": lambda p: (_bytes(p, "x", "U"), _flops(p, p.n)),
+    "expand_rows": lambda p: (_bytes(p, "U", "y"), _flops(p, p.m)),
     "shrink_expand": lambda p: (_bytes(p, "x", "y", "U"), _flops(p, p.n, p.m)),
     "backward": lambda p: (_bytes(p, "x", "x", "y", "U"), _flops(p, p.m, p.m, p.n, p.n)),
     "fused_linear": lambda p: (
@@ -176,14 +218,16 @@ def entries(case: Case) -> Sequence[Entry[Any]]:
         (BASELINE, "base products", _base_products, _products),
         ("base_added", "base products, added", _added_products, _added),
     ]
-    kernels = [(name, name, make, _COUNTS[name]) for name, make in KERNELS.items()]
+    works = {"shrink": _shrink, "expand_rows": _expand_rows, **KERNELS}
+    kernels = [(name, name, make, _COUNTS[name]) for name, make in works.items()]
     rank, width = kernel_work.ADAPTERS[_COLUMNS]
+    of_base = [name for name, *_ in products]
     return [
         Entry(
             name,
             label,
             functools.partial(_subject, make=make, count=count),
-            *((None, None, None) if name.startswith((BASELINE, "base")) else (width, rank, width)),
+            *((None, None, None) if name in of_base else (width, rank, width)),
         )
         for name, label, make, count in [*products, *kernels]
     ]

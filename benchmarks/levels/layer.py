@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from benchmarks import adapters, gate
 from benchmarks.adapters import AdapterKind, Candidate
-from benchmarks.cases import DTYPES, Case, Scope
+from benchmarks.cases import (
+    DTYPES,
+    KERNEL_SIZES,
+    PAPER_KERNEL_SIZES,
+    RANKS,
+    STRIDES,
+    Case,
+    Scope,
+)
 from benchmarks.entries import Entry, Subject
 
 Shape = tuple[int, int, int]
@@ -51,10 +59,6 @@ _WIDTHS = (
 _TOKENS = tuple(4**i for i in range(9))  # 1 to 65536
 # Tiny: does it run at all.
 _TINY_SHAPES: tuple[Shape, ...] = ((32, 64, 64), (32, 64, 128))
-
-KERNEL_SIZES = (2, 4, 6, 8, 12, 16, 32)
-RANKS = (1, 2, 4, 8, 16)
-STRIDES = (1, 2, 4, 8)
 
 # What a sweep over many shapes can afford.
 _FEW = ("frozen", "dcft", "lora_r8", "published", "lora_r1", "lora_autograd")
@@ -129,7 +133,7 @@ def kinds(sweep: str) -> Sequence[AdapterKind]:
     baseline = adapters.by_name("frozen")
     if sweep == "kernel_size":
         ours = adapters.variants(kernel_sizes=KERNEL_SIZES)
-        theirs = adapters.variants(kernel_sizes=(2, 4, 6, 8, 12), of="published")
+        theirs = adapters.variants(kernel_sizes=PAPER_KERNEL_SIZES, of="published")
         return [*baseline, *ours, *theirs]
     if sweep == "rank":
         return [*baseline, *adapters.variants(ranks=RANKS)]
@@ -234,7 +238,7 @@ def _subject(problem: LayerProblem, kind: AdapterKind) -> Subject:
     return Subject(
         step,
         check=lambda: gate.check_layer(problem.given, candidate, step.result()),
-        forward=lambda: candidate.layer(problem.x),
+        forward=None if kind.compiled else lambda: module(problem.x),
         parameters=tuple(candidate.layer.parameters()),
         moved_bytes=passes * (T * n + n * m + T * m) * problem.dtype.itemsize if base else None,
         flops=passes * 2 * T * n * m if base else None,

@@ -96,9 +96,16 @@ def _subject(
     unmerging = problem.case.direction == "unmerge"
     expected = problem.weight.double() if unmerging else dense.detach()
 
+    allowed = gate.budgets(problem.dtype, dense.detach(), 8, _ROUNDINGS)
+
     def check() -> str | None:
-        allowed = gate.budgets(problem.dtype, dense.detach(), 8, _ROUNDINGS)
-        reason = gate.difference(merged(), expected, *allowed)
+        after = merged().detach().clone()
+        if unmerging:  # what does nothing at all leaves the base as well
+            step.before()
+            reason = gate.difference(merged(), dense.detach(), *allowed)
+            if reason is not None:
+                return f"weight before it was unmerged: {reason}"
+        reason = gate.difference(after, expected, *allowed)
         return None if reason is None else f"weight: {reason}"
 
     size = problem.weight.numel() * problem.weight.itemsize

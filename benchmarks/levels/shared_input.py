@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from dcft_kernels import DCFTLinear, GroupMember, dcft_linear_group
 
-# Names of the layers, last parts, that are called with one input.
+# Names of the layers, last parts, that are called with one input. DeBERTa's are not here: it calls
+# its query and key with positions as well, and its value without.
 _GROUPS = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
-    ("query_proj", "key_proj", "value_proj"),
     ("gate_proj", "up_proj"),
 )
 
