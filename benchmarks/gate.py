@@ -18,7 +18,7 @@ The largest of `N` elements: rounding to the dtype is bounded, by `R u` of the l
 sum of accumulator errors is nearly normal, its largest value `sqrt(2 ln N)` times its deviation.
 Twice this is allowed. `R` is the candidate's `roundings`. `K` is `n + m + T` for the output and the
 input gradient, which sum over some of the three in turn. A provider that forms a dense gradient
-also sums over its `n m / d^2` blocks for the gradient of the block.
+also reduces its `n m` elements to the `N` of a parameter's, in sums of `n m / N`.
 
 **Anything else** (`check_beside`): blocks and models, whose errors pass through many layers, and
 kernels. The measure is a peer: PyTorch, in the same dtype, computing the same thing in the plainest
@@ -42,7 +42,6 @@ from torch import Tensor
 from benchmarks.adapters import Candidate
 
 _MARGIN = 2.0
-_BLOCK = 8  # the kernel size that dense gradients are reduced over, see above; smaller sum less
 
 Results = Mapping[str, Tensor]
 
@@ -74,7 +73,7 @@ def check_layer(given: LayerInput, candidate: Candidate, result: StepResult) -> 
     for name, expected in _expected(given, candidate):
         terms = T + n + m
         if candidate.dense_gradient and name in result.gradients:
-            terms += n * m // _BLOCK**2
+            terms += n * m // expected.numel()
         allowed = budgets(given.dtype, expected, terms, candidate.roundings)
         reason = difference(actual.get(name), expected, *allowed)
         if reason is not None:
