@@ -172,7 +172,7 @@ def _compared(printed: Printed, group: Group, found: Sequence[Times]) -> list[st
     ]
     titles = [printed.size, *printed.tasks, *(f"{times.label}, here" for times in found)]
     return [
-        f"Time relative to {printed.size} = {_REFERENCE}; here: {_what(group)}. {printed.claim}",
+        f"Time relative to {printed.size} = {_REFERENCE}; here: {_what(group)}, {group.rounds} rounds. {printed.claim}",
         tables.table(titles, lines),
         "\n".join(f"- {sentence(printed, times)}" for times in found),
     ]
