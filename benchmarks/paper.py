@@ -171,8 +171,9 @@ def _compared(printed: Printed, group: Group, found: Sequence[Times]) -> list[st
         for value, hours in printed.hours.items()
     ]
     titles = [printed.size, *printed.tasks, *(f"{times.label}, here" for times in found)]
+    here = f"{_what(group)}, {group.rounds} rounds"
     return [
-        f"Time relative to {printed.size} = {_REFERENCE}; here: {_what(group)}, {group.rounds} rounds. {printed.claim}",
+        f"Time relative to {printed.size} = {_REFERENCE}; here: {here}. {printed.claim}",
         tables.table(titles, lines),
         "\n".join(f"- {sentence(printed, times)}" for times in found),
     ]
