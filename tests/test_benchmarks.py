@@ -403,8 +403,11 @@ def test_a_graph_that_cannot_be_captured_is_noted() -> None:
 
 def test_a_graph_that_computes_something_else_is_not_timed() -> None:
     checks = itertools.cycle([None, None, "y: error", "y: error"])  # of both, then of their graphs
-    entries_check = lambda problem: Subject(Counted(), lambda: next(checks))  # noqa: E731
-    entries = [replace(counted(), name=n, build=entries_check) for n in (BASELINE, "other")]
+
+    def build(problem: None) -> Subject:
+        return Subject(Counted(), lambda: next(checks))
+
+    entries = [replace(counted(), name=n, build=build) for n in (BASELINE, "other")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("benchmarks.measure.Replay", Replayed)
         plan = replace(FEW_ROUNDS, graph_s=1.0)

@@ -16,7 +16,7 @@ from benchmarks.adapters import packages
 from benchmarks.adapters.candidate import Candidate, Parameters, added_to, draw
 from benchmarks.adapters.lora_autograd import LoRALinear
 from benchmarks.adapters.published import PublishedDCFT
-from benchmarks.entries import BASELINE, UnavailableError
+from benchmarks.entries import BASELINE, AnyEntry, Entry, Subject, UnavailableError
 from dcft_kernels import DCFTLinear, reference, triton
 from dcft_kernels.adapter import Adapter
 
@@ -46,6 +46,18 @@ class AdapterKind:
     def layer(self, base: nn.Linear, generator: torch.Generator) -> Candidate:
         """A candidate over `base`; UnavailableError where the kind does not fit or run here."""
         return self.build(base, generator)
+
+    def entry(self, subject: Callable[..., Subject]) -> AnyEntry:
+        """The kind as a level measures it, which makes a `subject(problem, kind=...)` of it."""
+        return Entry(
+            self.name,
+            self.label,
+            functools.partial(subject, kind=self),
+            self.d,
+            self.k,
+            self.stride,
+            self.variant,
+        )
 
 
 def _frozen(base: nn.Linear, generator: torch.Generator) -> Candidate:

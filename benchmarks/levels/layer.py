@@ -21,7 +21,7 @@ from benchmarks.cases import (
     Case,
     Scope,
 )
-from benchmarks.entries import Entry, Subject
+from benchmarks.entries import AnyEntry, Subject
 
 Shape = tuple[int, int, int]
 
@@ -107,25 +107,14 @@ def _case(shape: Shape, dtype: str, *, direction: str = "fwd+bwd", sweep: str = 
     return Case("layer", *shape, dtype=dtype, direction=direction, sweep=sweep)
 
 
-def entries(case: Case) -> list[Entry[LayerProblem]]:
+def entries(case: Case) -> list[AnyEntry]:
     """The adapters that a case compares."""
     return entries_of(kinds(case.sweep))
 
 
-def entries_of(kinds: Iterable[AdapterKind]) -> list[Entry[LayerProblem]]:
+def entries_of(kinds: Iterable[AdapterKind]) -> list[AnyEntry]:
     """Adapters as this level measures them."""
-    return [
-        Entry(
-            kind.name,
-            kind.label,
-            functools.partial(_subject, kind=kind),
-            kind.d,
-            kind.k,
-            kind.stride,
-            kind.variant,
-        )
-        for kind in kinds
-    ]
+    return [kind.entry(_subject) for kind in kinds]
 
 
 def kinds(sweep: str) -> Sequence[AdapterKind]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +26,7 @@ from benchmarks import adapters, gate
 from benchmarks.adapters import AdapterKind, Candidate
 from benchmarks.adapters.packages import required
 from benchmarks.cases import DTYPES, PAPER_KERNEL_SIZES, PAPER_STRIDES, Case, Scope
-from benchmarks.entries import BASELINE, Entry, Subject, UnavailableError
+from benchmarks.entries import BASELINE, AnyEntry, Subject, UnavailableError
 from benchmarks.levels.shared_input import group_layers
 from benchmarks.models import MODELS, ModelSpec
 
@@ -74,7 +73,7 @@ def _case(
     return Case(level, T, width, width, dtype, direction, name, sweep)
 
 
-def entries(case: Case) -> list[Entry[ModelProblem]]:
+def entries(case: Case) -> list[AnyEntry]:
     """The adapters that a case compares."""
     if case.sweep == "paper":
         kinds = [
@@ -99,18 +98,7 @@ def entries(case: Case) -> list[Entry[ModelProblem]]:
             "dora",
             "frozen_compiled",
         )
-    return [
-        Entry(
-            kind.name,
-            kind.label,
-            functools.partial(subject_of, kind=kind),
-            kind.d,
-            kind.k,
-            kind.stride,
-            kind.variant,
-        )
-        for kind in kinds
-    ]
+    return [kind.entry(subject_of) for kind in kinds]
 
 
 @dataclass
