@@ -798,6 +798,18 @@ def test_models_pass_their_gates(tmp_path: Path, level: str) -> None:
     assert all(r.gate == "passed" and r.model == "tiny-bert" for r in stored.values())
 
 
+def test_an_unmerge_that_had_nothing_to_undo_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.levels import merge
+
+    case = Case("merge", None, 64, 96, "fp32", "unmerge")
+    (entry,) = (entry for entry in merge.entries(case) if entry.key == "dcft_in_place")
+    monkeypatch.setattr(merge, "add_delta_weight_", lambda weight, *factors, scaling: weight)
+    subject = entry.build(merge.MergeProblem(case, CPU))
+    subject.step.prepare()
+    subject.step.run()
+    assert subject.check().startswith("weight before it was unmerged: error")
+
+
 def test_a_model_with_a_wrong_layer_is_caught() -> None:
     from benchmarks.levels import model
 
