@@ -23,11 +23,11 @@ also reduces its `n m` elements to the `N` of a parameter's, in sums of `n m / N
 **Anything else** (`check_beside`): blocks and models, whose errors pass through many layers, and
 kernels. The measure is a peer: PyTorch, in the same dtype, computing the same thing in the plainest
 way. Against a computation in higher precision, an error may be twice the peer's plus some roundings
-of the value, in the largest element and in the root mean square. Of a tensor of few elements, the
-peer's error is itself a matter of luck: a root mean square of `N` errors is known to a relative
-`1 / sqrt(2 N)`, and so is the one that is checked, so the peer's counts `1 + 3 / sqrt(N)` times. In
-a model of many layers, the errors of a tensor's elements are those of a few early roundings, grown
-on the way: they move together, and `N` is 1.
+of the value, in the largest element and in the root mean square. In a model of many layers, the
+errors of a tensor's elements are those of a few early roundings, grown on the way: they move
+together, and the peer's is a matter of luck. A root mean square of `N` independent errors is known
+to a relative `1 / sqrt(2 N)`, and so is the one that is checked, so the peer's counts
+`1 + 3 / sqrt(N)` times, with `N` of 1.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from torch import Tensor
 from benchmarks.adapters import Candidate
 
 _MARGIN = 2.0
+_TOGETHER = 4.0  # what a peer's error counts for where errors move together
 
 Results = Mapping[str, Tensor]
 
@@ -132,7 +133,7 @@ def check_beside(
     """The reason why results are wrong, or None: errors beside those of a peer.
 
     The largest error may be twice that of `peer` plus four roundings of the largest value;
-    likewise in the root mean square, plus one; more in a tensor of few elements, see above.
+    likewise in the root mean square, plus one.
 
     Args:
         actual: what is to be checked, by name; a result that is missing or None is wrong.
@@ -145,8 +146,7 @@ def check_beside(
     for name, value in truth.items():
         value = value.detach().double()
         peer_error = (peer[name].detach().double() - value).abs()
-        independent = 1 if together else max(1, value.numel())
-        margin = _MARGIN * (1 + 3 / math.sqrt(independent))
+        margin = _MARGIN * (_TOGETHER if together else 1.0)
         rms_budget = margin * _rms(peer_error) + unit * _rms(value)
         max_budget = margin * _largest(peer_error) + 4 * unit * _largest(value)
         reason = difference(actual.get(name), value, rms_budget, max_budget)

@@ -216,17 +216,22 @@ def _first_step(
         flops=subject.flops,
     )
     if plan.extras:
-        try:
-            launches = footprint.launches(subject.step, device)
-            contender.row = replace(
-                contender.row,
-                peak_bytes=footprint.peak_bytes(subject.step, device),
-                launches=None if launches is None else launches // subject.repeats,
-            )
-        except Exception as error:
-            contender.fail(f"while its memory was measured: {_why(error)}", gate="passed")
-            _raise_if_lost(contender.key, error, device)
+        _measure_footprint(contender, subject, device)
     _free(device)
+
+
+def _measure_footprint(contender: _Contender, subject: Subject, device: torch.device) -> None:
+    """Launches and peak memory; where nobody may count them, times count all the same."""
+    try:
+        peak = footprint.peak_bytes(subject.step, device)
+        contender.row = replace(contender.row, peak_bytes=peak)
+        launches = footprint.launches(subject.step, device)
+        if launches is not None:
+            contender.row = replace(contender.row, launches=launches // subject.repeats)
+    except Exception as error:
+        contender.row = replace(contender.row, footprint_error=_why(error))
+        _raise_if_lost(contender.key, error, device)
+        subject.step.release()
 
 
 def _measure_graphs(

@@ -60,6 +60,7 @@ class Row:
         None  # moved_bytes over the median, by the device's clock if it has one
     )
     tflop_per_s: float | None = None
+    footprint_error: str | None = None  # why peak_bytes or launches are missing
     graph_error: str | None = None  # why there are no graph times of a step that is short
     gate: str | None = None  # "passed", "failed", or null when it was not reached
     error: str | None = None
