@@ -27,7 +27,8 @@ of the value, in the largest element and in the root mean square. In a model of 
 errors of a tensor's elements are those of a few early roundings, grown on the way: they move
 together, and the peer's is a matter of luck. A root mean square of `N` independent errors is known
 to a relative `1 / sqrt(2 N)`, and so is the one that is checked, so the peer's counts
-`1 + 3 / sqrt(N)` times, with `N` of 1.
+`1 + 3 / sqrt(N)` times, with `N` of 1. The same holds for small tensors of single kernels, with `N`
+their elements.
 """
 
 from __future__ import annotations
@@ -129,6 +130,7 @@ def check_beside(
     dtype: torch.dtype,
     *,
     together: bool = False,
+    few: bool = False,
 ) -> str | None:
     """The reason why results are wrong, or None: errors beside those of a peer.
 
@@ -141,12 +143,14 @@ def check_beside(
         truth: the same in higher precision.
         dtype: of the computation.
         together: whether the errors of a tensor's elements depend on each other, see above.
+        few: whether tensors may be so small that the peer's error is a matter of luck.
     """
     unit = torch.finfo(dtype).eps
     for name, value in truth.items():
         value = value.detach().double()
         peer_error = (peer[name].detach().double() - value).abs()
-        margin = _MARGIN * (_TOGETHER if together else 1.0)
+        margin = _MARGIN * (1 + 3 / math.sqrt(max(1, value.numel())) if few else 1.0)
+        margin = _MARGIN * _TOGETHER if together else margin
         rms_budget = margin * _rms(peer_error) + unit * _rms(value)
         max_budget = margin * _largest(peer_error) + 4 * unit * _largest(value)
         reason = difference(actual.get(name), value, rms_budget, max_budget)
