@@ -115,8 +115,12 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: a line that is not a row, by its number.
     """
-    text = _finished(path.read_bytes()).decode("utf-8")
-    return list(_parse(path, text.splitlines()))
+    return list(_parse(path, finished_lines(path)))
+
+
+def finished_lines(path: Path) -> list[str]:
+    """The lines of a file, but for a last one that a killed run left unfinished."""
+    return _finished(path.read_bytes()).decode("utf-8").splitlines()
 
 
 def _ends_a_line(path: Path) -> bool:

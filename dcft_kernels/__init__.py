@@ -1,6 +1,8 @@
 """Deconvolution fine-tuning (DCFT, arXiv 2503.01419) that never materialises its weight update."""
 
+from dcft_kernels import constraints, recipes
 from dcft_kernels.adapter_files import load_adapter, save_adapter
+from dcft_kernels.constraints import constraint_loss, orthogonality_loss
 from dcft_kernels.explanation import explain
 from dcft_kernels.functional import add_delta_weight_, dcft_linear, dcft_update, delta_weight
 from dcft_kernels.group import GroupMember, dcft_linear_group
@@ -12,12 +14,13 @@ from dcft_kernels.model import (
     unmerge_model,
 )
 from dcft_kernels.module import DCFTLinear
-from dcft_kernels.regularizer import orthogonality_loss
 
 __all__ = [
     "DCFTLinear",
     "GroupMember",
     "add_delta_weight_",
+    "constraint_loss",
+    "constraints",
     "dcft_linear",
     "dcft_linear_group",
     "dcft_update",
@@ -28,6 +31,7 @@ __all__ = [
     "merge_model",
     "orthogonality_loss",
     "parameter_counts",
+    "recipes",
     "save_adapter",
     "swap_linear",
     "unmerge_model",

@@ -27,6 +27,7 @@ from safetensors.torch import save as serialize_safetensors
 from torch import Tensor, nn
 
 from dcft_kernels import validation
+from dcft_kernels.initialization import default_alpha
 from dcft_kernels.model import dcft_layers, swap_each
 from dcft_kernels.module import DCFTLinear, linear_sizes, why_not_adaptable
 from dcft_kernels.options import DCFTOptions
@@ -37,6 +38,8 @@ FORMAT = "dcft_adapter"
 FORMAT_VERSION = 1
 _OWN_WEIGHTS = re.compile(rf"{FORMAT}-[0-9a-f]{{12}}\.safetensors")
 _FACTORS = ("dcft_A", "dcft_B", "dcft_C")
+# Settings that a layer's record has only if they are not None.
+_OPTIONAL_SETTINGS = {"nonlinearity"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,7 @@ class _LayerRecord:
 
     def to_json(self) -> dict[str, Any]:
         options = self.options
-        return {
+        record: dict[str, Any] = {
             "in_features": self.in_features,
             "out_features": self.out_features,
             "rank": options.rank,
@@ -59,13 +62,18 @@ class _LayerRecord:
             "dropout": options.dropout,
             "init": options.init,
         }
+        # Only where there is one: versions that know of none read and write the other files alike,
+        # and refuse these, which they would compute wrongly.
+        if options.nonlinearity is not None:
+            record["nonlinearity"] = options.nonlinearity
+        return record
 
     @classmethod
     def from_json(cls, record: Any, dtype: torch.dtype) -> _LayerRecord:
         if not isinstance(record, dict):
             raise ValueError(f"expected an object with the layer's settings, got {record!r}")
         known = _LayerRecord(1, 1, DCFTOptions()).to_json().keys()
-        missing, unknown = known - record.keys(), record.keys() - known
+        missing, unknown = known - record.keys(), record.keys() - known - _OPTIONAL_SETTINGS
         if missing or unknown:
             what = [f"has no {name!r}" for name in sorted(missing)]
             what += [f"has an unknown setting {name!r}" for name in sorted(unknown)]
@@ -77,7 +85,12 @@ class _LayerRecord:
 
     @classmethod
     def of(cls, layer: DCFTLinear) -> _LayerRecord:
-        return cls(layer.in_features, layer.out_features, layer.options)
+        options = layer.options
+        if options.alpha is None and options.init == "balanced":
+            # As a number: what a saved adapter computes is not for `init` to say.
+            alpha = default_alpha(layer.geometry, options.init)
+            options = dataclasses.replace(options, alpha=alpha)
+        return cls(layer.in_features, layer.out_features, options)
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -268,9 +281,10 @@ def _differences_of_swapped(
         for setting in ("dropout", "init"):
             del here[setting], there[setting]
         differences += [
-            f"{name}: {setting} is {here[setting]} in the model, {there[setting]} in the file"
-            for setting in here
-            if here[setting] != there[setting]
+            f"{name}: {setting} is {here.get(setting)} in the model, "
+            f"{there.get(setting)} in the file"
+            for setting in here.keys() | there.keys()
+            if here.get(setting) != there.get(setting)
         ]
     return sorted(differences)
 

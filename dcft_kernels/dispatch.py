@@ -12,6 +12,9 @@
 tokens launches nothing and is always PyTorch's. Among the kernels' strategies, and between
 them and `torch`, `dcft_kernels.strategy` chooses.
 
+A layer with a nonlinearity between its factors is PyTorch's wherever it runs, by `"auto"` and
+`"torch"`; the two others do not compute it, and say so (`select_nonlinear`).
+
 Inside `vmap` the reference runs without dropout only: its mask is drawn from a seed's value.
 
 There is no silent fallback: a backend that was asked for by name runs or raises.
@@ -27,6 +30,7 @@ from torch import Tensor
 
 from dcft_kernels import ops
 from dcft_kernels.adapter import Adapter
+from dcft_kernels.nonlinearity import check_nonlinearity
 from dcft_kernels.strategy import (
     Call,
     check_strategy,
@@ -77,6 +81,18 @@ class _Operators(NamedTuple):
 
     def merge_(self, weight: Tensor, adapter: Adapter, seed: Tensor | None) -> None:
         ops.merge_(weight, adapter, seed, self.strategy)
+
+
+class _Nonlinear(NamedTuple):
+    """The two operations that a layer with a nonlinearity has; it has no `DW` to build or merge."""
+
+    nonlinearity: str
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
+        return ops.nonlinear_linear(x, weight, bias, adapter, self.nonlinearity)
+
+    def update(self, y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
+        return ops.nonlinear_update(y, x, adapter, self.nonlinearity)
 
 
 def check_backend(backend: str) -> None:
@@ -149,6 +165,28 @@ def select(
     if backend == "triton":
         raise RuntimeError(f"backend='triton' cannot run: {reason}; use backend='auto' or 'torch'")
     return _Operators("torch")
+
+
+def select_nonlinear(nonlinearity: str, backend: str, strategy: str = "auto") -> _Nonlinear:
+    """Who runs a call with a nonlinearity between its factors: PyTorch.
+
+    Raises:
+        ValueError: an unknown name, or a backend or strategy that does not compute nonlinearities.
+    """
+    check_nonlinearity(nonlinearity)
+    check_backend(backend)
+    check_strategy(strategy)
+    if backend in ("triton", "reference"):
+        raise ValueError(
+            f"backend: {backend!r} does not compute nonlinearity={nonlinearity!r}, PyTorch "
+            "operations do; use backend='auto' or 'torch', or leave the nonlinearity out"
+        )
+    if strategy not in ("auto", "torch"):
+        raise ValueError(
+            f"strategy: {strategy!r} is one of the Triton kernels', which do not compute "
+            f"nonlinearity={nonlinearity!r}; use strategy='auto', or leave the nonlinearity out"
+        )
+    return _Nonlinear(nonlinearity)
 
 
 def why_not_triton(adapter: Adapter, dtype: torch.dtype) -> str | None:

@@ -169,6 +169,11 @@ def _call_of_layer(layer: Any, dtype: torch.dtype | None) -> tuple[Call, tuple[s
     )
     if getattr(layer, "merged", False):
         return call, ("one plain product", "the layer is merged")
+    if getattr(layer, "nonlinearity", None) is not None:
+        reason = (
+            f"nonlinearity={layer.nonlinearity!r} is between the factors, which no kernel takes"
+        )
+        return call, ("torch", reason)
     if getattr(layer, "backend", "auto") == "reference":
         return call, ("the reference", "backend='reference' builds DW and knows no strategies")
     return call, None

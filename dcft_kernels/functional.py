@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dcft_kernels import autocast, validation
 from dcft_kernels.adapter import Adapter
-from dcft_kernels.dispatch import select
+from dcft_kernels.dispatch import select, select_nonlinear
 from dcft_kernels.dropout import draw_seed
 from dcft_kernels.geometry import Geometry, Pair
 
@@ -26,6 +26,7 @@ def dcft_linear(
     training: bool = True,
     backend: str = "auto",
     strategy: str = "auto",
+    nonlinearity: str | None = None,
 ) -> Tensor:
     """A linear layer and its DCFT increment: `x W^T + b + scaling * dropout(x) DW^T`.
 
@@ -48,6 +49,9 @@ def dcft_linear(
         backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`, see `dcft_kernels.dispatch`.
         strategy: how the Triton kernels compute it: `"auto"`, `"row_block"`, `"fused"` or
             `"scratch"`, see `dcft_kernels.strategy`.
+        nonlinearity: None, or `"relu"`, `"gelu"`, `"silu"`, `"tanh"`: the function `h` of
+            `y = x W^T + b + scaling * expand(dcft_C h(U))`, where `U` is what `dcft_A` makes of
+            `dropout(x)` (MPC_n, see `dcft_kernels.constraints`). There is no `DW` then.
 
     Returns:
         `[..., m]` in `x`'s dtype, or in autocast's where autocast is on.
@@ -68,10 +72,14 @@ def dcft_linear(
         stride=stride,
         dropout_p=dropout_p,
     )
-    dropout = training and dropout_p > 0.0
-    runs = select(backend, adapter, x.dtype, strategy, dropout=dropout)
-    adapter = with_dropout(adapter, training, x.device)
-    y = runs.linear(x.reshape(-1, x.shape[-1]), weight, bias, adapter)
+    tokens = x.reshape(-1, x.shape[-1])
+    if nonlinearity is not None:
+        nonlinear = select_nonlinear(nonlinearity, backend, strategy)
+        y = nonlinear.linear(tokens, weight, bias, with_seed(adapter, training, x.device))
+    else:
+        dropout = training and dropout_p > 0.0
+        runs = select(backend, adapter, x.dtype, strategy, dropout=dropout)
+        y = runs.linear(tokens, weight, bias, with_dropout(adapter, training, x.device))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -87,6 +95,7 @@ def dcft_update(
     dropout_p: float = 0.0,
     training: bool = True,
     backend: str = "auto",
+    nonlinearity: str | None = None,
 ) -> Tensor:
     """The DCFT increment alone, added to a base layer's output: `y + scaling * dropout(x) DW^T`.
 
@@ -103,6 +112,7 @@ def dcft_update(
         dropout_p: probability of zeroing an element of the adapter's own view of `x`.
         training: whether dropout is active.
         backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`.
+        nonlinearity: between the factors, a name or None.
 
     Returns:
         `[..., m]`, a new tensor in `y`'s dtype, or in autocast's where autocast is on.
@@ -132,9 +142,13 @@ def dcft_update(
     validation.same_device("x", x, y=y, dcft_A=dcft_A)
     y, x = autocast.cast(y), autocast.cast(x)
     validation.same_dtype("x", x, y=y)
-    runs = select(backend, adapter, x.dtype)
-    adapter = with_dropout(adapter, training, x.device)
-    out = runs.update(y.reshape(-1, out_features), x.reshape(-1, in_features), adapter)
+    flat_y, flat_x = y.reshape(-1, out_features), x.reshape(-1, in_features)
+    if nonlinearity is not None:
+        nonlinear = select_nonlinear(nonlinearity, backend)
+        out = nonlinear.update(flat_y, flat_x, with_seed(adapter, training, x.device))
+    else:
+        runs = select(backend, adapter, x.dtype)
+        out = runs.update(flat_y, flat_x, with_dropout(adapter, training, x.device))
     return out.reshape(y.shape)
 
 
@@ -308,12 +322,18 @@ def _adapter(
 
 
 def with_dropout(adapter: Adapter, training: bool, device: torch.device) -> Adapter:
-    """Draw the call's seed if dropout is active: last, so that a call that fails draws nothing.
+    """`with_seed`, and the `1 / (1 - p)` of what dropout keeps as part of the scaling.
 
-    What is kept of `x` counts `1 / (1 - p)` times: the increment is linear in `x`, so its scaling
-    takes that in, and masks are of zeros and ones.
+    The increment is linear in `x`, so its scaling takes that in, and masks are of zeros and ones.
     """
-    p = adapter.dropout_p
-    if not training or p == 0.0:
+    adapter = with_seed(adapter, training, device)
+    if adapter.seed is None:
         return adapter
-    return adapter._replace(scaling=adapter.scaling / (1.0 - p), seed=draw_seed(device))
+    return adapter._replace(scaling=adapter.scaling / (1.0 - adapter.dropout_p))
+
+
+def with_seed(adapter: Adapter, training: bool, device: torch.device) -> Adapter:
+    """Draw the call's seed if dropout is active: last, so that a call that fails draws nothing."""
+    if not training or adapter.dropout_p == 0.0:
+        return adapter
+    return adapter._replace(seed=draw_seed(device))

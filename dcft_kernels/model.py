@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from dcft_kernels import validation
-from dcft_kernels.module import DCFTLinear
+from dcft_kernels.module import DCFTLinear, why_not_mergeable
 from dcft_kernels.options import DCFTOptions
 from dcft_kernels.targets import ALL_LINEAR, Targets, check_patterns, matches, select_layers
 
@@ -33,7 +33,7 @@ def swap_linear(
             expression for the whole name.
         exclude: layers to leave as they are, a list or a regular expression likewise.
         **dcft_options: `rank`, `kernel_size`, `stride`, `alpha`, `dropout`, `init`, `backend`,
-            `adapter_dtype`, see `DCFTLinear`.
+            `adapter_dtype`, `strategy`, `nonlinearity`, see `DCFTLinear`.
 
     Returns:
         The names of the layers swapped, in the model's order. A layer registered under several
@@ -105,11 +105,14 @@ def merge_model(model: nn.Module, *, unload: bool = False) -> None:
             encoder path stays off, as the swap left it.
 
     Raises:
-        RuntimeError: some layers are merged already.
+        RuntimeError: some layers are merged already, or have a nonlinearity.
         ValueError: no adapted layers, or a merged weight that is not finite.
         The model is untouched then.
     """
     layers = dcft_layers(model)
+    for name, layer in layers.items():
+        if layer.nonlinearity is not None:
+            raise RuntimeError(f"model: {name!r}: {why_not_mergeable(layer.nonlinearity)}")
     if unload:
         if isinstance(model, DCFTLinear):
             raise ValueError(

@@ -15,7 +15,7 @@ from dcft_kernels import validation
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.functional import dcft_linear, delta_weight, merged_weight
 from dcft_kernels.geometry import Geometry, Pair
-from dcft_kernels.initialization import initialize
+from dcft_kernels.initialization import default_alpha, initialize
 from dcft_kernels.options import DCFTOptions
 
 _HOOK_TABLES = (
@@ -52,15 +52,18 @@ class DCFTLinear(nn.Linear):
         rank: `k`, the rank of `dcft_B @ dcft_A`; the paper uses 1.
         kernel_size: `d`, an int or `(d_out, d_in)`.
         stride: distance between windows, an int or `(s_out, s_in)`; None is the kernel size.
-        alpha: `scaling = alpha / rank`; None gives a scaling of 1.
+        alpha: `scaling = alpha / rank`; None gives the scaling that goes with `init`.
         dropout: probability of zeroing an element of the adapter's own view of the input.
-        init: `"paper"` or `"zero"`, see `dcft_kernels.initialization`.
+        init: `"balanced"`, `"zero"` or `"paper"`, see `dcft_kernels.initialization`.
         backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`, see `dcft_kernels.dispatch`.
         device: of all parameters.
         dtype: of `weight` and `bias`.
         adapter_dtype: of the adapter; None gives float32 over a 16-bit base, where 16-bit
             parameters would lose small optimizer steps, else `dtype`.
         strategy: how the Triton kernels compute the layer, see `dcft_kernels.strategy`.
+        nonlinearity: None, or `"relu"`, `"gelu"`, `"silu"`, `"tanh"` between the factors (MPC_n,
+            see `dcft_kernels.constraints`). Such a layer is computed by PyTorch operations at the
+            same cost, has no `DW`, and cannot be merged.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -71,6 +74,7 @@ class DCFTLinear(nn.Linear):
     dcft_A: nn.Parameter
     dcft_B: nn.Parameter
     dcft_C: nn.Parameter
+    nonlinearity: str | None = None
 
     def __init__(
         self,
@@ -89,10 +93,12 @@ class DCFTLinear(nn.Linear):
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
         strategy: str = "auto",
+        nonlinearity: str | None = None,
     ) -> None:
         options = DCFTOptions(
-            rank, kernel_size, stride, alpha, dropout, init, backend, adapter_dtype, strategy
-        )
+            rank, kernel_size, stride, alpha, dropout, init, backend, adapter_dtype, strategy,
+            nonlinearity,
+        )  # fmt: skip
         in_features = validation.positive_int("in_features", in_features)
         out_features = validation.positive_int("out_features", out_features)
         validation.boolean("bias", bias)
@@ -119,6 +125,7 @@ class DCFTLinear(nn.Linear):
         self.init = options.init
         self.backend = options.backend
         self.strategy = options.strategy
+        self.nonlinearity = options.nonlinearity
         # Whether `weight` is stored [n, m], as GPT-2's Conv1D does.
         self.fan_in_fan_out = fan_in_fan_out
         # The base weight while a merged one stands in for it. A tuple: nn.Module would register
@@ -130,6 +137,7 @@ class DCFTLinear(nn.Linear):
         if dtype is None:
             dtype = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
         geometry = self.geometry
+        self._default_alpha = default_alpha(geometry, options.init)
         for name, shape in (
             ("dcft_A", geometry.shape_A),
             ("dcft_B", geometry.shape_B),
@@ -147,7 +155,7 @@ class DCFTLinear(nn.Linear):
             linear: an `nn.Linear`, or a `Conv1D` of transformers (GPT-2), whose weight is stored
                 `[in, out]` and stays so.
             **dcft_options: `rank`, `kernel_size`, `stride`, `alpha`, `dropout`, `init`, `backend`,
-                `adapter_dtype`, as for the class.
+                `adapter_dtype`, `strategy`, `nonlinearity`, as for the class.
 
         Raises:
             TypeError: a layer of another kind, or an unknown option.
@@ -190,8 +198,8 @@ class DCFTLinear(nn.Linear):
 
     @property
     def scaling(self) -> float:
-        """`s = alpha / rank`, 1 when `alpha` is None."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        """`s = alpha / rank`; when `alpha` is None, what goes with `init`."""
+        return (self._default_alpha if self.alpha is None else self.alpha) / self.rank
 
     @property
     def merged(self) -> bool:
@@ -216,6 +224,7 @@ class DCFTLinear(nn.Linear):
             self.init,
             self.backend,
             None if dcft_A is None else dcft_A.dtype,
+            nonlinearity=self.nonlinearity,
         )
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear has
@@ -236,10 +245,16 @@ class DCFTLinear(nn.Linear):
             training=self.training,
             backend=self.backend,
             strategy=self.strategy,
+            nonlinearity=self.nonlinearity,
         )
 
     def delta_weight(self) -> Tensor:
-        """The increment `scaling * DW`, `[out_features, in_features]`, differentiable."""
+        """The increment `scaling * DW`, `[out_features, in_features]`, differentiable.
+
+        Raises:
+            RuntimeError: the layer has a nonlinearity.
+        """
+        self._refuse_if_nonlinear("delta_weight")
         return delta_weight(
             self.dcft_A,
             self.dcft_B,
@@ -259,9 +274,10 @@ class DCFTLinear(nn.Linear):
         to the base's dtype; in 16 bits, increments below half a unit in the last place vanish.
 
         Raises:
-            RuntimeError: the layer is merged already.
+            RuntimeError: the layer is merged already, or has a nonlinearity.
             ValueError: the merged weight is not finite; nothing is changed.
         """
+        self._refuse_if_nonlinear("merge")
         if self.merged:
             raise RuntimeError("merge: this DCFTLinear is merged already; call unmerge() first")
         merged = nn.Parameter(self._merged_weight(), requires_grad=False)
@@ -286,8 +302,10 @@ class DCFTLinear(nn.Linear):
         Its weight is a new tensor; its bias is this layer's own.
 
         Raises:
+            RuntimeError: the layer has a nonlinearity.
             ValueError: the merged weight is not finite.
         """
+        self._refuse_if_nonlinear("to_linear")
         weight = self.weight.detach().clone() if self.merged else self._merged_weight()
         if self.fan_in_fan_out:
             conv1d: Any = _conv1d_class()
@@ -345,6 +363,10 @@ class DCFTLinear(nn.Linear):
         self._refuse_if_merged("reset_dcft_parameters")
         initialize(self.dcft_A, self.dcft_B, self.dcft_C, self.geometry, self.init)
 
+    def _refuse_if_nonlinear(self, action: str) -> None:
+        if self.nonlinearity is not None:
+            raise RuntimeError(f"{action}: {why_not_mergeable(self.nonlinearity)}")
+
     def _refuse_if_merged(self, action: str) -> None:
         if self.merged:
             raise RuntimeError(f"{action}: this DCFTLinear is merged; call unmerge() first")
@@ -362,10 +384,11 @@ class DCFTLinear(nn.Linear):
     def extra_repr(self) -> str:
         """One line: sizes, options, and what the adapter costs in parameters."""
         count = self.dcft_A.numel() + self.dcft_B.numel() + self.dcft_C.numel()
+        between = "" if self.nonlinearity is None else f"nonlinearity={self.nonlinearity!r}, "
         return (
             f"{super().extra_repr()}, rank={self.rank}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, scaling={self.scaling:g}, dropout={self.dropout:g}, "
-            f"init={self.init!r}, backend={self.backend!r}, adapter_parameters={count}, "
+            f"init={self.init!r}, backend={self.backend!r}, {between}adapter_parameters={count}, "
             f"merged={self.merged}"
         )
 
@@ -399,6 +422,15 @@ class DCFTLinear(nn.Linear):
             )
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+
+
+def why_not_mergeable(nonlinearity: str) -> str:
+    """What is wrong with merging a layer that has a nonlinearity, and what to do instead."""
+    return (
+        f"this DCFTLinear has nonlinearity={nonlinearity!r} between its factors, so what it adds "
+        "is no matrix that a weight could take in; run it as it is, or take the nonlinearity out "
+        "with dcft_kernels.constraints.remove_nonlinearity"
+    )
 
 
 def is_conv1d(module: nn.Module) -> bool:

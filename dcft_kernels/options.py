@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dcft_kernels import validation
-from dcft_kernels.dispatch import check_backend
+from dcft_kernels.dispatch import check_backend, select_nonlinear
 from dcft_kernels.geometry import Geometry, Pair
 from dcft_kernels.initialization import check_init
 from dcft_kernels.strategy import check_strategy
@@ -27,6 +27,7 @@ class DCFTOptions:
     backend: str = "auto"
     adapter_dtype: torch.dtype | None = None
     strategy: str = "auto"
+    nonlinearity: str | None = None
 
     def __post_init__(self) -> None:
         kernel_size = validation.pair("kernel_size", self.kernel_size)
@@ -43,6 +44,8 @@ class DCFTOptions:
         check_init(self.init)
         check_backend(self.backend)
         check_strategy(self.strategy)
+        if self.nonlinearity is not None:
+            select_nonlinear(self.nonlinearity, self.backend, self.strategy)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from dcft_kernels import (
     DCFTLinear,
     add_delta_weight_,
+    constraint_loss,
+    constraints,
     dcft_linear,
     dcft_linear_group,
     dcft_update,
@@ -30,6 +32,7 @@ from dcft_kernels import (
     merge_model,
     orthogonality_loss,
     parameter_counts,
+    recipes,
     save_adapter,
     swap_linear,
     unmerge_model,
@@ -70,6 +73,8 @@ class Setting:
         self.merged = copy.deepcopy(self.swapped)
         merge_model(self.merged)
         self.layer = DCFTLinear(N, M)
+        self.nonlinear = copy.deepcopy(self.base)
+        swap_linear(self.nonlinear, ["query", "value"], nonlinearity="relu")
         # As offloading and tracing tools do it: another forward on the instance.
         self.patched = nn.Linear(N, M)
         self.patched.forward = lambda x: x.round()
@@ -129,6 +134,10 @@ def test_the_good_calls_are_good(setting):
     unmerge_model(setting.merged)
     merge_model(setting.swapped)
     assert orthogonality_loss(setting.swapped, form="published_code").isfinite()
+    assert constraint_loss(setting.swapped, "diagonal", "published_code").isfinite()
+    assert setting.linear(nonlinearity="gelu").shape == (5, M)
+    assert setting.nonlinear.query(setting.x).shape == (5, M)
+    constraints.remove_nonlinearity(setting.nonlinear)
 
 
 def row(name: str, call: Callable[[Setting], Any], error: type[Exception], text: str) -> Any:
@@ -509,6 +518,68 @@ TABLE = [
         r"^form: expected 'paper' or 'published_code', got None"),
     row("loss-none", lambda s: orthogonality_loss(None), TypeError,
         r"^model: expected .*Module, got (a )?NoneType"),
+
+    # constraints and recipes; what PEFT models can have wrong is in test_constraints
+    row("nonlinearity-unknown", lambda s: DCFTLinear(N, M, nonlinearity="swish"), ValueError,
+        r"^nonlinearity: expected one of 'relu', 'gelu', 'silu', 'tanh', got 'swish'"),
+    row("nonlinearity-function", lambda s: DCFTLinear(N, M, nonlinearity=torch.relu), ValueError,
+        r"^nonlinearity: expected one of 'relu', .*, got <"),
+    row("nonlinearity-true", lambda s: swap_linear(s.base, nonlinearity=True), ValueError,
+        r"^nonlinearity: expected one of 'relu', .*, got True"),
+    row("nonlinearity-triton", lambda s: DCFTLinear(N, M, nonlinearity="relu", backend="triton"),
+        ValueError, r"^backend: 'triton' does not compute nonlinearity='relu'.*use backend='auto'"),
+    row("nonlinearity-reference",
+        lambda s: swap_linear(s.base, nonlinearity="relu", backend="reference"), ValueError,
+        r"^backend: 'reference' does not compute nonlinearity='relu', .*use backend='auto'"),
+    row("nonlinearity-strategy", lambda s: DCFTLinear(N, M, nonlinearity="relu", strategy="fused"),
+        ValueError, r"^strategy: 'fused' is one of the Triton kernels', .*use strategy='auto'"),
+    row("linear-nonlinearity", lambda s: s.linear(nonlinearity="sine"), ValueError,
+        r"^nonlinearity: expected one of 'relu', .*, got 'sine'"),
+    row("linear-nonlinearity-triton", lambda s: s.linear(nonlinearity="relu", backend="triton"),
+        ValueError, r"^backend: 'triton' does not compute nonlinearity='relu'"),
+    row("update-nonlinearity", lambda s: s.update(nonlinearity=1), ValueError,
+        r"^nonlinearity: expected one of 'relu', .*, got 1"),
+    row("update-nonlinearity-reference",
+        lambda s: s.update(nonlinearity="relu", backend="reference"), ValueError,
+        r"^backend: 'reference' does not compute nonlinearity='relu'"),
+    row("nonlinear-merge", lambda s: s.nonlinear.query.merge(), RuntimeError,
+        r"^merge: this DCFTLinear has nonlinearity='relu' .*remove_nonlinearity"),
+    row("nonlinear-delta", lambda s: s.nonlinear.query.delta_weight(), RuntimeError,
+        r"^delta_weight: this DCFTLinear has nonlinearity='relu' .*remove_nonlinearity"),
+    row("nonlinear-to-linear", lambda s: s.nonlinear.query.to_linear(), RuntimeError,
+        r"^to_linear: this DCFTLinear has nonlinearity='relu' .*remove_nonlinearity"),
+    row("nonlinear-merge-model", lambda s: merge_model(s.nonlinear), RuntimeError,
+        r"^model: 'query': this DCFTLinear has nonlinearity='relu' .*remove_nonlinearity"),
+    row("nonlinear-unload", lambda s: merge_model(s.nonlinear, unload=True), RuntimeError,
+        r"^model: 'query': this DCFTLinear has nonlinearity='relu' .*remove_nonlinearity"),
+    row("nonlinear-load", lambda s: load_adapter(s.nonlinear, s.folder), ValueError,
+        r"query: nonlinearity is relu in the model, None in the file"),
+    row("add-nonlinearity-none", lambda s: constraints.add_nonlinearity(None, "relu"), TypeError,
+        r"^model: expected .*Module, got (a )?NoneType"),
+    row("add-nonlinearity-base", lambda s: constraints.add_nonlinearity(s.base, "relu"), ValueError,
+        r"^model: has neither DCFTLinear layers nor active PEFT adapters"),
+    row("add-nonlinearity-name", lambda s: constraints.add_nonlinearity(s.swapped, "elu"),
+        ValueError, r"^nonlinearity: expected one of 'relu', .*, got 'elu'"),
+    row("add-nonlinearity-twice", lambda s: constraints.add_nonlinearity(s.nonlinear, "relu"),
+        ValueError, r"^model: 'query' has nonlinearity='relu' already; call remove_nonlinearity"),
+    row("add-nonlinearity-merged", lambda s: constraints.add_nonlinearity(s.merged, "relu"),
+        RuntimeError, r"^model: 'query' is merged; call unmerge_model\(model\) first"),
+    row("remove-nonlinearity", lambda s: constraints.remove_nonlinearity(s.swapped), ValueError,
+        r"^model: no adapter has a nonlinearity; add_nonlinearity"),
+    row("remove-nonlinearity-none", lambda s: constraints.remove_nonlinearity(None), TypeError,
+        r"^model: expected .*Module, got (a )?NoneType"),
+    row("constraint-base", lambda s: constraint_loss(s.base), ValueError,
+        r"^model: has neither DCFTLinear layers nor active PEFT .*call swap_linear\(model\)"),
+    row("constraint-none", lambda s: constraint_loss(None), TypeError,
+        r"^model: expected .*Module, got (a )?NoneType"),
+    row("constraint-name", lambda s: constraint_loss(s.swapped, "nonlinear"), ValueError,
+        r"^constraint: expected 'orthogonal' or 'diagonal', got 'nonlinear'; .*add_nonlinearity"),
+    row("constraint-form", lambda s: constraint_loss(s.swapped, "diagonal", "code"), ValueError,
+        r"^form: expected 'paper' or 'published_code', got 'code'"),
+    row("recipe-unknown", lambda s: recipes.glue("mnlii"), ValueError,
+        r"^task: expected one of 'CoLA', .*, got 'mnlii'; did you mean 'MNLI'\?"),
+    row("recipe-penalty", lambda s: recipes.glue("cola").penalty(s.base), ValueError,
+        r"^model: has neither DCFTLinear layers"),
 
     # files; what else can be wrong with them is in test_adapter_files
     row("save-none", lambda s: save_adapter(None, s.folder), TypeError,

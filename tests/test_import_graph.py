@@ -14,8 +14,8 @@ PACKAGE = Path(dcft_kernels.__file__).parent
 # From the bottom up: a module may import from layers before its own, and from its own package.
 LAYERS: list[set[str]] = [
     {"geometry"},
-    {"adapter", "autocast", "dropout", "gradients", "initialization", "precision", "rounding"}
-    | {"validation"},
+    {"adapter", "autocast", "dropout", "gradients", "initialization", "nonlinearity", "precision"}
+    | {"rounding", "validation"},
     {"gpu_rates"},
     {"cost_model"},
     {"strategy"},
@@ -25,9 +25,10 @@ LAYERS: list[set[str]] = [
     {"functional", "options"},
     {"group"},
     {"module"},
-    {"targets", "explanation"},
+    {"targets", "explanation", "peft_layers"},
     {"model"},
-    {"adapter_files", "regularizer"},
+    {"adapter_files", "constraints"},
+    {"recipes"},
     {""},
 ]
 

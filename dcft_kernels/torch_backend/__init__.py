@@ -2,6 +2,7 @@
 
 from dcft_kernels.torch_backend.passes import (
     add_adapter_,
+    add_nonlinear_adapter_,
     backward,
     delta_weight,
     linear,
@@ -9,4 +10,12 @@ from dcft_kernels.torch_backend.passes import (
     update,
 )
 
-__all__ = ["add_adapter_", "backward", "delta_weight", "linear", "merge", "update"]
+__all__ = [
+    "add_adapter_",
+    "add_nonlinear_adapter_",
+    "backward",
+    "delta_weight",
+    "linear",
+    "merge",
+    "update",
+]

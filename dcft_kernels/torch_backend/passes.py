@@ -17,6 +17,8 @@ differentiable operations, so autograd can run through `backward` a second time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,6 +52,32 @@ def add_adapter_(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
     U = shrink(drop(x, adapter.dropout_p, adapter.seed), adapter.A, inputs)
     expand_(y, _mix(U, adapter), adapter.B.t(), outputs)
     return U.to(x.dtype)
+
+
+def add_nonlinear_adapter_(
+    y: Tensor, dropped: Tensor, adapter: Adapter, h: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Add an adapter with `h` between its factors to `y [T, m]`, in place, for autograd to follow.
+
+        U = shrink(x, A)        V[t, κ, q] = s sum_p C[q, p] h(U[t, κ, p])        expand_(y, V, B^T)
+
+    With the identity for `h` it is `add_adapter_`, at the same cost.
+
+    Args:
+        y: `[T, m]`, changed in place.
+        dropped: `[T, n]`, what `dropout.drop` leaves of `x`. The `1 / (1 - p)` of what is kept
+            is put on `U` here: `h` is not linear, so it cannot be part of the scaling.
+        adapter: factors and settings; its scaling is the layer's own.
+        h: an elementwise differentiable function.
+
+    Returns:
+        `y`.
+    """
+    inputs, outputs = adapter.geometry.inputs, adapter.geometry.outputs
+    U = shrink(dropped, adapter.A, inputs)
+    if adapter.seed is not None:
+        U = U / (1.0 - adapter.dropout_p)
+    return expand_(y, _mix(h(U), adapter), adapter.B.t(), outputs)
 
 
 def backward(

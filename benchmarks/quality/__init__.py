@@ -1,0 +1,1 @@
+"""Learning quality: DCFT and other fine-tuning methods on real tasks, with stored results."""

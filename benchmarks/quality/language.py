@@ -1,0 +1,92 @@
+"""Language modelling: one text file, cut into blocks, the last tenth of it scored."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.quality.errors import DivergedError, QualityError
+from benchmarks.quality.prepared import Feature, Prepared, spread
+
+_SCORED_SHARE = 0.1
+
+
+def read_text(data: Path | None) -> str:
+    """The text of a file, or of the only .txt file of a folder.
+
+    Raises:
+        QualityError: no such file, one that is not text, or an empty one.
+    """
+    if data is None:
+        raise QualityError("--data: expected a text file, or a folder with one, got nothing")
+    files = sorted(data.glob("*.txt")) if data.is_dir() else [data]
+    if len(files) != 1 or not files[0].is_file():
+        raise QualityError(
+            f"--data: expected a text file, or a folder with one .txt file, got {data}"
+        )
+    try:
+        text = files[0].read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise QualityError(
+            f"--data: {files[0]} could not be read: {error}; expected UTF-8 text"
+        ) from error
+    if not text.strip():
+        raise QualityError(f"--data: {files[0]} is empty")
+    return text
+
+
+def prepare(
+    text: str, tokenizer: Any, block: int, size: int | None = None, *, slice_of_train: bool
+) -> Prepared:
+    """Cut the text into blocks of tokens; the last tenth, or `size` blocks of it, is scored.
+
+    With `slice_of_train` the last tenth is not looked at, and the tenth before it is scored.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    features: list[Feature] = [
+        {"input_ids": ids[start : start + block]} for start in range(0, len(ids) - block + 1, block)
+    ]
+    scored = math.ceil(len(features) * _SCORED_SHARE)
+    if len(features) < 3:
+        raise QualityError(
+            f"--data: the text has {len(ids)} tokens; expected at least {3 * block}, three blocks"
+        )
+    if slice_of_train:
+        features = features[:-scored]
+    return Prepared(
+        train=features[:-scored],
+        evaluation=spread(features[-scored:], size),
+        collate=_collate,
+        score=_score,
+        constant_score={"perplexity": float(len(tokenizer))},
+        outputs=0,
+        digest=hashlib.sha256(text.encode()).hexdigest()[:12],
+        reduce=_block_losses,
+    )
+
+
+def _collate(features: list[Feature]) -> dict[str, torch.Tensor]:
+    ids = torch.tensor([feature["input_ids"] for feature in features])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def _block_losses(logits: Any, labels: Any) -> torch.Tensor:
+    """Each block's mean loss over the tokens it predicts, `[blocks]`: logits would be too large to
+    be kept."""
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none"
+    ).mean(1)
+
+
+def _score(losses: Any, _: Any) -> Mapping[str, float]:
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(np.mean(losses, dtype=np.float64)))
+    if not math.isfinite(perplexity):
+        raise DivergedError("the perplexity is not finite")
+    return {"perplexity": perplexity}

@@ -1,0 +1,56 @@
+"""Stored results: one finished run a line, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from benchmarks import rows
+from benchmarks.environment import RESULTS
+from benchmarks.quality.errors import QualityError
+from benchmarks.quality.runs import Result, Run
+
+FOLDER = RESULTS / "quality"
+FILE = "runs.jsonl"
+
+
+class Store:
+    """The results of a folder; a run that is there is not repeated."""
+
+    def __init__(self, folder: Path = FOLDER) -> None:
+        self.path = folder / FILE
+        self._results = {result.key: result for result in read(self.path)}
+
+    def find(self, run: Run) -> Result | None:
+        """The stored result of these very settings; one that failed does not count."""
+        result = self._results.get(run.key())
+        return None if result is None or result.error else result
+
+    def add(self, result: Result) -> None:
+        """Keep a result; it is on disk when this returns."""
+        rows.append_line(self.path, result.as_line())
+        self._results[result.key] = result
+
+
+def read(path: Path) -> list[Result]:
+    """All results of a file; empty where there is none.
+
+    Raises:
+        QualityError: a line that is no result, by its number.
+    """
+    return list(_parse(path)) if path.exists() else []
+
+
+def _parse(path: Path) -> Iterator[Result]:
+    for number, line in enumerate(rows.finished_lines(path), start=1):
+        try:
+            yield Result.from_line(json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise QualityError(f"{path}, line {number}: not a result: {error}") from error
+
+
+def of_study(results: Iterable[Result], runs: Iterable[Run]) -> list[Result]:
+    """The results of these runs, in their order; runs that are not stored are left out."""
+    stored = {result.key: result for result in results if result.error is None}
+    return [stored[run.key()] for run in runs if run.key() in stored]

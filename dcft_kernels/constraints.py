@@ -1,0 +1,264 @@
+"""The matrix pattern constraints (MPC) of arXiv 2407.05417, section 4.2, for DCFT and LoRA layers.
+
+The paper writes an increment `DW = A B` with `A [n, r]` on the input side and `B [r, m]` on the
+output side. In this package and in PEFT, `A` is stored as `[r, n]` (`dcft_A [k, I]`,
+`lora_A [r, n]`) and `B` as `[m, r]` (`dcft_B [J, k]`, `lora_B [m, r]`): both transposed. So the
+paper's `A^T A` is `A A^T` here and its `B B^T` is `B^T B`, the r x r Gram matrices of the same
+vectors.
+
+    MPC_o, equation 20    ||A^T A - I||_F^2 + ||B B^T - I||_F^2
+    MPC_d, equation 21    ||A^T A - I||_F^2 + ||B B^T - diag(B B^T)||_F^2
+    MPC_n, no equation    "a non-linear operation between the matrix multiplications of A and B"
+
+with the paper's letters; here `constraint_loss(model, "orthogonal")`, `constraint_loss(model,
+"diagonal")` and `add_nonlinearity(model, "relu")`.
+
+MPC_o is also equation 4 of the DCFT paper, arXiv 2503.01419. For MPC_n, taken here is the formula
+that the paper has for the adapters it compares with, equation 25: `x W + h(x A) B`, an elementwise
+`h` on what the input-side factor makes of the input.
+
+What counts: every `DCFTLinear`, and of every layer of PEFT with `lora_A` and `lora_B` (LoRA,
+AdaLoRA) the active adapters. Left out are PEFT's adapters of embeddings (`lora_embedding_A`), of
+convolutions and of bare parameters (`target_parameters`): they have no such pair of matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dcft_kernels import autocast, peft_layers, validation
+from dcft_kernels.dispatch import select_nonlinear
+from dcft_kernels.model import dcft_layers
+from dcft_kernels.module import DCFTLinear
+from dcft_kernels.nonlinearity import check_nonlinearity
+
+ConstraintName = Literal["orthogonal", "diagonal"]
+ConstraintForm = Literal["paper", "published_code"]
+
+
+def constraint_loss(
+    model: nn.Module,
+    constraint: ConstraintName = "orthogonal",
+    form: ConstraintForm = "paper",
+) -> Tensor:
+    """How far the adapters' factors are from a pattern, to be added to the loss with a weight.
+
+        "orthogonal"   A A^T = I, B^T B = I          MPC_o, equation 20 of arXiv 2407.05417
+        "diagonal"     A A^T = I, B^T B diagonal     MPC_d, equation 21: B's columns may have any
+                                                     length, and one column alone costs nothing
+
+    On the k x k Gram matrices, so that the term costs next to nothing. With `R` for what a Gram
+    matrix is off by, and the sum and mean over the A and B of all layers and active adapters:
+
+        "paper"            sum of ||R||_F^2
+        "published_code"   mean of ||R||_F, not squared: how the code published with DCFT (and with
+                           AdaLoRA before it) has MPC_o
+
+    The two differ in scale and in how they grow with the number of layers.
+
+    Args:
+        model: a model with `DCFTLinear` layers, with adapters of PEFT, or with both.
+        constraint: which pattern.
+        form: how the deviations are put together.
+
+    Returns:
+        A float32 scalar (float64 if a factor is), differentiable, on the first factor's device.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: an unknown constraint or form, or no factors to constrain.
+    """
+    validation.module("model", model)
+    pairs: list[tuple[Tensor, Tensor]] = [
+        (layer.dcft_A, layer.dcft_B) for layer in _dcft_layers(model).values()
+    ]
+    for other in peft_layers.lora_layers(model).values():
+        pairs += peft_layers.active_factors(other)
+    if not pairs:
+        raise ValueError(
+            "model: has neither DCFTLinear layers nor active PEFT adapters with lora_A and lora_B "
+            "of linear layers; call swap_linear(model) or peft.get_peft_model first"
+        )
+    return _loss(pairs, constraint, form)
+
+
+def orthogonality_loss(model: nn.Module, *, form: ConstraintForm = "paper") -> Tensor:
+    """`constraint_loss(model, "orthogonal")` of a model's `DCFTLinear` layers and of nothing else.
+
+        "paper"           sum over layers of ||A A^T - I||_F^2 + ||B^T B - I||_F^2   (equation 4)
+        "published_code"  mean over all A and B of ||A A^T - I||_F, ||B^T B - I||_F, not squared
+
+    Equation 4 of arXiv 2503.01419 writes `A^T A` and `B B^T` for factors that touch the output and
+    the input; here A touches the input and B the output. The published weight of the term, 0.1,
+    belongs to `"published_code"`.
+
+    Args:
+        model: a model with `DCFTLinear` layers.
+        form: which of the two.
+
+    Returns:
+        A float32 scalar (float64 for float64 adapters), differentiable.
+
+    Raises:
+        ValueError: an unknown form, or no adapted layers.
+    """
+    pairs = [(layer.dcft_A, layer.dcft_B) for layer in dcft_layers(model).values()]
+    return _loss(pairs, "orthogonal", form)
+
+
+class NonlinearityHandle:
+    """What `add_nonlinearity` returns: it knows the layers of that call."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = tuple(layers)
+
+    def remove(self) -> None:
+        """Take the nonlinearity out of these layers again; a second time, nothing happens."""
+        layers, self._layers = self._layers, ()
+        _take_out(layers)
+
+
+def add_nonlinearity(model: nn.Module, nonlinearity: str) -> NonlinearityHandle:
+    """Put a nonlinearity between the factors of every adapter: MPC_n of arXiv 2407.05417.
+
+        DCFT    y = x W^T + b + s expand(C h(U)),     U = shrink(dropout(x)) by A
+        LoRA    y = x W^T + b + s B h(A dropout(x))
+
+    A `DCFTLinear` is then as if built with `nonlinearity=`; in a model of PEFT, the active adapters
+    get it. What it costs:
+
+    - such adapters cannot be merged: they add no matrix. `merge`, `delta_weight` and whatever else
+      needs the matrix raise until the nonlinearity is removed;
+    - DCFT layers are computed by PyTorch operations, with the same three small products, and never
+      by the GPU kernels; more is kept for the backward pass (`U`, `h(U)`, and a copy of the input
+      in float32 where a CPU computes 16 bits);
+    - PEFT knows nothing of it: adapters saved, added or combined (`add_weighted_adapter`) by PEFT
+      are without it, so call this again after loading. `save_adapter` does keep it.
+
+    Args:
+        model: a model with `DCFTLinear` layers, with LoRA adapters of PEFT, or with both; nothing
+            merged. Adapters of embeddings are passed over.
+        nonlinearity: `"relu"`, `"gelu"`, `"silu"` or `"tanh"`.
+
+    Returns:
+        A handle with `remove()`; `remove_nonlinearity(model)` does the same without it.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: an unknown name; no adapters; a layer that has a nonlinearity already, a backend
+            or strategy that does not compute one, or an adapter whose factors are not called one
+            after the other (AdaLoRA, DoRA, `target_parameters`, attention in one piece).
+        RuntimeError: a layer is merged.
+        The model is unchanged then.
+    """
+    validation.module("model", model)
+    check_nonlinearity(nonlinearity)
+    dcft, lora = _dcft_layers(model), peft_layers.lora_layers(model)
+    adapters = frozenset(
+        name for layer in lora.values() for name in peft_layers.active_adapters(layer)
+    )
+    if not dcft and not adapters:
+        raise ValueError(
+            "model: has neither DCFTLinear layers nor active PEFT adapters with lora_A and lora_B; "
+            "call swap_linear(model) or peft.get_peft_model first"
+        )
+    for name, layer in dcft.items():
+        if layer.merged:
+            raise RuntimeError(f"model: {name!r} is merged; call unmerge_model(model) first")
+        _refuse_second(name, layer.nonlinearity)
+        try:
+            select_nonlinear(nonlinearity, layer.backend, layer.strategy)
+        except ValueError as error:
+            raise ValueError(f"model: {name!r}: {error}") from None
+    for name, other in lora.items():
+        if getattr(other, "merged", False):
+            raise RuntimeError(f"model: {name!r} is merged; call unmerge_adapter() first")
+        _refuse_second(name, peft_layers.nonlinearity_of(other))
+        reason = peft_layers.why_no_nonlinearity(other)
+        if reason is not None:
+            raise ValueError(
+                f"model: {name!r} {reason}: no nonlinearity can stand between them; "
+                "use plain LoRA on linear layers, or deactivate the adapter"
+            )
+    # Nothing can fail from here on.
+    for layer in dcft.values():
+        layer.nonlinearity = nonlinearity
+    if adapters:
+        for other in lora.values():
+            peft_layers.put_nonlinearity(other, nonlinearity, adapters)
+    return NonlinearityHandle([*dcft.values(), *lora.values()])
+
+
+def remove_nonlinearity(model: nn.Module) -> None:
+    """Take the nonlinearity out of every adapter of `model`, however it got there.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: no adapter has one.
+    """
+    dcft, lora = _dcft_layers(validation.module("model", model)), peft_layers.lora_layers(model)
+    if all(layer.nonlinearity is None for layer in dcft.values()) and all(
+        peft_layers.nonlinearity_of(layer) is None for layer in lora.values()
+    ):
+        raise ValueError(
+            "model: no adapter has a nonlinearity; add_nonlinearity(model, 'relu') puts one there"
+        )
+    _take_out([*dcft.values(), *lora.values()])
+
+
+def _loss(pairs: Sequence[tuple[Tensor, Tensor]], constraint: str, form: str) -> Tensor:
+    """The loss of pairs `(A [k, I], B [J, k])`."""
+    if constraint not in get_args(ConstraintName):
+        raise ValueError(
+            f"constraint: expected 'orthogonal' or 'diagonal', got {constraint!r}; "
+            "MPC_n is no term of the loss: see add_nonlinearity"
+        )
+    if form not in get_args(ConstraintForm):
+        raise ValueError(f"form: expected 'paper' or 'published_code', got {form!r}")
+    deviations = []
+    for A, B in pairs:
+        for tall, free_lengths in ((A.t(), False), (B, constraint == "diagonal")):
+            deviations.append(_deviation(tall, free_lengths))
+    if form == "paper":
+        return _gather([deviation.square().sum() for deviation in deviations]).sum()
+    return _gather([torch.linalg.matrix_norm(deviation) for deviation in deviations]).mean()
+
+
+def _deviation(tall: Tensor, free_lengths: bool) -> Tensor:
+    """`G - I`, or `G - diag(G)`, for the Gram matrix `G [k, k]` of the columns of `tall [n, k]`."""
+    tall = tall.to(torch.promote_types(tall.dtype, torch.float32))
+    with autocast.suspended(tall):
+        gram = tall.t() @ tall
+    if free_lengths:
+        return gram - torch.diag(gram.diagonal())
+    return gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+
+
+def _gather(terms: list[Tensor]) -> Tensor:
+    """Scalars from possibly several devices as one vector on the first one's."""
+    return torch.stack([term.to(terms[0].device) for term in terms])
+
+
+def _dcft_layers(model: nn.Module) -> dict[str, DCFTLinear]:
+    """The adapted layers by name, of which there may be none."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, DCFTLinear)}
+
+
+def _refuse_second(name: str, present: str | None) -> None:
+    if present is not None:
+        raise ValueError(
+            f"model: {name!r} has nonlinearity={present!r} already; "
+            "call remove_nonlinearity(model) first"
+        )
+
+
+def _take_out(layers: Sequence[nn.Module]) -> None:
+    for layer in layers:
+        if isinstance(layer, DCFTLinear):
+            layer.nonlinearity = None
+        else:
+            peft_layers.take_nonlinearity(layer)

@@ -1,0 +1,167 @@
+"""LoRA layers of the library PEFT, known by what they hold, so that nothing here imports it.
+
+Such a layer has two containers, `lora_A` and `lora_B`, with one factor for each adapter's name:
+layers (LoRA) or bare parameters (AdaLoRA), `A [r, n]` on the input side and `B [m, r]` on the
+output side. A nonlinearity is put between them as a forward hook on what computes `A x`: names in
+the state dict stay as they are, and whoever calls the layer finds it. What would multiply `B` with
+`A` all the same, merging above all, is refused for as long as the hook is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from dcft_kernels.nonlinearity import function_of
+
+_GUARDED = ("merge", "get_delta_weight")
+
+
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of `model` with `lora_A` and `lora_B`, by name."""
+    containers = (nn.ModuleDict, nn.ParameterDict)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "lora_A", None), containers)
+        and isinstance(getattr(module, "lora_B", None), containers)
+    }
+
+
+def active_adapters(layer: nn.Module) -> list[str]:
+    """The names of the layer's active adapters, of those that `lora_A` has factors of."""
+    held = _factors(layer)
+    return [name for name in _active_names(layer) if name in held]
+
+
+def active_factors(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """`(A [r, n], B [m, r])` of every active adapter.
+
+    Adapters of convolutions and of bare parameters (`target_parameters`) hold no such matrices, and
+    an embedding's are in other containers: nothing comes of these.
+    """
+    if hasattr(layer, "parameter_name"):
+        return
+    for name in active_adapters(layer):
+        A, B = (_weight(_factors(layer, side)[name]) for side in ("lora_A", "lora_B"))
+        if A.dim() == B.dim() == 2:
+            yield A, B
+
+
+def why_no_nonlinearity(layer: nn.Module) -> str | None:
+    """Why nothing can stand between the factors of the active adapters, or None if it can."""
+    bypassed = f"is a {type(layer).__name__}, which multiplies its factors without calling them"
+    if hasattr(layer, "parameter_name"):
+        return bypassed
+    if isinstance(getattr(layer, "base_layer", None), nn.MultiheadAttention):
+        return bypassed
+    for name in active_adapters(layer):
+        if not isinstance(_factors(layer)[name], nn.Module):
+            return bypassed
+        variant = _setting(layer, "lora_variant", name)
+        if variant is not None or _setting(layer, "use_dora", name):
+            kind = "DoRA" if variant is None else type(variant).__name__
+            return f"has the adapter {name!r} of the kind {kind}, not plain LoRA"
+    return None
+
+
+def nonlinearity_of(layer: nn.Module) -> str | None:
+    """The nonlinearity that `put_nonlinearity` put, or None."""
+    guard = _guard(layer, "merge")
+    return None if guard is None else guard.nonlinearity
+
+
+def put_nonlinearity(layer: nn.Module, nonlinearity: str, adapters: frozenset[str]) -> None:
+    """Put it between the factors of the layer's active adapters, and refuse to merge `adapters`.
+
+    Args:
+        layer: one of `lora_layers`, for which `why_no_nonlinearity` is None.
+        nonlinearity: the name of the function.
+        adapters: all that get it anywhere in the model. A model is merged layer by layer: if only
+            those with a hook refused, it could be left half merged.
+    """
+    for name in active_adapters(layer):
+        _factors(layer)[name].register_forward_hook(_NonlinearityHook(nonlinearity))
+    guard = _MergeGuard(layer, nonlinearity, adapters)
+    for method in _GUARDED:
+        setattr(layer, method, getattr(guard, method))
+
+
+def take_nonlinearity(layer: nn.Module) -> None:
+    """Undo `put_nonlinearity`; nothing happens where nothing was put."""
+    for factor in _factors(layer).values():
+        hooks = factor._forward_hooks if isinstance(factor, nn.Module) else {}
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, _NonlinearityHook):
+                del hooks[key]
+    for method in _GUARDED:
+        if _guard(layer, method) is not None:
+            delattr(layer, method)
+
+
+# Classes, not closures: models that hold these are copied and pickled like others.
+class _NonlinearityHook:
+    def __init__(self, nonlinearity: str) -> None:
+        self.nonlinearity = nonlinearity
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return function_of(self.nonlinearity)(output)
+
+
+class _MergeGuard:
+    """Its methods stand in for those of a layer that multiply the factors of an adapter."""
+
+    def __init__(self, layer: nn.Module, nonlinearity: str, adapters: frozenset[str]) -> None:
+        self.layer, self.nonlinearity, self.adapters = layer, nonlinearity, adapters
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        names = _active_names(self.layer) if adapter_names is None else adapter_names
+        self._refuse("merge", names)
+        self._original("merge")(self.layer, safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        self._refuse("get_delta_weight", [adapter])
+        return self._original("get_delta_weight")(self.layer, adapter)
+
+    def _original(self, method: str) -> Any:
+        return getattr(type(self.layer), method)
+
+    def _refuse(self, method: str, names: list[str]) -> None:
+        for name in names:
+            if name in self.adapters:
+                raise RuntimeError(
+                    f"{method}: the adapter {name!r} has nonlinearity={self.nonlinearity!r} "
+                    "between its factors, so what it adds is no matrix that a weight could take "
+                    "in; run it as it is, or take the nonlinearity out with "
+                    "dcft_kernels.constraints.remove_nonlinearity"
+                )
+
+
+def _guard(layer: nn.Module, method: str) -> _MergeGuard | None:
+    """What stands in for the layer's method, or None."""
+    guard = getattr(layer.__dict__.get(method), "__self__", None)
+    return guard if isinstance(guard, _MergeGuard) else None
+
+
+def _active_names(layer: nn.Module) -> list[str]:
+    active: Any = getattr(layer, "active_adapters", None)
+    if active is None:
+        return list(_factors(layer))
+    return [active] if isinstance(active, str) else list(active)
+
+
+def _factors(layer: nn.Module, side: str = "lora_A") -> Any:
+    """The container of one side's factors, by adapter."""
+    return getattr(layer, side)
+
+
+def _weight(factor: Any) -> Tensor:
+    return getattr(factor, "weight", factor)
+
+
+def _setting(layer: nn.Module, name: str, adapter: str) -> Any:
+    """What a layer's table of settings says of an adapter; None where there is no such table."""
+    table: Any = getattr(layer, name, None)
+    return table.get(adapter) if isinstance(table, dict) else None
