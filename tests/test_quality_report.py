@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.quality import report, report_plots, report_tables
 from benchmarks.quality.errors import QualityError
-from benchmarks.quality.report_tables import Found, Stored, match
+from benchmarks.quality.found import Found, Stored, match
 from benchmarks.quality.results import FILE, Store, read
 from benchmarks.quality.runs import SLICE, Result, Run
 from benchmarks.quality.studies import STUDIES, Study, Variant

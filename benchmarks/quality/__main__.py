@@ -16,11 +16,12 @@ from rich.console import Console
 
 from benchmarks.quality import layers, studies, tasks
 from benchmarks.quality.errors import QualityError
+from benchmarks.quality.found import Found, Stored
 from benchmarks.quality.methods.table import METHODS
 from benchmarks.quality.methods.table import by_name as method_by_name
 from benchmarks.quality.pretrained import MINILM, SMOLLM2
 from benchmarks.quality.progress import Bars
-from benchmarks.quality.results import FOLDER, Store
+from benchmarks.quality.results import FOLDER, Store, read
 from benchmarks.quality.runs import Run
 from benchmarks.quality.session import Session
 from benchmarks.quality.studies import Study, Variant
@@ -39,12 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         store = Store(options.results)
         with Bars(console) as bars:
             session = Session(options.data, store, bars)
-            results = [(study, session.study(study)) for study in asked]
+            for study in asked:
+                session.study(study)
     except QualityError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
-    for study, found in results:
-        console.print(summary_table(study, found))
+    stored = Stored(read(store.path))
+    for study in asked:
+        console.print(summary_table(Found.of(stored, study)))
     console.print(f"stored in {store.path}", markup=False, soft_wrap=True)
     return 0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from benchmarks.quality.errors import QualityError
@@ -96,6 +97,9 @@ class Source:
             keywords = {"num_labels": 1, "problem_type": "regression"}
         elif task.kind == "classification":
             keywords = {"num_labels": outputs, "problem_type": "single_label_classification"}
+        if keywords:
+            # A checkpoint may have a head for other classes.
+            keywords["ignore_mismatched_sizes"] = True
         model: nn.Module = self._load(kind, dtype=torch.float32, **keywords)
         config: Any = model.config
         if config.pad_token_id is None:
@@ -105,7 +109,7 @@ class Source:
     def _load(self, kind: Any, **keywords: Any) -> Any:
         try:
             return kind.from_pretrained(self.location, **self.keywords, **keywords)
-        except (OSError, ValueError, ImportError, KeyError) as error:
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise QualityError(
                 f"--model: {self.name!r} could not be loaded as {kind.__name__}: {reason}. "

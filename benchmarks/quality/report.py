@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.quality import report_plots, report_tables
 from benchmarks.quality.errors import QualityError
-from benchmarks.quality.report_tables import Found, Stored
+from benchmarks.quality.found import Found, Stored
 from benchmarks.quality.results import FILE, FOLDER, read
 from benchmarks.quality.runs import Result, Run
 from benchmarks.quality.studies import STUDIES, Study

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import metrics
+from benchmarks.quality.found import Found, mean_and_spread
 from benchmarks.quality.report_tables import (
-    Found,
     Pair,
     in_units,
     is_dcft,
@@ -20,7 +20,6 @@ from benchmarks.quality.report_tables import (
 )
 from benchmarks.quality.runs import Result
 from benchmarks.quality.studies import Variant
-from benchmarks.quality.summary import mean_and_spread
 
 MOST_LINES = 8
 """More of them cannot be told apart."""

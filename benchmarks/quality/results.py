@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import rows
@@ -48,9 +48,3 @@ def _parse(path: Path) -> Iterator[Result]:
             yield Result.from_line(json.loads(line))
         except (ValueError, TypeError) as error:
             raise QualityError(f"{path}, line {number}: not a result: {error}") from error
-
-
-def of_study(results: Iterable[Result], runs: Iterable[Run]) -> list[Result]:
-    """The results of these runs, in their order; runs that are not stored are left out."""
-    stored = {result.key: result for result in results if result.error is None}
-    return [stored[run.key()] for run in runs if run.key() in stored]

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import answers, language, metrics, sentences, tasks, text_files, training
+from benchmarks.quality import answers, language, sentences, tasks, text_files, training
 from benchmarks.quality.errors import DivergedError, QualityError
+from benchmarks.quality.found import best_of
 from benchmarks.quality.methods.table import by_name
 from benchmarks.quality.prepared import Prepared, spread
 from benchmarks.quality.pretrained import Source
@@ -96,20 +97,16 @@ class Session:
             )
             for rate in rates
         ]
-        tried: list[tuple[float, Result]] = []
+        results = []
         with self._bars.runs(len(trials), f"{study}: learning rate of {run.label()}") as done:
             for trial in trials:
                 result = self.result(trial, study)
                 done(result)
-                if result.value is not None:
-                    tried.append((trial.learning_rate, result))
-        if not tried:
+                results.append(result)
+        best = best_of(results)
+        if best is None:
             raise QualityError(f"--lr: {run.method} diverges on {run.task} at every rate tried")
-        best = tried[0]
-        for rate, result in tried[1:]:
-            if metrics.better(result.metric, result.value or 0.0, best[1].value or 0.0):
-                best = (rate, result)
-        return best[0]
+        return best.run.learning_rate
 
     def _task(self, name: str) -> Task:
         """The task of that name, or the one that a folder is."""

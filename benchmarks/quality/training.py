@@ -400,6 +400,8 @@ def _arguments(run: Run, folder: Path, prepared: Prepared) -> TrainingArguments:
         "disable_tqdm": True,
         "seed": run.seed,
         "bf16": run.precision == "bf16",
+        # Without it bf16 is an error there.
+        "use_cpu": not torch.accelerator.is_available(),
         "remove_unused_columns": False,
         "label_names": list(prepared.label_names),
         "dataloader_pin_memory": torch.cuda.is_available(),
