@@ -12,6 +12,7 @@ PYTHON      ?= python3
 TORCH_INDEX ?=
 DEMO_ARGS   ?=
 BENCH_ARGS  ?=
+QUALITY_ARGS ?= --help
 PYTEST_ARGS ?=
 TEST_JOBS   ?= auto
 
@@ -29,7 +30,7 @@ test test-matrix: export MKL_NUM_THREADS ?= 1
 # Pairs of Triton and PyTorch that `make test-matrix` tests; newest: whatever there is.
 MATRIX ?= 3.6.0:2.11.0 3.7.1:2.13.0 newest:2.13.0
 
-.PHONY: help demo test test-matrix aot bench bench-full report lint format hooks clean distclean
+.PHONY: help demo test test-matrix aot bench bench-full quality report lint format hooks clean distclean
 
 help: ## show this list
 	@printf 'usage: make TARGET [VARIABLE=value ...]\n\n'
@@ -43,14 +44,15 @@ help: ## show this list
 	    PYTEST_ARGS 'for make test, such as "-k merge -x"' \
 	    TEST_JOBS   'test processes, 0 for none beside the first (auto: one a core, at most 8)' \
 	    MATRIX      'pairs triton:torch for make test-matrix' \
-	    BENCH_ARGS  'for make bench, such as "-k layer-main"'
+	    BENCH_ARGS  'for make bench, such as "-k layer-main"' \
+	    QUALITY_ARGS 'for make quality, such as "--study methods --data DIR"'
 
 demo: $(VENV)/stamp-demo $(VENV)/stamp-model ## fine-tune a pretrained model with DCFT and print the comparison
 	$(PY) examples/demo.py $(DEMO_ARGS)
 
 # The kernels' tests run once more, under Triton's interpreter, which has to be chosen before Triton
 # is imported. 5 is pytest's status where PYTEST_ARGS selects none of them.
-test: $(VENV)/stamp-test ## run the tests, those of the kernels under Triton's interpreter
+test: $(VENV)/stamp-test $(VENV)/stamp-model ## run the tests, those of the kernels under Triton's interpreter
 	$(PY) -m pytest $(XDIST) $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(XDIST) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
@@ -73,8 +75,12 @@ bench-full: $(VENV)/stamp-bench ## the same with every sweep (an hour or more)
 	$(PY) -m pytest benchmarks --benchmark-only --size full $(BENCH_ARGS)
 	$(PY) -m benchmarks.report
 
-report: $(VENV)/stamp-bench ## write the report again from the stored rows
+quality: $(VENV)/stamp-bench $(VENV)/stamp-model ## fine-tune and score: QUALITY_ARGS="--task cola --data DIR"
+	$(PY) -m benchmarks.quality $(QUALITY_ARGS)
+
+report: $(VENV)/stamp-bench ## write the reports again from the stored rows
 	$(PY) -m benchmarks.report
+	$(PY) -m benchmarks.quality.report
 
 lint: $(VENV)/stamp-lint ## check style, formatting and types
 	$(PY) -m ruff check .

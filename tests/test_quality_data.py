@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from benchmarks.quality import language, layers, metrics, sentences, tasks, text_files
 from benchmarks.quality.errors import DivergedError, QualityError
@@ -314,6 +315,7 @@ def test_a_slice_of_train_takes_the_place_of_dev(count: int) -> None:
     kept, held = ([int(e.texts[0]) for e in split] for split in (found.train, found.dev))
     assert set(kept).isdisjoint(held)
     assert sorted(kept + held) == list(range(count))
+    assert len(kept) >= len(held) > 0
     assert kept == sorted(kept)
     assert held == sorted(held)
     if count >= 150:
@@ -524,6 +526,14 @@ def test_targets_have_the_counts_of_table_6(targets: str, exact: int) -> None:
     found = [model.get_submodule(name) for name in layers.find_layers(model, targets)]
     # Rank 1 and kernel size 8: both factors and the kernel.
     assert sum(m.in_features // 8 + m.out_features // 8 + 64 for m in found) == exact
+
+
+def test_a_head_s_layer_is_no_target_whatever_its_name() -> None:
+    model = _build("BertForSequenceClassification")
+    model.classifier = nn.ModuleDict({"query": nn.Linear(16, 2)})
+    found = layers.find_layers(model, "QK")
+    assert len(found) == 4
+    assert "classifier.query" not in found
 
 
 def test_an_unknown_set_of_targets_lists_the_sets() -> None:

@@ -26,6 +26,7 @@ from benchmarks.quality.runs import Run
 from benchmarks.quality.session import Session
 from benchmarks.quality.studies import Study, Variant
 from benchmarks.quality.summary import summary_table
+from dcft_kernels import recipes
 
 _SEARCH = "search"
 
@@ -40,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         store = Store(options.results)
         with Bars(console) as bars:
             session = Session(options.data, store, bars)
+            if options.recipe:
+                asked = [
+                    _as_published(session, study, task) for study in asked for task in study.tasks
+                ]
             for study in asked:
                 session.study(study)
     except QualityError as error:
@@ -55,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _studies(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Study]:
     """The studies that are named, or the one that the other arguments describe."""
     if options.study:
-        for name in ("method", "option", "lr", "targets"):
+        for name in ("method", "option", "lr", "targets", "recipe"):
             if getattr(options, name) != parser.get_default(name):
                 raise QualityError(
                     f"--{name}: the lines of a study have their own; expected --study without it, "
@@ -64,6 +69,10 @@ def _studies(options: argparse.Namespace, parser: argparse.ArgumentParser) -> li
         return [_overridden(studies.by_name(name), options) for name in options.study.split(",")]
     if not options.task:
         raise QualityError("--task: expected a task, or --study with a study's name, got neither")
+    if options.recipe:
+        for name in ("method", "lr", "steps", "batch_size"):
+            if getattr(options, name) != parser.get_default(name):
+                raise QualityError(f"--{name.replace('_', '-')}: --recipe sets it; leave one out")
     settings = Run(task="", method="", steps=250)
     rates = None if options.lr == _SEARCH else (_positive("--lr", options.lr),)
     variants = [
@@ -74,6 +83,40 @@ def _studies(options: argparse.Namespace, parser: argparse.ArgumentParser) -> li
         method_by_name(variant.method)
     study = Study("", "", tuple(variants), _tasks(options.task), 1, settings)
     return [_overridden(study, options)]
+
+
+def _as_published(session: Session, study: Study, task: str) -> Study:
+    """DCFT on one task with its recipe's settings (`dcft_kernels.recipes`) in place of the study's.
+
+    Raises:
+        QualityError: no recipe is published for the task.
+    """
+    versions = {"squad": "v1.1", "squad_v2": "v2.0"}
+    try:
+        recipe = recipes.squad(versions[task]) if task in versions else recipes.glue(task)
+    except ValueError as error:
+        raise QualityError(f"--recipe: {error}") from None
+    published = {
+        **recipe.dcft_options(),
+        "orthogonality": recipe.orthogonality_weight,
+        "orthogonality_form": recipe.orthogonality_form,
+    }
+    given = study.variants[0]
+    variant = Variant(
+        f"DCFT, recipe {recipe.name}",
+        "dcft",
+        {**published, **given.options},
+        given.targets,
+        (recipe.learning_rate,),
+    )
+    settings = dataclasses.replace(study.settings, batch_size=recipe.batch_size)
+    steps = recipe.epochs * session.steps_of_epoch(dataclasses.replace(settings, task=task))
+    return dataclasses.replace(
+        study,
+        variants=(variant,),
+        tasks=(task,),
+        settings=dataclasses.replace(settings, steps=steps),
+    )
 
 
 def _overridden(study: Study, options: argparse.Namespace) -> Study:
@@ -164,6 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--task", help=f"comma-separated: {', '.join(tasks.TASKS)}, or a folder with train.tsv and "
         "dev.tsv")  # fmt: skip
     add("--method", default="dcft", help=f"comma-separated: {', '.join(m.name for m in METHODS)}")
+    add("--recipe", action="store_true", help="DCFT with the published settings of the task: "
+        "learning rate, epochs, batch size, dropout, scaling, orthogonality")  # fmt: skip
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the methods")
     add("--study", help=f"comma-separated: {', '.join(studies.STUDIES)}")
     add("--variants", help="of the study only these lines, comma-separated, * for anything")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,11 @@ class Session:
         if best is None:
             raise QualityError(f"--lr: {run.method} diverges on {run.task} at every rate tried")
         return best.run.learning_rate
+
+    def steps_of_epoch(self, run: Run) -> int:
+        """Steps in which every training example is seen once."""
+        prepared = self._prepare(run, self._task(run.task))
+        return math.ceil(len(spread(prepared.train, run.train_size)) / run.batch_size)
 
     def _task(self, name: str) -> Task:
         """The task of that name, or the one that a folder is."""

@@ -48,7 +48,7 @@ def train(
     prepared: Prepared,
     study: str,
     *,
-    checkpoints: Path = CHECKPOINTS,
+    checkpoints: Path | None = None,
     progress: Progress = lambda step, loss: None,
 ) -> Result:
     """Fine-tune once and score the outcome.
@@ -74,7 +74,7 @@ def train(
     own = [p for p in adapted.model.parameters() if p.requires_grad and not _holds(head, p)]
     for parameter in head:
         parameter.requires_grad_(True)
-    folder = checkpoints / run.key()
+    folder = (CHECKPOINTS if checkpoints is None else checkpoints) / run.key()
     trainer = _QualityTrainer(
         run=run,
         adapted=adapted,
