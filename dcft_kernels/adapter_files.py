@@ -27,7 +27,6 @@ from safetensors.torch import save as serialize_safetensors
 from torch import Tensor, nn
 
 from dcft_kernels import validation
-from dcft_kernels.initialization import default_alpha
 from dcft_kernels.model import dcft_layers, swap_each
 from dcft_kernels.module import DCFTLinear, linear_sizes, why_not_adaptable
 from dcft_kernels.options import DCFTOptions
@@ -86,10 +85,9 @@ class _LayerRecord:
     @classmethod
     def of(cls, layer: DCFTLinear) -> _LayerRecord:
         options = layer.options
-        if options.alpha is None and options.init == "balanced":
+        if options.alpha is None:
             # As a number: what a saved adapter computes is not for `init` to say.
-            alpha = default_alpha(layer.geometry, options.init)
-            options = dataclasses.replace(options, alpha=alpha)
+            options = dataclasses.replace(options, alpha=layer._default_alpha)
         return cls(layer.in_features, layer.out_features, options)
 
 

@@ -62,10 +62,10 @@ def check_init(init: str) -> None:
         raise ValueError(f"init: expected one of {', '.join(map(repr, INITS))}, got {init!r}")
 
 
-def default_alpha(geometry: Geometry, init: str) -> float:
-    """What `alpha` stands for where none is given; the scaling is `alpha / rank`."""
+def default_alpha(geometry: Geometry, init: str) -> float | None:
+    """The `alpha` that goes with `init` where none is given; None is a scaling of one."""
     if init != "balanced":
-        return float(geometry.rank)
+        return None
     outputs, inputs = geometry.outputs, geometry.inputs
     terms = inputs.windows * inputs.width * outputs.width
     return inputs.size * outputs.stride * math.sqrt(3.0 * geometry.rank / terms)

@@ -54,7 +54,8 @@ class DCFTLinear(nn.Linear):
         stride: distance between windows, an int or `(s_out, s_in)`; None is the kernel size.
         alpha: `scaling = alpha / rank`; None gives the scaling that goes with `init`.
         dropout: probability of zeroing an element of the adapter's own view of the input.
-        init: `"balanced"`, `"zero"` or `"paper"`, see `dcft_kernels.initialization`.
+        init: `"balanced"`, `"zero"`: the layer starts at its base; `"paper"`: near it. See
+            `dcft_kernels.initialization`.
         backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`, see `dcft_kernels.dispatch`.
         device: of all parameters.
         dtype: of `weight` and `bias`.
@@ -75,6 +76,7 @@ class DCFTLinear(nn.Linear):
     dcft_B: nn.Parameter
     dcft_C: nn.Parameter
     nonlinearity: str | None = None
+    _default_alpha: float | None = None
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class DCFTLinear(nn.Linear):
         stride: int | Pair | None = None,
         alpha: float | None = None,
         dropout: float = 0.0,
-        init: str = "paper",
+        init: str = "balanced",
         backend: str = "auto",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -199,7 +201,8 @@ class DCFTLinear(nn.Linear):
     @property
     def scaling(self) -> float:
         """`s = alpha / rank`; when `alpha` is None, what goes with `init`."""
-        return (self._default_alpha if self.alpha is None else self.alpha) / self.rank
+        alpha = self._default_alpha if self.alpha is None else self.alpha
+        return 1.0 if alpha is None else alpha / self.rank
 
     @property
     def merged(self) -> bool:

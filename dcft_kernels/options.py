@@ -23,7 +23,7 @@ class DCFTOptions:
     stride: int | Pair | None = None
     alpha: float | None = None
     dropout: float = 0.0
-    init: str = "paper"
+    init: str = "balanced"
     backend: str = "auto"
     adapter_dtype: torch.dtype | None = None
     strategy: str = "auto"

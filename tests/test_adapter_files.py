@@ -27,7 +27,14 @@ from dcft_kernels import (
 from tests.model_snapshot import ModelSnapshot
 
 CONFIG = "dcft_config.json"
-OPTIONS = {"rank": 2, "kernel_size": (4, 8), "stride": (2, 8), "alpha": 3.0, "dropout": 0.1}
+OPTIONS = {
+    "rank": 2,
+    "kernel_size": (4, 8),
+    "stride": (2, 8),
+    "alpha": 3.0,
+    "dropout": 0.1,
+    "init": "paper",
+}
 X = torch.linspace(-1, 1, 40).reshape(2, 20)
 
 
@@ -128,7 +135,7 @@ def test_round_trip_into_a_swapped_model(base, adapted, folder):
 def test_layers_keep_their_own_settings(base, tmp_path):
     model = copy.deepcopy(base)
     swap_linear(model, ["query"], kernel_size=4, alpha=0.1)
-    swap_linear(model, ["dense"], rank=3, stride=(3, 5))
+    swap_linear(model, ["dense"], rank=3, stride=(3, 5), init="paper")
     _randomize(model)
     save_adapter(model, tmp_path)
     load_adapter(base, tmp_path)
@@ -140,13 +147,84 @@ def test_layers_keep_their_own_settings(base, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtype_is_kept(base, tmp_path, dtype):
     model = copy.deepcopy(base)
-    swap_linear(model, adapter_dtype=dtype)
+    swap_linear(model, init="paper", adapter_dtype=dtype)
     save_adapter(model, tmp_path)
     load_adapter(base, tmp_path)
     for name, parameter in base.named_parameters():
         if ".dcft_" in name:
             assert parameter.dtype == dtype
             assert torch.equal(parameter, model.get_parameter(name))
+
+
+def _trained(model: nn.Module, steps: int = 3) -> nn.Module:
+    """A few steps of an optimizer from where the default `init` starts."""
+    optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if "dcft_" in n], 0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(X).square().sum().backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 3, "stride": (3, 5)}], ids=["default", "overlap"])
+def test_a_derived_scaling_round_trips(base, tmp_path, options):
+    """Into a base model, and into one that derives the same scaling for itself."""
+    model = copy.deepcopy(base)
+    swap_linear(model, **options)
+    assert torch.equal(model(X), base(X))
+    _trained(model)
+    assert (model(X) - base(X)).abs().max() > 0.01
+    save_adapter(model, tmp_path)
+    swapped = copy.deepcopy(base)
+    swap_linear(swapped, **options)
+    for target in (base, swapped):
+        load_adapter(target, tmp_path)
+        assert torch.equal(target(X), model(X))
+        for name in ("block.query", "block.dense"):
+            assert target.get_submodule(name).scaling == model.get_submodule(name).scaling
+    # What is loaded saves as what it was loaded from.
+    save_adapter(base, tmp_path / "again")
+    save_adapter(swapped, tmp_path / "once more")
+    listing = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert _listing(tmp_path / "again") == _listing(tmp_path / "once more") == listing
+
+
+def test_a_derived_scaling_is_a_number_in_the_file(base, tmp_path):
+    """What a saved adapter computes does not hang on how a later version derives it."""
+    swap_linear(base, ["query"], rank=3)
+    swap_linear(base, ["dense"], init="zero")
+    query = base.block["query"]
+    save_adapter(base, tmp_path)
+    records = json.loads((tmp_path / CONFIG).read_text())["layers"]
+    assert isinstance(records["block.query"]["alpha"], float)
+    assert records["block.query"]["alpha"] / 3 == query.scaling
+    assert records["block.dense"]["alpha"] is None
+    # Nor on what `init` says by then: it is for the next draw.
+    query.init = "zero"
+    save_adapter(base, tmp_path)
+    record = json.loads((tmp_path / CONFIG).read_text())["layers"]["block.query"]
+    assert (record["alpha"] / 3, record["init"]) == (query.scaling, "zero")
+
+
+@pytest.mark.parametrize(
+    ("options", "here"), [({"init": "paper"}, "None"), ({"alpha": 2}, "2.0")], ids=str
+)
+def test_a_derived_scaling_does_not_load_over_another(base, tmp_path, options, here):
+    model = copy.deepcopy(base)
+    swap_linear(model, ["query"])
+    save_adapter(model, tmp_path)
+    swap_linear(base, ["query"], **options)
+    alpha = model.block["query"].scaling
+    message = _load_fails(base, tmp_path, ValueError, r"\(1 differences?; nothing was loaded\)")
+    assert message.splitlines()[1:] == [
+        f"  block.query: alpha is {here} in the model, {alpha} in the file"
+    ]
+    # Nor the other way round.
+    save_adapter(base, tmp_path)
+    message = _load_fails(model, tmp_path, ValueError, r"\(1 differences?; nothing was loaded\)")
+    assert message.splitlines()[1:] == [
+        f"  block.query: alpha is {alpha} in the model, {here} in the file"
+    ]
 
 
 def test_loading_converts_to_the_dtype_of_a_swapped_model(base, adapted, folder):
@@ -189,7 +267,7 @@ def test_factors_shared_between_layers_round_trip(tmp_path):
 
 
 def test_a_bare_layer_round_trips(tmp_path):
-    layer, other = DCFTLinear(16, 16), DCFTLinear(16, 16)
+    layer, other = (DCFTLinear(16, 16, init="paper") for _ in range(2))
     save_adapter(layer, tmp_path)
     load_adapter(other, tmp_path)
     assert torch.equal(other.dcft_A, layer.dcft_A)
@@ -533,7 +611,7 @@ DAMAGES = [
     _damaged(_set(*QUERY, "alpha", value=float("nan")), ValueError,
              r"layer 'block\.query': alpha: expected a finite number, got nan", "alpha-nan"),
     _damaged(_set(*QUERY, "init", value="ones"), ValueError,
-             r"layer 'block\.query': init: expected one of 'paper', 'zero', got 'ones'",
+             r"layer 'block\.query': init: expected one of 'balanced', 'zero', 'paper', got 'ones'",
              "other-init"),
     _damaged(_set(*QUERY, "temperature", value=1), ValueError,
              r"layer 'block\.query': has an unknown setting 'temperature'", "unknown-option"),

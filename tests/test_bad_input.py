@@ -69,12 +69,12 @@ class Setting:
         self.A, self.B, self.C = torch.randn(1, 3), torch.randn(2, 1), torch.randn(8, 8)
         self.base = Model()
         self.swapped = copy.deepcopy(self.base)
-        swap_linear(self.swapped, ["query", "value"])
+        swap_linear(self.swapped, ["query", "value"], init="paper")
         self.merged = copy.deepcopy(self.swapped)
         merge_model(self.merged)
-        self.layer = DCFTLinear(N, M)
+        self.layer = DCFTLinear(N, M, init="paper")
         self.nonlinear = copy.deepcopy(self.base)
-        swap_linear(self.nonlinear, ["query", "value"], nonlinearity="relu")
+        swap_linear(self.nonlinear, ["query", "value"], init="paper", nonlinearity="relu")
         # As offloading and tracing tools do it: another forward on the instance.
         self.patched = nn.Linear(N, M)
         self.patched.forward = lambda x: x.round()
@@ -369,9 +369,9 @@ TABLE = [
     row("layer-dropout-none", lambda s: DCFTLinear(N, M, dropout=None), TypeError,
         r"^dropout: expected a number, got NoneType None"),
     row("init-unknown", lambda s: DCFTLinear(N, M, init="ones"), ValueError,
-        r"^init: expected one of 'paper', 'zero', got 'ones'"),
+        r"^init: expected one of 'balanced', 'zero', 'paper', got 'ones'"),
     row("init-true", lambda s: DCFTLinear(N, M, init=True), ValueError,
-        r"^init: expected one of 'paper', 'zero', got True"),
+        r"^init: expected one of 'balanced', 'zero', 'paper', got True"),
     row("layer-backend", lambda s: DCFTLinear(N, M, backend="tirton"), ValueError,
         r"^backend: expected one of 'auto', .*got 'tirton'"),
     row("dtype-integer", lambda s: DCFTLinear(N, M, dtype=torch.int8), TypeError,

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dcft_kernels import DCFTLinear, dcft_update
 
-MODES = ["fp32", "dropout", "bf16-base", "update", "ragged", "overlap"]
+MODES = ["fp32", "balanced", "dropout", "bf16-base", "update", "ragged", "overlap"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ class UpdateOnly(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.adapter = DCFTLinear(48, 64)
+        self.adapter = DCFTLinear(48, 64, init="paper")
 
     def forward(self, x: Tensor) -> Tensor:
         adapter = self.adapter
@@ -42,13 +42,14 @@ def build(mode: str) -> nn.Module:
     if mode == "update":
         layer = UpdateOnly()
     elif mode == "ragged":
-        layer = DCFTLinear(45, 61, rank=2)
+        layer = DCFTLinear(45, 61, rank=2, init="paper")
     elif mode == "overlap":
-        layer = DCFTLinear(48, 64, stride=4)
+        layer = DCFTLinear(48, 64, stride=4, init="paper")
     else:
         layer = DCFTLinear(
             48,
             64,
+            init="balanced" if mode == "balanced" else "paper",
             dropout=0.3 if mode == "dropout" else 0.0,
             dtype=torch.bfloat16 if mode == "bf16-base" else None,
         )
@@ -96,7 +97,7 @@ def test_new_token_counts_do_not_recompile() -> None:
 @pytest.mark.slow
 def test_default_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor, where it has a C++ compiler to call."""
-    layer = nn.Sequential(build("fp32"), nn.GELU(), DCFTLinear(64, 16))
+    layer = nn.Sequential(build("fp32"), nn.GELU(), DCFTLinear(64, 16, init="paper"))
     # The disk cache knows graphs of other versions of the operators.
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     compiled = torch.compile(layer, fullgraph=True)
@@ -123,7 +124,10 @@ def test_autocast_is_the_cast_layer(mode: str, dtype: torch.dtype) -> None:
 
     def by_hand(x: Tensor) -> Tensor:
         half = DCFTLinear.from_linear(
-            nn.Linear(48, 64).to(dtype), dropout=layer.dropout, adapter_dtype=torch.float32
+            nn.Linear(48, 64).to(dtype),
+            init="paper",
+            dropout=layer.dropout,
+            adapter_dtype=torch.float32,
         )
         half.weight.data, half.bias.data = layer.weight.to(dtype), layer.bias.to(dtype)
         half.dcft_A, half.dcft_B, half.dcft_C = layer.dcft_A, layer.dcft_B, layer.dcft_C
@@ -176,7 +180,7 @@ def test_compiled_under_autocast() -> None:
 @pytest.mark.parametrize("mode", ["fp32", "dropout"])
 def test_checkpointing(mode: str, use_reentrant: bool) -> None:
     """The recomputed forward draws the same dropout mask, so the gradients are the same bits."""
-    layer = nn.Sequential(build(mode), nn.GELU(), DCFTLinear(64, 48, dropout=0.2))
+    layer = nn.Sequential(build(mode), nn.GELU(), DCFTLinear(64, 48, dropout=0.2, init="paper"))
 
     def checkpointed(x: Tensor) -> Tensor:
         return checkpoint(layer, x, use_reentrant=use_reentrant)

@@ -79,7 +79,7 @@ def _adalora() -> nn.Module:
 def _dcft(rank: int = 3) -> nn.Module:
     torch.manual_seed(0)
     model = Base()
-    swap_linear(model, ["query", "value", "dense"], rank=rank, kernel_size=4)
+    swap_linear(model, ["query", "value", "dense"], rank=rank, kernel_size=4, init="paper")
     return _randomized(model)
 
 
@@ -87,7 +87,7 @@ def _both() -> nn.Module:
     """DCFT on one layer, LoRA on another."""
     torch.manual_seed(0)
     model = Base()
-    swap_linear(model, ["query"], rank=2)
+    swap_linear(model, ["query"], rank=2, init="paper")
     model = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["value"]))
     for name, parameter in model.named_parameters():  # PEFT has frozen what it does not know
         parameter.requires_grad_("lora_" in name or "dcft_" in name)
@@ -281,7 +281,8 @@ def test_autocast_makes_no_difference(constraint: str) -> None:
 
 
 def test_factors_of_several_dtypes_go_together() -> None:
-    layers = [DCFTLinear(16, 16, dtype=d) for d in (torch.bfloat16, torch.float64)]
+    dtypes = (torch.bfloat16, torch.float64)
+    layers = [DCFTLinear(16, 16, init="paper", dtype=dtype) for dtype in dtypes]
     model = nn.ModuleList(layers)
     total = sum(constraint_loss(layer).double() for layer in layers)
     torch.testing.assert_close(constraint_loss(model), total)
@@ -289,7 +290,7 @@ def test_factors_of_several_dtypes_go_together() -> None:
 
 @pytest.mark.gpu
 def test_factors_on_several_devices_go_together() -> None:
-    layers = [DCFTLinear(16, 16, device=device) for device in ("cpu", "cuda")]
+    layers = [DCFTLinear(16, 16, init="paper", device=device) for device in ("cpu", "cuda")]
     loss = constraint_loss(nn.ModuleList(layers))
     assert loss.device.type == "cpu"
     torch.testing.assert_close(loss, sum(constraint_loss(layer).cpu() for layer in layers))

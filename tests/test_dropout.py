@@ -88,7 +88,7 @@ def test_backends_drop_the_same_elements(case, frozen_A: bool) -> None:
 
 
 def test_inactive_in_eval_and_at_zero() -> None:
-    layer = DCFTLinear(48, 64, dropout=0.5)
+    layer = DCFTLinear(48, 64, dropout=0.5, init="paper")
     x = torch.randn(5, 48)
     state = torch.get_rng_state()
     layer.eval()
@@ -103,7 +103,7 @@ def test_inactive_in_eval_and_at_zero() -> None:
 
 
 def test_manual_seed_repeats_training() -> None:
-    layer = DCFTLinear(48, 64, dropout=0.5)
+    layer = DCFTLinear(48, 64, dropout=0.5, init="paper")
     x = torch.randn(5, 48)
     torch.manual_seed(1)
     first = layer(x)

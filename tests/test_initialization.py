@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcft_kernels import DCFTLinear
+from dcft_kernels import DCFTLinear, swap_linear
 
 FACTORS = ("dcft_A", "dcft_B", "dcft_C")
 # How many standard errors a sample may be off: by chance once in millions of runs, and seeds are
@@ -44,13 +44,130 @@ def test_paper_init_is_the_published_one(kernel_size):
     _assert_normal(layer.dcft_C, 0.02)
 
 
-def test_paper_is_the_default():
+def _swapped(**options) -> DCFTLinear:
+    model = nn.Sequential(nn.Linear(16, 16))
+    swap_linear(model, **options)
+    return model[0]
+
+
+@pytest.mark.parametrize("make", [lambda **options: DCFTLinear(16, 16, **options), _swapped])
+def test_balanced_is_the_default(make):
     torch.manual_seed(1)
-    default = DCFTLinear(16, 16)
+    default = make()
     torch.manual_seed(1)
-    paper = DCFTLinear(16, 16, init="paper")
-    assert all(torch.equal(getattr(default, name), getattr(paper, name)) for name in FACTORS)
-    assert default.init == "paper"
+    balanced = make(init="balanced")
+    assert all(torch.equal(getattr(default, name), getattr(balanced, name)) for name in FACTORS)
+    assert default.init == "balanced"
+    assert default.scaling == balanced.scaling > 1.0
+
+
+BALANCED = [
+    (64, 64, {}),
+    (64, 64, {"kernel_size": 2}),
+    (256, 48, {}),
+    (48, 256, {}),
+    (50, 37, {}),
+    (64, 64, {"rank": 4}),
+    (64, 48, {"kernel_size": (4, 16)}),
+    (64, 48, {"kernel_size": (16, 4)}),
+    (64, 64, {"stride": 4}),
+    (64, 64, {"stride": 1}),
+    (64, 64, {"stride": (8, 2)}),
+    (64, 64, {"stride": (2, 8), "rank": 2}),
+    (75, 61, {"kernel_size": (6, 8), "stride": (3, 4), "rank": 3}),
+]
+
+
+@pytest.mark.parametrize(("n", "m", "options"), BALANCED, ids=str)
+def test_balanced_init_draws_the_input_side_as_lora_does(n, m, options):
+    """A and C with the variance of LoRA's A, uniform on +-1 / sqrt(n); B zero, and DW with it."""
+    layer = _meta_based(n, m, init="balanced", **options)
+    lora_std = torch.empty(100_000).uniform_(-(n**-0.5), n**-0.5).std().item()
+    draws: dict[str, list[Tensor]] = {"dcft_A": [], "dcft_C": []}
+    for _ in range(200):
+        layer.reset_dcft_parameters()
+        for name, drawn in draws.items():
+            drawn.append(getattr(layer, name).detach().flatten().clone())
+        assert torch.count_nonzero(layer.dcft_B) == 0
+    assert torch.count_nonzero(layer.delta_weight()) == 0
+    for drawn in draws.values():
+        sample = torch.cat(drawn)
+        assert sample.std().item() == pytest.approx(lora_std, rel=0.1)
+        _assert_normal(sample, 1 / math.sqrt(3 * n))
+
+
+class _LoRA(nn.Module):
+    """`DW = B A / sqrt(k)` as `peft` starts it, with rsLoRA's scaling."""
+
+    def __init__(self, n: int, m: int, rank: int) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(rank, n).uniform_(-(n**-0.5), n**-0.5))
+        self.B = nn.Parameter(torch.zeros(m, rank))
+
+    def delta_weight(self) -> Tensor:
+        return self.B @ self.A / math.sqrt(self.B.shape[1])
+
+
+def _first_step(adapter: nn.Module, gradient: Tensor, rate: float = 1e-3) -> float:
+    """How much Adam's first step lowers a loss of which `gradient` is that of the dense weight."""
+    optimizer = torch.optim.Adam([p for p in adapter.parameters() if p.requires_grad], rate)
+    losses = []
+    for _ in range(2):
+        loss = (adapter.delta_weight() * gradient).sum()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses[0] - losses[1]
+
+
+def _first_steps_over_loras(n: int, m: int, draws: int, **options) -> tuple[float, float]:
+    """Mean of DCFT's first steps over that of LoRA's, and its standard error."""
+    layer = _meta_based(n, m, **options)
+    ours, loras = [], []
+    for _ in range(draws):
+        layer.reset_dcft_parameters()
+        gradient = torch.randn(m, n)
+        ours.append(_first_step(layer, gradient))
+        loras.append(_first_step(_LoRA(n, m, layer.rank), gradient))
+    mine, theirs = torch.tensor(ours).double(), torch.tensor(loras).double()
+    mean = mine.mean() / theirs.mean()
+    return mean.item(), (mine.std() / theirs.mean()).item() / math.sqrt(draws)
+
+
+@pytest.mark.parametrize(("n", "m", "options"), BALANCED, ids=str)
+def test_balanced_first_steps_lower_the_loss_as_loras_do(n, m, options):
+    """Not exactly as much: the scaling is derived for factors of many entries.
+
+    A gradient's entries are as large as the norms of A and C, and the mean norm of N entries is
+    less than the root of their mean square, by a part of 1 / (4 N). At the ends there are windows
+    more or fewer than the sizes over the strides. Up to a tenth for layers as small as these.
+    """
+    mean, standard_error = _first_steps_over_loras(n, m, 200, **options)
+    assert standard_error < 0.04
+    assert 0.85 < mean < 1.1
+
+
+def test_balanced_first_steps_do_not_depend_on_the_kernel_size():
+    def means(draws: int, *kernel_sizes: int, **options) -> list[float]:
+        return [
+            _first_steps_over_loras(256, 192, draws, kernel_size=d, **options)[0]
+            for d in kernel_sizes
+        ]
+
+    derived, constant = means(150, 2, 4, 8, 16), means(30, 2, 16, alpha=1.0)
+    assert max(derived) < 1.15 * min(derived)
+    assert max(constant) > 2 * min(constant), "it is the scaling that sees to it"
+
+
+def test_a_given_alpha_takes_the_place_of_the_derived_scaling():
+    torch.manual_seed(1)
+    derived = DCFTLinear(16, 16, rank=2)
+    torch.manual_seed(1)
+    given = DCFTLinear(16, 16, rank=2, alpha=4.0)
+    assert given.scaling == 2.0
+    assert derived.scaling != 2.0
+    assert all(torch.equal(getattr(given, name), getattr(derived, name)) for name in FACTORS)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -128,15 +245,16 @@ def test_a_step_in_B_moves_outputs_alike(n, m, overlap):
     assert abs(found.mean().item() - 1.0) < SIGMAS * standard_error
 
 
-def _teacher_loss(init: str, steps: int, **options) -> tuple[float, float]:
+def _teacher_loss(init: str, steps: int, lr: float, **options) -> tuple[float, float]:
     """Loss before and after learning a random DCFT increment of the size of the base weight."""
     base = nn.Linear(32, 24)
-    student = DCFTLinear.from_linear(base, kernel_size=8, init=init, **options)
-    teacher = DCFTLinear.from_linear(base, kernel_size=8, **options)
+    teacher = DCFTLinear.from_linear(base, kernel_size=8, init="paper", **options)
     with torch.no_grad():
         for name in FACTORS:
             getattr(teacher, name).normal_(0.0, 0.6)
-    optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=0.03)
+    student = DCFTLinear.from_linear(base, kernel_size=8, init=init, **options)
+    torch.manual_seed(5)  # whatever the student has drawn, the same inputs
+    optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=lr)
     losses = []
     for _ in range(steps):
         x = torch.randn(64, 32)
@@ -150,9 +268,20 @@ def _teacher_loss(init: str, steps: int, **options) -> tuple[float, float]:
 
 @pytest.mark.parametrize("options", [{}, {"rank": 2}, {"stride": 4}], ids=str)
 def test_zero_init_learns_a_teacher(options):
-    first, last = _teacher_loss("zero", 250, **options)
+    first, last = _teacher_loss("zero", 250, 0.03, **options)
     assert first > 0.01
     assert last < 0.01 * first
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 2}, {"stride": 4}], ids=str)
+def test_balanced_init_learns_sooner_at_a_rate_of_loras(options):
+    losses = {}
+    for init in ("balanced", "zero", "paper"):
+        torch.manual_seed(0)
+        first, losses[init] = _teacher_loss(init, 250, 2e-3, **options)
+        assert first > 0.1
+    assert losses["balanced"] < 0.3 * losses["paper"]
+    assert losses["balanced"] < 0.3 * losses["zero"]
 
 
 def test_first_gradients_are_as_large_as_the_input_makes_them():

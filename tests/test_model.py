@@ -65,7 +65,7 @@ def base() -> Network:
 @pytest.fixture
 def adapted(base) -> Network:
     model = copy.deepcopy(base)
-    assert swap_linear(model, kernel_size=4) == ["first", "second"]
+    assert swap_linear(model, kernel_size=4, init="paper") == ["first", "second"]
     _randomize(model)
     return model
 

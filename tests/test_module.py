@@ -34,7 +34,7 @@ def _kron(layer: DCFTLinear) -> Tensor:
 
 @pytest.fixture
 def layer() -> DCFTLinear:
-    return _randomized(DCFTLinear(20, 13, rank=2, kernel_size=(4, 8), alpha=3.0))
+    return _randomized(DCFTLinear(20, 13, rank=2, kernel_size=(4, 8), alpha=3.0, init="paper"))
 
 
 def test_is_a_linear_with_three_factors_beside(layer):
@@ -69,10 +69,18 @@ def test_base_is_drawn_as_linear_draws_it():
 
 
 @pytest.mark.parametrize(
-    ("alpha", "rank", "scaling"), [(None, 1, 1.0), (None, 4, 1.0), (32, 8, 4.0), (0.5, 2, 0.25)]
+    ("init", "alpha", "rank", "scaling"),
+    [
+        ("paper", None, 1, 1.0),
+        ("paper", None, 4, 1.0),
+        ("paper", 32, 8, 4.0),
+        ("zero", None, 3, 1.0),
+        ("zero", 0.5, 2, 0.25),
+        ("balanced", 32, 8, 4.0),
+    ],
 )
-def test_scaling(alpha, rank, scaling):
-    layer = _randomized(DCFTLinear(16, 8, rank=rank, alpha=alpha))
+def test_scaling(init, alpha, rank, scaling):
+    layer = _randomized(DCFTLinear(16, 8, rank=rank, alpha=alpha, init=init))
     assert layer.scaling == scaling
     plain = torch.kron(layer.dcft_B @ layer.dcft_A, layer.dcft_C)
     torch.testing.assert_close(layer.delta_weight(), scaling * plain)
@@ -249,7 +257,7 @@ def test_delta_weight_is_scaled_and_differentiable(layer):
 
 
 def test_dropout_acts_in_training_on_the_adapter_alone():
-    layer = _randomized(DCFTLinear(64, 16, dropout=0.5))
+    layer = _randomized(DCFTLinear(64, 16, dropout=0.5, init="paper"))
     x = torch.randn(4, 64)
     base = F.linear(x, layer.weight, layer.bias)
     evaluated = layer.eval()(x)
@@ -284,7 +292,7 @@ def test_merge_and_unmerge(layer):
 
 def test_unmerge_does_not_subtract():
     """Large increments would swallow the base's low bits: it must come back from a copy."""
-    layer = _randomized(DCFTLinear(16, 16, dtype=torch.bfloat16), std=30.0)
+    layer = _randomized(DCFTLinear(16, 16, init="paper", dtype=torch.bfloat16), std=30.0)
     bits = layer.weight.detach().clone()
     layer.merge()
     layer.unmerge()
@@ -292,7 +300,7 @@ def test_unmerge_does_not_subtract():
 
 
 def test_a_16_bit_merge_rounds_once():
-    layer = _randomized(DCFTLinear(64, 64, dtype=torch.bfloat16))
+    layer = _randomized(DCFTLinear(64, 64, init="paper", dtype=torch.bfloat16))
     exact = layer.weight.double() + torch.kron(
         layer.dcft_B.double() @ layer.dcft_A.double(), layer.dcft_C.double()
     )
@@ -357,7 +365,7 @@ def test_a_diverged_adapter_does_not_reach_the_base(layer, operation, bad):
 
 
 def test_a_merge_that_overflows_the_base_dtype_is_refused():
-    layer = DCFTLinear(8, 8, dtype=torch.float16, adapter_dtype=torch.float32)
+    layer = DCFTLinear(8, 8, init="paper", dtype=torch.float16, adapter_dtype=torch.float32)
     with torch.no_grad():
         for name in FACTORS:
             getattr(layer, name).fill_(300.0)
@@ -469,7 +477,9 @@ def _zero(layer: DCFTLinear) -> bool:
     return bool(layer.dcft_B.abs().max() == 0) and bool(layer.dcft_A.abs().max() > 0)
 
 
-@pytest.mark.parametrize(("init", "as_expected"), [("paper", _paper), ("zero", _zero)])
+@pytest.mark.parametrize(
+    ("init", "as_expected"), [("balanced", _zero), ("paper", _paper), ("zero", _zero)]
+)
 def test_reset_dcft_parameters(init: str, as_expected: Callable[[DCFTLinear], bool]):
     layer = DCFTLinear(16, 16, init=init)
     base = layer.weight.detach().clone()

@@ -177,7 +177,7 @@ def test_16_bits(
 
 def _layer(**options: Any) -> DCFTLinear:
     torch.manual_seed(0)
-    layer = DCFTLinear(45, 61, rank=2, **{"nonlinearity": "silu"} | options)
+    layer = DCFTLinear(45, 61, rank=2, **{"nonlinearity": "silu", "init": "paper"} | options)
     for name in FACTORS:
         nn.init.normal_(getattr(layer, name))
     return layer
@@ -310,9 +310,10 @@ def test_never_as_large_as_the_weight() -> None:
 
 
 @every_nonlinearity
-def test_a_zero_start_is_the_base_to_the_bit(nonlinearity: str) -> None:
+@pytest.mark.parametrize("init", ["balanced", "zero"])
+def test_a_zero_start_is_the_base_to_the_bit(init: str, nonlinearity: str) -> None:
     base = nn.Linear(45, 61)
-    layer = DCFTLinear.from_linear(base, init="zero", nonlinearity=nonlinearity)
+    layer = DCFTLinear.from_linear(base, init=init, nonlinearity=nonlinearity)
     x = torch.randn(4, 45)
     assert torch.equal(layer(x), base(x))
 
@@ -320,7 +321,7 @@ def test_a_zero_start_is_the_base_to_the_bit(nonlinearity: str) -> None:
 @every_nonlinearity
 def test_a_layer_learns(nonlinearity: str) -> None:
     """From close by, it comes closer to a teacher."""
-    teacher = DCFTLinear(24, 16, nonlinearity=nonlinearity)
+    teacher = DCFTLinear(24, 16, init="paper", nonlinearity=nonlinearity)
     for name in FACTORS:
         nn.init.normal_(getattr(teacher, name), std=0.5)
     student = copy.deepcopy(teacher)
@@ -346,7 +347,7 @@ def _model(**options: Any) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 8))
     if options:
-        swap_linear(model, **options)
+        swap_linear(model, init="paper", **options)
         for name, parameter in model.named_parameters():
             if "dcft_" in name:
                 nn.init.normal_(parameter)
@@ -375,9 +376,10 @@ def test_it_is_an_option_like_others() -> None:
 
 
 def test_a_layer_from_before_there_was_one() -> None:
-    """Whole models are pickled too: an attribute that an older one lacks has a default."""
-    layer = DCFTLinear(16, 8)
-    del layer.__dict__["nonlinearity"]
+    """Whole models are pickled too: attributes that an older one lacks have defaults."""
+    layer = DCFTLinear(16, 8, init="paper")
+    del layer.__dict__["nonlinearity"], layer.__dict__["_default_alpha"]
+    assert layer.scaling == 1.0
     layer(torch.randn(2, 16)).sum().backward()
     layer.merge()
 

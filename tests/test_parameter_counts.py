@@ -111,7 +111,7 @@ def test_count_is_the_papers(model_name, targets, kernel_size, stride, exact):
     assert parameter_counts(model).trainable == exact
 
 
-@pytest.mark.parametrize("init", ["paper", "zero"])
+@pytest.mark.parametrize("init", ["balanced", "paper", "zero"])
 def test_swap_stays_on_the_meta_device(init):
     with torch.device("meta"):
         model = _deberta(1, 768)

@@ -45,7 +45,7 @@ def pristine(request) -> tuple[str, nn.Module, Tensor]:
 
 def _adapted(base: nn.Module, **options) -> nn.Module:
     model = copy.deepcopy(base)
-    swap_linear(model, **options)
+    swap_linear(model, init="paper", **options)
     randomize_adapters(model)
     return model
 
@@ -85,13 +85,14 @@ def test_all_linear_takes_the_backbone_and_leaves_out_heads(pristine):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_zero_init_gives_identical_logits(pristine, training):
+@pytest.mark.parametrize("init", ["balanced", "zero"])
+def test_a_zero_start_gives_identical_logits(pristine, init, training):
     name, base, _ = pristine
     base = copy.deepcopy(base).train(training)
     torch.manual_seed(5)
     expected = _logits(base, name)
     model = copy.deepcopy(base)
-    swap_linear(model, init="zero")
+    swap_linear(model, init=init)
     torch.manual_seed(5)  # the model's own dropout must draw the same masks
     assert torch.equal(_logits(model, name), expected)
 
@@ -122,10 +123,11 @@ def test_gradients_reach_every_adapter_and_nothing_else(pristine):
             assert parameter.grad is None, parameter_name
 
 
-def test_zero_init_moves_B_alone_at_first(pristine):
+@pytest.mark.parametrize("init", ["balanced", "zero"])
+def test_a_zero_start_moves_B_alone_at_first(pristine, init):
     name, base, _ = pristine
     model = copy.deepcopy(base)
-    swap_linear(model, init="zero")
+    swap_linear(model, init=init)
     freeze_base(model)
     logits(model, small_inputs(name)).square().mean().backward()
     for parameter_name, parameter in model.named_parameters():
@@ -249,7 +251,7 @@ def test_swapped_state_dict_loads_into_a_swapped_model(pristine):
     name, base, _ = pristine
     model = _adapted(base)
     other = copy.deepcopy(base)
-    swap_linear(other)
+    swap_linear(other, init="paper")
     other.load_state_dict(model.state_dict())
     assert torch.equal(_logits(other, name), _logits(model, name))
 
@@ -264,7 +266,7 @@ def test_tied_weights_stay_tied(name):
 
     shared = model.get_parameter(tied[0])
     assert all_one(shared)
-    swap_linear(model)
+    swap_linear(model, init="paper")
     assert all_one(shared)
     randomize_adapters(model)
     merge_model(model)
@@ -284,7 +286,7 @@ def test_an_adapted_tied_head_leaves_the_embedding_alone(name):
     ids = torch.arange(5)
     expected = model.get_submodule(embedding)(ids).detach().clone()
 
-    assert swap_linear(model, [head.rsplit(".", 1)[-1]]) == [head]
+    assert swap_linear(model, [head.rsplit(".", 1)[-1]], init="paper") == [head]
     randomize_adapters(model)
     layer = model.get_submodule(head)
     assert layer.weight is shared

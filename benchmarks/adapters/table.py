@@ -93,6 +93,7 @@ def _dcft(
             rank=rank,
             kernel_size=kernel_size,
             stride=stride,
+            alpha=rank,  # a scaling of one, as in the increment below
             backend=backend,
             strategy=strategy,
         )

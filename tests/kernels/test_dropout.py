@@ -210,7 +210,7 @@ def test_calls_differ_and_manual_seed_repeats(
     device, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DCFT_STRATEGY", strategy)
-    layer = DCFTLinear(48, 64, dropout=0.5, backend="triton").to(device)
+    layer = DCFTLinear(48, 64, dropout=0.5, init="paper", backend="triton").to(device)
     for factor in (layer.dcft_A, layer.dcft_B, layer.dcft_C):
         torch.nn.init.normal_(factor)
     x = torch.randn(5, 48, device=device)

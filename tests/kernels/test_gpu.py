@@ -40,7 +40,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def layer_on(device: torch.device, dropout_p: float = 0.0, size: int = 256) -> DCFTLinear:
     """A bfloat16 layer with factors above zero, so that a gradient is zero where it is dropped."""
-    layer = DCFTLinear(size, size, dropout=dropout_p, dtype=torch.bfloat16, backend="triton")
+    options = {"dropout": dropout_p, "init": "paper", "backend": "triton"}
+    layer = DCFTLinear(size, size, dtype=torch.bfloat16, **options)
     for factor in (layer.dcft_A, layer.dcft_B, layer.dcft_C):
         nn.init.uniform_(factor, 0.5, 1.5)
     return layer.to(device)

@@ -265,7 +265,10 @@ def test_a_merge_on_the_kernels_is_the_others(device, dtype, fan_in_fan_out: boo
     results = []
     for backend in ("triton", "torch"):
         torch.manual_seed(4)
-        layer = DCFTLinear(50, 37, rank=2, backend=backend, dtype=dtype).to(device)
+        layer = DCFTLinear(50, 37, rank=2, init="paper", backend=backend, dtype=dtype)
+        for factor in (layer.dcft_A, layer.dcft_B, layer.dcft_C):
+            torch.nn.init.normal_(factor)
+        layer.to(device)
         if fan_in_fan_out:
             layer.weight = torch.nn.Parameter(layer.weight.t().contiguous(), requires_grad=False)
             layer.fan_in_fan_out = True

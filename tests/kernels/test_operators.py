@@ -157,7 +157,8 @@ def layer_on(
     device: torch.device, dropout: float = 0.0, dtype: torch.dtype | None = None, **options: Any
 ) -> DCFTLinear:
     torch.manual_seed(0)
-    layer = DCFTLinear(16, 24, dropout=dropout, dtype=dtype, backend="triton", **options)
+    options |= {"dropout": dropout, "init": "paper", "backend": "triton"}
+    layer = DCFTLinear(16, 24, dtype=dtype, **options)
     for factor in (layer.dcft_A, layer.dcft_B, layer.dcft_C):
         nn.init.normal_(factor)
     return layer.to(device)
@@ -244,7 +245,7 @@ def test_autocast_is_the_cast_layer(device) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
 def test_checkpointing(device, dropout: float, use_reentrant: bool) -> None:
     """The recomputed forward draws the same mask, so the gradients are the same bits."""
-    second = DCFTLinear(24, 16, dropout=dropout, backend="triton").to(device)
+    second = DCFTLinear(24, 16, dropout=dropout, init="paper", backend="triton").to(device)
     layer = nn.Sequential(layer_on(device, dropout), nn.GELU(), second)
 
     def checkpointed(x: Tensor) -> Tensor:
