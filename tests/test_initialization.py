@@ -273,7 +273,7 @@ def test_zero_init_learns_a_teacher(options):
     assert last < 0.01 * first
 
 
-@pytest.mark.parametrize("options", [{}, {"rank": 2}, {"stride": 4}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"rank": 2}], ids=str)
 def test_balanced_init_learns_sooner_at_a_rate_of_loras(options):
     losses = {}
     for init in ("balanced", "zero", "paper"):

@@ -101,6 +101,10 @@ class Source:
             # A checkpoint may have a head for other classes.
             keywords["ignore_mismatched_sizes"] = True
         model: nn.Module = self._load(kind, dtype=torch.float32, **keywords)
+        if "gguf_file" in self.keywords:
+            # It was widened to plain tensors when it was read, and still says that it is quantised.
+            model.is_quantized = False  # type: ignore[assignment]
+            model.hf_quantizer = None  # type: ignore[assignment]
         config: Any = model.config
         if config.pad_token_id is None:
             config.pad_token_id = config.eos_token_id
