@@ -60,6 +60,9 @@ def constraint_loss(
 
     The two differ in scale and in how they grow with the number of layers.
 
+    Pulling factors to norm one goes with `init="paper"` and a scaling near one, as published; with
+    the large scaling of `init="balanced"`, increments would grow without need.
+
     Args:
         model: a model with `DCFTLinear` layers, with adapters of PEFT, or with both.
         constraint: which pattern.

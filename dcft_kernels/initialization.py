@@ -2,8 +2,8 @@
 
 `"balanced"`, the default: B is zero, so the layer starts exactly at the base model; A and C share
 one standard deviation, that of LoRA's A in `peft`; and the scaling makes a first step of the
-optimizer lower the loss as much as LoRA's would. Derived for Adam, whose first steps change every
-entry by the learning rate h, whatever the gradients' sizes are:
+optimizer lower the loss as much as LoRA's would, to first order. Derived for Adam, whose first
+steps change every entry by the learning rate h, whatever the gradients' sizes are:
 
 - A factor whose entries have the standard deviation σ changes by h / σ of itself in a step. For A
   and C to be learned equally fast, and as fast as LoRA's A, their σ is LoRA's, whatever d is:
@@ -21,8 +21,11 @@ entry by the learning rate h, whatever the gradients' sizes are:
 
       s = n s_out sqrt(3 / (k I d_in d_out))  = sqrt(3 n d_out / k) without overlap
 
-so LoRA's learning rates carry over, and n, m, d, the stride and k need no tuning of their own.
-An `alpha` that is given takes the place of that scaling.
+That is why learning rates that suit LoRA suit DCFT of any d: with fewer parameters, each has to
+move the layer further. The price is a nearer edge: the outputs' first move is `sqrt(d_out)` times
+LoRA's (`h s σ^2 sqrt(n v)` against `h σ sqrt(n v)`), so training diverges at lower rates than
+LoRA's does; how much lower is measured in `benchmarks/quality`. An `alpha` that is given takes the
+place of that scaling: `alpha = sqrt(3 n)`, at rank one, moves outputs as far as LoRA does.
 
 `"zero"`: B is zero as well, and A and C have the variances that pass the input on at its own size,
 for a scaling of one. For inputs of variance v, `U` sums I of them and `V` sums d_in of `U`:
@@ -31,9 +34,9 @@ for a scaling of one. For inputs of variance v, `U` sums I of them and `V` sums 
     Var(V) = d_in Var(C) Var(U) = v   for  Var(C) = 1 / d_in
 
 With overlapping windows every output adds `d_out / s_out` windows, so there `Var(C)` is
-`s_out / (d_out d_in)`. The first step moves outputs as far as LoRA's does, but entries of A and C
-are `sqrt(3 d_in)` and `sqrt(3 n / d_in)` times as large as LoRA's: at the same learning rate they
-are learned that much more slowly.
+`s_out / (d_out d_in)`. The first step moves outputs `sqrt(3)` times as far as LoRA's, but entries
+of A and C are `sqrt(3 d_in)` and `sqrt(3 n / d_in)` times as large as LoRA's: at the same learning
+rate they are learned that much more slowly.
 
 `"paper"`: every entry of A, B and C from N(0, 0.02^2), as the published code does. `DW` is then
 tiny but not zero, and so are the first gradients (each holds a product of two such factors): the

@@ -26,7 +26,7 @@ def swap_linear(
     """Replace linear layers of `model` by `DCFTLinear`, in place; the base weights are shared.
 
     By default the model computes what it did before until it is trained: every increment starts at
-    zero, with a scaling that follows from the layer's sizes, so LoRA's learning rates will do.
+    zero, with a scaling that follows from the layer's sizes, so that it learns at LoRA's rates.
 
     Args:
         model: any module; transformers' GPT-2 style `Conv1D` layers count as linear.

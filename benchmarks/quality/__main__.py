@@ -27,12 +27,16 @@ from benchmarks.quality.session import Session
 from benchmarks.quality.studies import Study, Variant
 from benchmarks.quality.summary import summary_table
 from dcft_kernels import recipes
+from dcft_kernels.options import DCFTOptions
 
 _SEARCH = "search"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; 2 for something that the caller can put right."""
+    """Run what the command line asks for.
+
+    Returns 1 if a run diverged and 2 for something that the caller can put right.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     console = Console()
@@ -51,10 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     stored = Stored(read(store.path))
+    failures = 0
     for study in asked:
-        console.print(summary_table(Found.of(stored, study)))
+        found = Found.of(stored, study)
+        console.print(summary_table(found))
+        failures += sum(bool(r.error) for cell in found.cells.values() for r in cell.results)
     console.print(f"stored in {store.path}", markup=False, soft_wrap=True)
-    return 0
+    return 1 if failures else 0
 
 
 def _studies(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Study]:
@@ -76,13 +83,26 @@ def _studies(options: argparse.Namespace, parser: argparse.ArgumentParser) -> li
     settings = Run(task="", method="", steps=250)
     rates = None if options.lr == _SEARCH else (_positive("--lr", options.lr),)
     variants = [
-        Variant(method, method, _options(options.option), options.targets, rates)
-        for method in options.method.split(",")
+        Variant(
+            name,
+            name,
+            _options(options.option) if options.recipe else _stated(name, options.option),
+            options.targets,
+            rates,
+        )
+        for name in options.method.split(",")
     ]
-    for variant in variants:
-        method_by_name(variant.method)
     study = Study("", "", tuple(variants), _tasks(options.task), 1, settings)
     return [_overridden(study, options)]
+
+
+def _stated(method: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """A method's options as given; and DCFT's start, which would be another one in a stored run
+    when the library's default changes."""
+    options = _options(pairs)
+    if "init" in method_by_name(method).options:
+        options.setdefault("init", DCFTOptions().init)
+    return options
 
 
 def _as_published(session: Session, study: Study, task: str) -> Study:
@@ -200,6 +220,7 @@ def _rate(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality",
+        allow_abbrev=False,
         description="Fine-tune a pretrained model by several methods and store how well they do. "
         "A run that is stored is not repeated; one that was killed goes on where it was.",
     )

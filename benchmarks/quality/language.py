@@ -64,6 +64,7 @@ def prepare(
         evaluation=spread(features[-scored:], size),
         collate=_collate,
         score=_score,
+        # Every token alike.
         constant_score={"perplexity": float(len(tokenizer))},
         outputs=0,
         digest=hashlib.sha256(text.encode()).hexdigest()[:12],

@@ -20,7 +20,7 @@ class Store:
 
     def __init__(self, folder: Path = FOLDER) -> None:
         self.path = folder / FILE
-        self._results = {result.key: result for result in read(self.path)}
+        self._results = {result.run.key(): result for result in read(self.path)}
 
     def find(self, run: Run) -> Result | None:
         """The stored result of these very settings; one that failed does not count."""
@@ -30,7 +30,7 @@ class Store:
     def add(self, result: Result) -> None:
         """Keep a result; it is on disk when this returns."""
         rows.append_line(self.path, result.as_line())
-        self._results[result.key] = result
+        self._results[result.run.key()] = result
 
 
 def read(path: Path) -> list[Result]:

@@ -72,11 +72,11 @@ class Session:
 
     def result(self, run: Run, study: str) -> Result:
         """The stored result of a run, or a new one; one that diverges is stored with its error."""
-        stored = self._store.find(run)
-        if stored is not None:
-            return stored
         task, method = self._task(run.task), by_name(run.method)
         prepared = self._prepare(run, task)
+        stored = self._store.find(run)
+        if stored is not None and stored.data == prepared.digest:
+            return stored
         try:
             with self._bars.steps(run) as progress:
                 result = training.train(run, task, method, prepared, study, progress=progress)

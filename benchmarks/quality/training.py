@@ -53,7 +53,8 @@ def train(
 ) -> Result:
     """Fine-tune once and score the outcome.
 
-    Killed in the middle and called again, it goes on from its last checkpoint.
+    Killed in the middle and called again, it goes on from its last checkpoint; with a method that
+    keeps more than its parameters (`after_step`: AdaLoRA, SoRA), from the beginning.
 
     Raises:
         DivergedError: a loss that is not finite.
@@ -74,7 +75,7 @@ def train(
     own = [p for p in adapted.model.parameters() if p.requires_grad and not _holds(head, p)]
     for parameter in head:
         parameter.requires_grad_(True)
-    folder = (CHECKPOINTS if checkpoints is None else checkpoints) / run.key()
+    folder = (checkpoints or CHECKPOINTS) / f"{run.key()}-{prepared.digest}"
     trainer = _QualityTrainer(
         run=run,
         adapted=adapted,
@@ -87,7 +88,13 @@ def train(
     resume = last_checkpoint(folder) if adapted.after_step is None else None
     if resume is None:
         shutil.rmtree(folder, ignore_errors=True)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    try:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    except (RuntimeError, ValueError) as error:
+        if trainer.has_started:
+            raise
+        # What the first forward pass refuses: a backend that cannot run here, a strategy it lacks.
+        raise QualityError(f"--option: {run.method}: {error}") from error
     values = trainer.scores()
     value = values[task.metric]
     result = dataclasses.replace(
@@ -98,7 +105,7 @@ def train(
         head_parameters=sum(p.numel() for p in head),
         loss_curve=trainer.loss_curve(),
         value_curve=trainer.value_curve,
-        seconds=round(time.perf_counter() - started, 2),
+        seconds=round(trainer.seconds_before + time.perf_counter() - started, 2),
     )
     shutil.rmtree(folder, ignore_errors=True)
     return result
@@ -195,6 +202,8 @@ class _QualityTrainer(Trainer):
         progress: Progress,
     ) -> None:
         self.value_curve: list[tuple[int, float]] = []
+        self.seconds_before = 0.0  # that runs which were killed have taken
+        self._started = time.perf_counter()
         # The last of the evaluations comes after training.
         self.scored_steps = {run.steps * n // run.evaluations for n in range(1, run.evaluations)}
         self._metric = next(iter(prepared.constant_score))
@@ -261,6 +270,11 @@ class _QualityTrainer(Trainer):
         self._latest = {n: float(found[f"eval_{n}"]) for n in self._prepared.constant_score}
         self.value_curve.append((self._scored_step, self._latest[self._metric]))
 
+    @property
+    def has_started(self) -> bool:
+        """Whether a forward pass has gone through."""
+        return bool(self._losses)
+
     def loss_curve(self) -> list[tuple[int, float]]:
         """The mean loss of each of `_CURVE_POINTS` pieces of the run, by its last step."""
         steps = sorted(self._losses)
@@ -298,7 +312,11 @@ class _QualityTrainer(Trainer):
             },
             folder / _WEIGHTS_FILE,
         )
-        curves = {"losses": list(self._losses.items()), "values": self.value_curve}
+        curves = {
+            "losses": list(self._losses.items()),
+            "values": self.value_curve,
+            "seconds": self.seconds_before + time.perf_counter() - self._started,
+        }
         (folder / _CURVES_FILE).write_text(json.dumps(curves), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -306,6 +324,7 @@ class _QualityTrainer(Trainer):
         curves = json.loads((folder / _CURVES_FILE).read_text(encoding="utf-8"))
         self._losses = dict(curves["losses"])
         self.value_curve = [(step, value) for step, value in curves["values"]]
+        self.seconds_before = curves["seconds"]
         stored = load_file(folder / _WEIGHTS_FILE)
         with torch.no_grad():
             for name, parameter in self._trained().items():
@@ -406,4 +425,7 @@ def _arguments(run: Run, folder: Path, prepared: Prepared) -> TrainingArguments:
         "label_names": list(prepared.label_names),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    return TrainingArguments(**keywords)
+    arguments = TrainingArguments(**keywords)
+    # On several GPUs the Trainer would run copies, each with a batch of this size.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments

@@ -50,7 +50,8 @@ def dcft(
     `orthogonality` weighs `dcft_kernels.orthogonality_loss(form=orthogonality_form)`, equation 4,
     in the loss. The gains multiply the factors as `init` has drawn them, to study other scales.
 
-    The start is the base model where `init` is "zero"; "paper" draws all factors small, not zero.
+    The start is the base model, but for `init="paper"`, which draws all factors small, not zero.
+    The orthogonality term goes with that one: see `dcft_kernels.constraints`.
     """
     names = list(linear_layers(model, layers))
     form = option_checks.choice("orthogonality_form", orthogonality_form, FORMS)
