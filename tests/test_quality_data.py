@@ -107,6 +107,14 @@ def test_a_byte_order_mark_is_no_part_of_a_column_s_name(tmp_path: Path) -> None
     assert found.dev == found.train
 
 
+def test_another_task_s_folder_is_refused(tmp_path: Path) -> None:
+    """Its sentences would pass for this task's: the columns and the labels are the same."""
+    folder = write(tmp_path / "sst2")
+    with pytest.raises(QualityError, match=r"sst2 is the folder of the task sst2; expected .*cola"):
+        text_files.read_folder(COLA, folder)
+    assert len(text_files.read_folder(tasks.TASKS["sst2"], folder).train) == 2
+
+
 def test_a_missing_folder_and_a_missing_file_are_named(tmp_path: Path) -> None:
     message = r"--data: .*gone is not a folder; expected one that holds cola/train\.tsv and cola/d"
     with pytest.raises(QualityError, match=message):

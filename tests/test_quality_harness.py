@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -606,7 +607,7 @@ def test_a_checkpoint_that_is_not_whole_does_not_count(
     expected = fine_tune(run, prepared, tmp_path)
     with pytest.raises(Killed):
         fine_tune(run, prepared, tmp_path, progress=_kill_at(8))
-    broken = tmp_path / run.key() / "checkpoint-9"
+    broken = _folder(tmp_path, run) / "checkpoint-9"
     broken.mkdir()
     (broken / "trained.safetensors").write_bytes(b"x")
     seen: list[int] = []
@@ -622,7 +623,7 @@ def test_checkpoints_hold_only_what_is_trained(
     with pytest.raises(Killed):
         fine_tune(run, prepared, tmp_path, watch, progress=_kill_at(8))
     # The last one alone is kept.
-    (checkpoint,) = (tmp_path / run.key()).iterdir()
+    (checkpoint,) = _folder(tmp_path, run).iterdir()
     assert checkpoint.name == "checkpoint-6"
     found = training.load_file(checkpoint / "trained.safetensors")
     trained = {n for n, p in watch.adapted[0].model.named_parameters() if p.requires_grad}
@@ -654,7 +655,7 @@ def test_a_method_with_a_state_of_its_own_starts_over(
     # It does not count on the checkpoint before: that would be the last good one of neither run.
     with pytest.raises(Killed):
         fine_tune(run, prepared, tmp_path, watching(run, tell), progress=_kill_at(2))
-    assert training.last_checkpoint(tmp_path / run.key()) is None
+    assert training.last_checkpoint(tmp_path / f"{run.key()}-{prepared.digest}") is None
     told.clear()
     found = fine_tune(run, prepared, tmp_path, watching(run, tell))
     assert told == list(range(1, STEPS + 1))
@@ -715,12 +716,18 @@ def _message(run: Run, prepared: Prepared, checkpoints: Path, change: Any) -> st
     return str(caught.value)
 
 
+def _folder(checkpoints: Path, run: Run) -> Path:
+    """A run's own, whatever data it is on."""
+    (found,) = checkpoints.glob(f"{run.key()}-*")
+    return found
+
+
 def _kept(message: str, checkpoints: Path, run: Run) -> int:
     """The step of the checkpoint that is named, after a look whether it can be used."""
-    start = f"the last good checkpoint is {checkpoints / run.key()}{'/'}checkpoint-"
+    start = f"the last good checkpoint is {_folder(checkpoints, run)}{'/'}checkpoint-"
     assert start in message
     step = int(message.split(start)[1].split(";")[0])
-    checkpoint = checkpoints / run.key() / f"checkpoint-{step}"
+    checkpoint = _folder(checkpoints, run) / f"checkpoint-{step}"
     assert training.last_checkpoint(checkpoint.parent) == checkpoint
     weights = training.load_file(checkpoint / "trained.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
@@ -812,6 +819,27 @@ def test_what_is_stored_is_not_repeated(
     again = open_session().study(study_of(run, LORA, HEAD, seeds=3))
     assert len(watch.adapted) == 3
     assert again[:2] == found[:2]
+
+
+def test_a_result_on_other_data_is_not_taken_for_it(
+    run: Run,
+    folder: Path,
+    open_session: Callable[..., Session],
+    plant: Callable[[Watch], None],
+    tmp_path: Path,
+) -> None:
+    watch = watching(run)
+    plant(watch)
+    run = dataclasses.replace(run, steps=2)
+    (first,) = open_session().study(study_of(run, LORA))
+    shutil.copytree(folder / "data", tmp_path / "other")
+    for path in (tmp_path / "other").rglob("train.tsv"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        path.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+    (second,) = open_session(tmp_path / "other").study(study_of(run, LORA))
+    assert len(watch.adapted) == 2
+    assert second.key == first.key
+    assert second.data != first.data
 
 
 def test_a_run_that_diverges_is_stored_and_the_others_go_on(
@@ -1096,6 +1124,9 @@ def test_a_study_from_the_command_line(
         (["--study", "smal"], "--study: expected one of small, got 'smal'; did you mean small?"),
         (["--study", "small", "--variants", "DoRA*"],
          "--variants: 'DoRA*' matches nothing of small: head only, LoRA r=1, LoRA r=2"),
+        (["--task", "cola", "--lr", "1", "--option", "backend=triton"], "--option: dcft: backend"),
+        (["--task", "cola", "--recipe"], "--steps: --recipe sets it; leave one out"),
+        (["--study", "small", "--recipe"], "--recipe: the lines of a study have their own; "),
         (["--study", "small", "--lr", "1e-3"], "--lr: the lines of a study have their own; "),
         (["--study", "small", "--method", "lora"], "--method: the lines of a study have their own"),
         (["--study", "small", "--option", "r=3"], "--option: the lines of a study have their own"),
@@ -1124,6 +1155,7 @@ def test_what_is_wrong_on_the_command_line_is_told(
         (["--seeds", "many"], "--seeds: expected a positive whole number, got 'many'"),
         (["--head-lr", "-1"], "--head-lr: expected a positive number, got '-1'"),
         (["--head-lr", "nan"], "--head-lr: expected a positive number, got 'nan'"),
+        (["--seed", "3"], "unrecognized arguments: --seed 3"),
         (["--precision", "fp8"], "--precision: invalid choice: 'fp8'"),
     ],
 )
@@ -1154,6 +1186,21 @@ def test_wrong_data_is_told(
     assert code == 2
     assert "error: --data: " in printed
     assert message in printed
+
+
+def test_a_run_that_diverges_is_no_success(
+    cli: Callable[..., tuple[int, str]], plant: Callable[[Watch], None], run: Run
+) -> None:
+    plant(watching(run, poisoned(1)))
+    code, printed = cli("--task", "cola", "--method", "lora", "--option", "r=2", "--lr", "1e-3")
+    assert code == 1
+    assert "failed" in printed
+
+
+def test_a_start_is_stored_by_its_name(cli: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    """A stored run stays what it was when the library's default changes."""
+    assert cli("--task", "cola", "--method", "dcft", "--lr", "1e-3")[0] == 0
+    assert [result.run.options for result in _stored(tmp_path)] == [{"init": "balanced"}]
 
 
 def test_options_are_values_of_python_or_text() -> None:

@@ -150,6 +150,8 @@ STUDIES: Mapping[str, Study] = {
                 for rate in _LOW_RANK_RATES
                 for variant in (
                     _dcft("balanced"),
+                    # Near sqrt(3 n): outputs move as far as LoRA's in the first step.
+                    _dcft("balanced, alpha 34", alpha=34.0),
                     _dcft("zero", init="zero"),
                     _dcft("zero, alpha 4", init="zero", alpha=4.0),
                     _dcft("paper", init="paper"),

@@ -92,14 +92,14 @@ def read_folder(task: Task, folder: Path) -> Splits:
             f"--data: {folder} is not a folder; expected one that holds {task.name}/train.tsv and "
             f"{task.name}/dev.tsv"
         )
-    # A folder with another task's name, or with none, may hold files that look alike.
-    place = folder if folder.name == task.name else folder / task.name
-    if not place.is_dir():
-        held = ", ".join(sorted(child.name for child in folder.iterdir())[:10]) or "nothing"
+    inside = folder / task.name
+    if not inside.is_dir() and folder.name in tasks.TASKS and folder.name != task.name:
+        # Its files may look alike, and their labels may pass.
         raise QualityError(
-            f"--data: {folder} lacks the folder {task.name}; it holds {held}; the tasks are "
-            f"{', '.join(tasks.TASKS)}"
+            f"--data: {folder} is the folder of the task {folder.name}; expected one that holds "
+            f"{task.name}/train.tsv and {task.name}/dev.tsv"
         )
+    place = inside if inside.is_dir() else folder
     return Splits(_read(_find(place, TRAIN), task), _read(_find(place, DEV), task))
 
 
