@@ -19,8 +19,8 @@ class DCFTSettings:
 
     rank: int = 1
     kernel_size: int = 8
-    alpha: float = 4.0
-    init: str = "zero"
+    alpha: float | None = None  # the scaling that goes with `init`
+    init: str = "balanced"
 
 
 def add_dcft(classifier: TextClassifier, settings: DCFTSettings, backend: str = "auto") -> None:

@@ -142,7 +142,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--rank", type=_positive, default=settings.rank, help="rank of DCFT")
     add("--kernel-size", type=_positive, default=settings.kernel_size, help="kernel size of DCFT")
     add("--alpha", type=_number, default=settings.alpha, help="scaling of DCFT, times its rank")
-    add("--init", choices=("zero", "paper"), default=settings.init, help="DCFT's start")
+    add("--init", choices=("balanced", "zero", "paper"), default=settings.init, help="DCFT's start")
     add("--lr", type=_number, default=recipe.dcft_lr, help="learning rate of DCFT")
     add("--lora-lr", type=_number, default=recipe.lora_lr, help="learning rate of LoRA")
     add("--head-lr", type=_number, default=recipe.head_lr, help="learning rate of all heads")

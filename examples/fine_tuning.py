@@ -27,7 +27,7 @@ class Recipe:
 
     epochs: int = 1
     batch_size: int = 16
-    dcft_lr: float = 1e-2
+    dcft_lr: float = 5e-3
     lora_lr: float = 1e-2
     head_lr: float = 3e-3
     head_weight_decay: float = 1e-2

@@ -165,9 +165,12 @@ def difference_table(found: Found) -> str:
 
 
 def _lora(study: Study, variant: Variant) -> Variant | None:
-    """The LoRA of rank 1 that a variant is compared with: on the same layers, if there is one."""
+    """The LoRA of rank 1 that a variant is compared with: if there is one, on the same layers and
+    at the same learning rates."""
     known = [v for v in study.variants if v.method == "lora" and v.options.get("r", 1) == 1]
-    return min(known, key=lambda v: v.targets != variant.targets, default=None)
+    return min(
+        known, key=lambda v: (v.targets != variant.targets, v.rates != variant.rates), default=None
+    )
 
 
 def _difference(found: Found, variant: Variant, other: Variant, task: str) -> str:
