@@ -35,22 +35,19 @@ class Session:
         self._tokenizers: dict[str, Any] = {}
 
     def study(self, study: Study) -> list[Result]:
-        """All results of a study: learning rates first, then every seed."""
+        """All results of a study, line by line: the learning rate first, then every seed."""
         for task in study.tasks:
             self._task(task)
         for variant in study.variants:
             by_name(variant.method)
-        runs = [
-            run
-            for task in study.tasks
-            for variant in study.variants
-            for run in self._seeds(study, task, variant)
-        ]
-        with self._bars.runs(len(runs), study.name) as done:
+        lines = [(task, variant) for task in study.tasks for variant in study.variants]
+        with self._bars.runs(len(lines) * study.seeds, study.name) as done:
             results = []
-            for run in runs:
-                results.append(self.result(run, study.name))
-                done(results[-1])
+            for task, variant in lines:
+                # A line is whole before the next begins: what is cut short has whole lines.
+                for run in self._seeds(study, task, variant):
+                    results.append(self.result(run, study.name))
+                    done(results[-1])
         return results
 
     def _seeds(self, study: Study, task: str, variant: Variant) -> list[Run]:
