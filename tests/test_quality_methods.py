@@ -380,7 +380,11 @@ WEIGHTS = [
     ("ssb", {}, lambda W, p: (p["d1"].diag() @ W.T @ p["d2"].diag()).T),
     ("sam_parser", {}, lambda W, p: _svd_scaled(W, p["sigma"])),
     ("dcft", {"rank": 2, "alpha": 6.0}, lambda W, p: W + 3.0 * _kron(p)),
-    ("dcft", {"kernel_size": [4, 8], "adapter_dtype": "float64"}, lambda W, p: W + _kron(p)),
+    (
+        "dcft",
+        {"kernel_size": [4, 8], "alpha": 1.0, "adapter_dtype": "float64"},
+        lambda W, p: W + _kron(p),
+    ),
     (
         "ssb_dcft",
         {"rank": 2, "alpha": 6.0},
@@ -588,9 +592,9 @@ def test_dcft_adds_the_orthogonality_term_when_it_is_asked_for(name):
 def test_gains_multiply_what_dcft_draws():
     factors = ("dcft_A", "dcft_B", "dcft_C")
     torch.manual_seed(6)
-    plain, layers = _adapted_bert("dcft")
+    plain, layers = _adapted_bert("dcft", init="paper")
     torch.manual_seed(6)
-    scaled, _ = _adapted_bert("dcft", A_gain=2.0, B_gain=0.5, C_gain=-3.0)
+    scaled, _ = _adapted_bert("dcft", init="paper", A_gain=2.0, B_gain=0.5, C_gain=-3.0)
     for name in layers:
         for factor, gain in zip(factors, (2.0, 0.5, -3.0), strict=True):
             expected = gain * plain.model.get_submodule(name).get_parameter(factor)
