@@ -16,15 +16,15 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.quality import hub
 from benchmarks.quality.errors import DivergedError, QualityError
 from benchmarks.quality.prepared import Feature, Prepared
 from benchmarks.quality.tasks import Task
@@ -94,7 +94,7 @@ def read(task: Task, folder: Path | None) -> Splits:
             the package `datasets` is missing or the hub cannot be reached.
     """
     if folder is None:
-        load = _hub_loader(task)
+        load = hub.loader(task, _files(task))
         train, dev = (
             _from_hub(load(split), task, f"{task.name}, {split}")
             for split in ("train", task.dev_split)
@@ -185,30 +185,6 @@ def _member(holder: Any, key: str, kind: type[_Member], where: str) -> _Member:
             f"official files, got {came}"
         )
     return value
-
-
-def _hub_loader(task: Task) -> Callable[[str], Any]:
-    if task.hub is None:
-        raise QualityError(f"--data: {task.name} is not on the hub; pass its folder")
-    try:
-        load_dataset = import_module("datasets").load_dataset
-    except ImportError:
-        raise QualityError(
-            f"--data: expected the folder with {_files(task)}, got nothing; to read {task.name} "
-            "from the Hugging Face hub instead: pip install datasets"
-        ) from None
-    path, configuration = task.hub
-
-    def load(split: str) -> Any:
-        try:
-            return load_dataset(path, configuration, split=split)
-        except Exception as error:
-            raise QualityError(
-                f"--data: {task.name} could not be read from the hub: {error}; pass a folder with "
-                f"{_files(task)}"
-            ) from error
-
-    return load
 
 
 def _from_hub(rows: Any, task: Task, split: str) -> list[Question]:

@@ -70,13 +70,7 @@ def match(stored: Stored, study: Study, task: str, variant: Variant) -> Cell:
     A variant with one learning rate was run at that one. Of several, it is the one that did best
     on the slice of train; where no trial is stored, that of the newest result.
     """
-    run = dataclasses.replace(
-        study.settings,
-        task=task,
-        method=variant.method,
-        options=dict(variant.options),
-        targets=variant.targets,
-    )
+    run = study.run(task, variant)
     rates = variant.rates or by_name(variant.method).learning_rates
     results = stored.like(run)
     trials: tuple[Result, ...] = ()

@@ -52,13 +52,7 @@ class Session:
 
     def _seeds(self, study: Study, task: str, variant: Variant) -> list[Run]:
         """One run a seed, at the learning rate that suits the task best."""
-        run = dataclasses.replace(
-            study.settings,
-            task=task,
-            method=variant.method,
-            options=dict(variant.options),
-            targets=variant.targets,
-        )
+        run = study.run(task, variant)
         rates = variant.rates or by_name(variant.method).learning_rates
         chosen = rates[0]
         if len(rates) > 1:

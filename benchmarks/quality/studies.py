@@ -49,6 +49,16 @@ class Study:
     settings: Run
     paired: bool = False
 
+    def run(self, task: str, variant: Variant) -> Run:
+        """A variant's run on a task, at the settings' own seed and learning rate."""
+        return replace(
+            self.settings,
+            task=task,
+            method=variant.method,
+            options=dict(variant.options),
+            targets=variant.targets,
+        )
+
 
 _SETTINGS = Run(task="", method="", steps=120, batch_size=16)
 _SEEDS = 3

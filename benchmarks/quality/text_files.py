@@ -12,14 +12,13 @@ import csv
 import gzip
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from benchmarks.quality import tasks
+from benchmarks.quality import hub, tasks
 from benchmarks.quality.errors import QualityError
 from benchmarks.quality.tasks import HIGHEST_SCORE, Task
 
@@ -109,33 +108,10 @@ def read_hub(task: Task) -> Splits:
     Raises:
         QualityError: the package `datasets` is missing, or the hub cannot be reached.
     """
-    load = _hub_loader(task)
+    load = hub.loader(task, f"{task.name}/train.tsv and {task.name}/dev.tsv")
     return Splits(
         _from_hub(load("train"), task, "train"), _from_hub(load(task.dev_split), task, DEV)
     )
-
-
-def _hub_loader(task: Task) -> Callable[[str], Any]:
-    if task.hub is None:
-        raise QualityError(f"--data: {task.name} is not on the hub; pass its folder")
-    try:
-        load_dataset = import_module("datasets").load_dataset
-    except ImportError:
-        raise QualityError(
-            f"--data: expected the folder with {task.name}/train.tsv and {task.name}/dev.tsv, got "
-            "nothing; to read it from the Hugging Face hub instead: pip install datasets"
-        ) from None
-    path, configuration = task.hub
-
-    def load(split: str) -> Any:
-        try:
-            return load_dataset(path, configuration, split=split)
-        except Exception as error:
-            raise QualityError(
-                f"--data: {task.name} could not be read from the hub: {error}; pass a folder"
-            ) from error
-
-    return load
 
 
 def _from_hub(rows: Any, task: Task, split: str) -> list[Example]:
