@@ -716,7 +716,7 @@ def test_roles_are_found_by_name(architecture, endings, attention, feed_forward)
             "houlsby",
             {"activation": "swish"},
             ValueError,
-            r"activation: expected one of gelu, .*got",
+            r"activation: expected one of relu, gelu, .*got",
         ),
         ("parallel_adapter", {"r": -1}, ValueError, r"r: expected a positive int, got -1"),
         ("dcft", {"kernel_size": 0}, ValueError, r"kernel_size"),

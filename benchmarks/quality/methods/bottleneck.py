@@ -7,9 +7,8 @@ up-projection is zero at the start, so that the model is the base model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,13 +24,7 @@ from benchmarks.quality.methods.linear_layers import (
     with_role,
 )
 from dcft_kernels import validation
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
+from dcft_kernels.nonlinearity import NONLINEARITIES, function_of
 
 
 class Bottleneck(AdaptedLinear):
@@ -42,7 +35,7 @@ class Bottleneck(AdaptedLinear):
 
     def __init__(self, base: nn.Linear, features: int, r: int, activation: str) -> None:
         super().__init__(base)
-        self.h = ACTIVATIONS[activation]
+        self.h = function_of(activation)
         self.A = self.zeros(r, features)
         self.B = self.zeros(base.out_features, r)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -151,6 +144,6 @@ def _bottleneck(
     activation: str,
 ) -> Adapted:
     rank = validation.positive_int("r", r)
-    activation = option_checks.choice("activation", activation, ACTIVATIONS)
+    activation = option_checks.choice("activation", activation, NONLINEARITIES)
     replace_each(model, names, lambda layer: kind(layer, rank, activation))
     return Adapted(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,12 @@ from benchmarks.quality.methods.adapted import Adapted
 from benchmarks.quality.methods.linear_layers import linear_layers
 from benchmarks.quality.methods.scaling import scaled_both_sides
 from dcft_kernels import DCFTLinear, orthogonality_loss, swap_linear, validation
+from dcft_kernels.constraints import ConstraintForm
 from dcft_kernels.functional import dcft_update
 
 _Pair = int | Sequence[int]
 
-FORMS = ("paper", "published_code")
+FORMS: tuple[str, ...] = get_args(ConstraintForm)
 """The forms of the orthogonality term that `dcft_kernels.orthogonality_loss` has."""
 
 
