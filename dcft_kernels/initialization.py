@@ -1,9 +1,10 @@
 """How the factors of a fresh adapter are drawn, and which scaling goes with them.
 
 `"balanced"`, the default: B is zero, so the layer starts exactly at the base model; A and C share
-one standard deviation, that of LoRA's A in `peft`; and the scaling makes a first step of the
-optimizer lower the loss as much as LoRA's would, to first order. Derived for Adam, whose first
-steps change every entry by the learning rate h, whatever the gradients' sizes are:
+one standard deviation, that of LoRA's A in `peft`; and the scaling stands midway between two that
+would make a first step of the optimizer equal to LoRA's: in how much it lowers the loss, and in
+how far it moves the outputs. Derived for Adam, whose first steps change every entry by the learning
+rate h, whatever the gradients' sizes are:
 
 - A factor whose entries have the standard deviation σ changes by h / σ of itself in a step. For A
   and C to be learned equally fast, and as fast as LoRA's A, their σ is LoRA's, whatever d is:
@@ -19,13 +20,27 @@ steps change every entry by the learning rate h, whatever the gradients' sizes a
 
   Against LoRA of rank r = k with `s' = 1 / sqrt(r)` (rsLoRA, arXiv 2312.03732), both are alike for
 
-      s = n s_out sqrt(3 / (k I d_in d_out))  = sqrt(3 n d_out / k) without overlap
+      s_loss = n s_out sqrt(3 / (k I d_in d_out))  = sqrt(3 n d_out / k) without overlap
 
-That is why learning rates that suit LoRA suit DCFT of any d: with fewer parameters, each has to
-move the layer further. The price is a nearer edge: the outputs' first move is `sqrt(d_out)` times
-LoRA's (`h s σ^2 sqrt(n v)` against `h σ sqrt(n v)`), so training diverges at lower rates than
-LoRA's does; how much lower is measured in `benchmarks/quality`. An `alpha` that is given takes the
-place of that scaling: `alpha = sqrt(3 n)`, at rank one, moves outputs as far as LoRA does.
+- The same step moves an output, for inputs of variance v, where every output adds
+  `d_out / s_out` windows, by
+
+      DCFT   h s sqrt(k) σ^2 sqrt(I d_in v) sqrt(d_out / s_out)
+      LoRA   h σ sqrt(n v)
+
+  which are alike for `s_output = s_loss / sqrt(s_out)`.
+
+With fewer parameters, each has to move the layer further for the same gain, so no scaling does
+both. With `s_loss` training is as fast as LoRA's at low learning rates, but diverges at rates at
+which LoRA still trains; with `s_output` it bears those, but is slow at low ones. The geometric mean
+
+      s = s_loss / s_out^(1/4)                = sqrt(3 n / k) d_out^(1/4) without overlap
+
+trains over LoRA's range of rates; `benchmarks/quality` measures all three. An `alpha` that is given
+takes the place of this scaling.
+
+A learning rate of its own for a factor would be nothing more: under Adam, a rate of λ h for one
+factor is the same as h with that factor's σ divided by λ and the scaling multiplied by λ.
 
 `"zero"`: B is zero as well, and A and C have the variances that pass the input on at its own size,
 for a scaling of one. For inputs of variance v, `U` sums I of them and `V` sums d_in of `U`:
@@ -71,7 +86,8 @@ def default_alpha(geometry: Geometry, init: str) -> float | None:
         return None
     outputs, inputs = geometry.outputs, geometry.inputs
     terms = inputs.windows * inputs.width * outputs.width
-    return inputs.size * outputs.stride * math.sqrt(3.0 * geometry.rank / terms)
+    as_loras_loss = inputs.size * outputs.stride * math.sqrt(3.0 * geometry.rank / terms)
+    return as_loras_loss / outputs.stride**0.25
 
 
 @torch.no_grad()

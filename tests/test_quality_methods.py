@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.quality.errors import QualityError
 from benchmarks.quality.methods.adapted import Adapted
 from benchmarks.quality.methods.table import METHODS, by_name
-from dcft_kernels import DCFTLinear, orthogonality_loss
+from dcft_kernels import DCFTLinear, constraint_loss, orthogonality_loss
 from tests.small_models import build_small_model, logits, small_inputs
 
 NAMES = [method.name for method in METHODS]
@@ -589,6 +589,15 @@ def test_dcft_adds_the_orthogonality_term_when_it_is_asked_for(name):
     torch.testing.assert_close(adapted.penalty(), expected)
 
 
+def test_dcft_adds_the_diagonal_constraint_when_it_is_asked_for():
+    options = {"rank": 3, "init": "paper", "orthogonality": 0.1}
+    adapted, _ = _adapted_bert("dcft", **options, constraint="diagonal")
+    expected = 0.1 * constraint_loss(adapted.model, "diagonal", "published_code")
+    torch.testing.assert_close(adapted.penalty(), expected)
+    orthogonal, _ = _adapted_bert("dcft", **options)
+    assert abs(orthogonal.penalty().item() - expected.item()) > 1e-3
+
+
 def test_gains_multiply_what_dcft_draws():
     factors = ("dcft_A", "dcft_B", "dcft_C")
     torch.manual_seed(6)
@@ -599,6 +608,15 @@ def test_gains_multiply_what_dcft_draws():
         for factor, gain in zip(factors, (2.0, 0.5, -3.0), strict=True):
             expected = gain * plain.model.get_submodule(name).get_parameter(factor)
             assert torch.equal(scaled.model.get_submodule(name).get_parameter(factor), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 3.0}, {"rank": 2, "init": "zero"}], ids=str)
+def test_the_scaling_gain_multiplies_each_layers_own_scaling(options):
+    plain, layers = _adapted_bert("dcft", **options)
+    scaled, _ = _adapted_bert("dcft", **options, scaling_gain=2.5)
+    for name in layers:
+        expected = 2.5 * plain.model.get_submodule(name).scaling
+        assert scaled.model.get_submodule(name).scaling == pytest.approx(expected, rel=1e-12)
 
 
 def test_all_options_of_the_library_reach_dcft():
@@ -723,6 +741,8 @@ def test_roles_are_found_by_name(architecture, endings, attention, feed_forward)
         ("dcft", {"init": "ones"}, ValueError, r"init: expected one of"),
         ("dcft", {"orthogonality": -0.1}, ValueError, r"orthogonality: expected a number of"),
         ("dcft", {"orthogonality_form": "x"}, ValueError, r"orthogonality_form: expected one of"),
+        ("dcft", {"constraint": "x"}, ValueError, r"constraint: expected one of"),
+        ("dcft", {"scaling_gain": "2"}, TypeError, r"scaling_gain: expected a number"),
         ("dcft", {"A_gain": "2"}, TypeError, r"A_gain: expected a number"),
         ("dcft", {"adapter_dtype": "int64"}, TypeError, r"adapter_dtype: expected one of float32"),
         ("dcft", {"adapter_dtype": "half8"}, ValueError, r"adapter_dtype: .* name .*got 'half8'"),

@@ -64,6 +64,7 @@ _SETTINGS = Run(task="", method="", steps=120, batch_size=16)
 _SEEDS = 3
 _LOW_RANK_RATES = (2e-3, 5e-3, 1e-2)
 _ABLATION_RATE = 5e-3
+_PAPER_RATE = 1e-2
 _PEER_RATES = (5e-3, 1e-2)
 _SCALE_RATES = (1e-2, 2e-2)
 _ADAPTER_RATES = (2e-3, 5e-3)
@@ -71,10 +72,27 @@ _ADAPTER_RATES = (2e-3, 5e-3)
 # Stated, so that results stay what they were when the library's defaults change.
 _DCFT = {"init": "balanced"}
 _PAPER = {"init": "paper", "alpha": 4.0}
+# Of d = 8: from the default's scaling to those that it lies between, see
+# `dcft_kernels.initialization`.
+_LORAS_LOSS, _LORAS_MOVE = 8**0.25, 8**-0.25
 
 
 def _dcft(label: str, targets: str = "ALL", /, **options: Any) -> Variant:
     return Variant(label, "dcft", {**_DCFT, **options}, targets, _LOW_RANK_RATES)
+
+
+def _shape(d: int, rank: int = 1) -> dict[str, int]:
+    """Options for that kernel size and rank; the defaults are left out: their runs are shared."""
+    return {
+        **({"kernel_size": d} if d != 8 else {}),
+        **({"rank": rank} if rank != 1 else {}),
+    }
+
+
+def _constrained(rank: int, label: str, /, **options: Any) -> Variant:
+    """As published, whatever the rank, with a constraint."""
+    published = {**_PAPER, "alpha": 4.0 * rank, **_shape(8, rank)}
+    return Variant(f"k={rank}, {label}", "dcft", {**published, **options})
 
 
 def _at_one_rate(variants: tuple[Variant, ...], rate: float) -> tuple[Variant, ...]:
@@ -91,6 +109,9 @@ _MAIN = (
     Variant("head only", "head", rates=(1e-3,)),
 )
 
+_SSB = Variant("SSB", "ssb", rates=_SCALE_RATES)
+_SSB_DCFT = Variant("SSB + DCFT d=8", "ssb_dcft", _DCFT, rates=_PEER_RATES)
+
 _PEERS = (
     Variant("BitFit", "bitfit", rates=_PEER_RATES),
     Variant("DoRA r=1", "dora", {"r": 1}, rates=_PEER_RATES),
@@ -106,9 +127,9 @@ _PEERS = (
     Variant("Pfeiffer adapter r=16", "pfeiffer", {"r": 16}, rates=_ADAPTER_RATES),
     Variant("parallel adapter r=1", "parallel_adapter", {"r": 1}, rates=_PEER_RATES),
     Variant("SSL", "ssl", rates=_SCALE_RATES),
-    Variant("SSB", "ssb", rates=_SCALE_RATES),
+    _SSB,
     Variant("SAM-PARSER", "sam_parser", rates=_PEER_RATES),
-    Variant("SSB + DCFT d=8", "ssb_dcft", _DCFT, rates=_PEER_RATES),
+    _SSB_DCFT,
 )
 
 
@@ -160,8 +181,8 @@ STUDIES: Mapping[str, Study] = {
                 for rate in _LOW_RANK_RATES
                 for variant in (
                     _dcft("balanced"),
-                    # Near sqrt(3 n): outputs move as far as LoRA's in the first step.
-                    _dcft("balanced, alpha 34", alpha=34.0),
+                    _dcft("balanced, LoRA's first loss", scaling_gain=_LORAS_LOSS),
+                    _dcft("balanced, LoRA's first move", scaling_gain=_LORAS_MOVE),
                     _dcft("zero", init="zero"),
                     _dcft("zero, alpha 4", init="zero", alpha=4.0),
                     _dcft("paper", init="paper"),
@@ -171,10 +192,25 @@ STUDIES: Mapping[str, Study] = {
             ),
         ),
         _study(
+            "rates",
+            "Does one learning rate suit all kernel sizes and ranks?",
+            tuple(
+                replace(variant, label=f"{variant.label}, lr {rate:g}", rates=(rate,))
+                for variant in (
+                    *(
+                        _dcft(f"d={d}, k={rank}", **_shape(d, rank))
+                        for d, rank in ((2, 1), (4, 4), (8, 1), (8, 4), (12, 1))
+                    ),
+                    Variant("LoRA r=1", "lora", {"r": 1}),
+                )
+                for rate in _LOW_RANK_RATES
+            ),
+        ),
+        _study(
             "kernel_size",
             "How does DCFT do with larger and smaller kernels (Table 4)?",
             _at_one_rate(
-                tuple(_dcft(f"d={d}", kernel_size=d) for d in (2, 4, 6, 8, 12)), _ABLATION_RATE
+                tuple(_dcft(f"d={d}", **_shape(d)) for d in (2, 4, 6, 8, 12)), _ABLATION_RATE
             ),
         ),
         _study(
@@ -197,38 +233,49 @@ STUDIES: Mapping[str, Study] = {
             "rank",
             "How does DCFT do with higher ranks (d=8)?",
             _at_one_rate(
-                (_dcft("k=1"), *(_dcft(f"k={rank}", rank=rank) for rank in (2, 4, 8))),
+                tuple(_dcft(f"k={rank}", **_shape(8, rank)) for rank in (1, 2, 4, 8)),
                 _ABLATION_RATE,
             ),
         ),
         _study(
             "orthogonality",
-            "What does the orthogonality term do (equation 4, d=8, as published)?",
+            "What do the constraints on the factors do (equation 4, d=8, as published)?",
             _at_one_rate(
-                tuple(
-                    Variant(
-                        f"k={rank}, weight {weight:g}",
-                        "dcft",
-                        {**_PAPER, "rank": rank, "alpha": 4.0 * rank, "orthogonality": weight},
-                    )
-                    for rank in (1, 4)
-                    for weight in (0.0, 0.1)
+                (
+                    _constrained(1, "no constraint"),
+                    _constrained(1, "orthogonal, weight 0.1", orthogonality=0.1),
+                    _constrained(1, "ReLU between the factors", nonlinearity="relu"),
+                    _constrained(4, "no constraint"),
+                    _constrained(4, "orthogonal, weight 0.1", orthogonality=0.1),
+                    _constrained(
+                        4, "diagonal, weight 0.1", orthogonality=0.1, constraint="diagonal"
+                    ),
+                    _constrained(4, "ReLU between the factors", nonlinearity="relu"),
                 ),
-                _ABLATION_RATE,
+                _PAPER_RATE,
             ),
         ),
         _study(
             "budget",
             "DCFT or LoRA, at about LoRA's number of parameters?",
-            _at_one_rate(
-                (
-                    Variant("LoRA r=1", "lora", {"r": 1}),
-                    _dcft("DCFT d=2, k=2", kernel_size=2, rank=2),
-                    _dcft("DCFT d=4, k=4", kernel_size=4, rank=4),
-                    _dcft("DCFT d=8, k=7", rank=7),
+            (
+                Variant("LoRA r=1", "lora", {"r": 1}, rates=_PEER_RATES),
+                *(
+                    replace(_dcft(f"DCFT d={d}, k={rank}", **_shape(d, rank)), rates=_PEER_RATES)
+                    for d, rank in ((2, 2), (4, 4), (8, 7))
                 ),
-                _ABLATION_RATE,
             ),
+        ),
+        _study(
+            "combination",
+            "Does it pay to scale the base's rows and columns beside DCFT (SSB + DCFT)?",
+            (
+                _SSB_DCFT,
+                _SSB,
+                replace(_dcft("DCFT d=8"), rates=_PEER_RATES),
+                replace(_dcft("DCFT d=4, k=4", **_shape(4, 4)), rates=_PEER_RATES),
+            ),
+            ("stsb", "sst2"),
         ),
         _study(
             "parity",

@@ -13,14 +13,16 @@ from benchmarks.quality.methods import option_checks
 from benchmarks.quality.methods.adapted import Adapted
 from benchmarks.quality.methods.linear_layers import linear_layers
 from benchmarks.quality.methods.scaling import scaled_both_sides
-from dcft_kernels import DCFTLinear, orthogonality_loss, swap_linear, validation
-from dcft_kernels.constraints import ConstraintForm
+from dcft_kernels import DCFTLinear, constraint_loss, swap_linear, validation
+from dcft_kernels.constraints import ConstraintForm, ConstraintName
 from dcft_kernels.functional import dcft_update
 
 _Pair = int | Sequence[int]
 
 FORMS: tuple[str, ...] = get_args(ConstraintForm)
-"""The forms of the orthogonality term that `dcft_kernels.orthogonality_loss` has."""
+"""The forms of the terms that `dcft_kernels.constraint_loss` has."""
+CONSTRAINTS: tuple[str, ...] = get_args(ConstraintName)
+"""The patterns of the factors that it has."""
 
 
 def dcft(
@@ -41,27 +43,33 @@ def dcft(
     exclude: str | Sequence[str] = (),
     orthogonality: float = 0.0,
     orthogonality_form: str = "published_code",
+    constraint: str = "orthogonal",
     A_gain: float = 1.0,
     B_gain: float = 1.0,
     C_gain: float = 1.0,
+    scaling_gain: float = 1.0,
 ) -> Adapted:
     """DCFT (arXiv 2503.01419), equations 5 and 6: `dcft_kernels.swap_linear` on `layers`.
 
     Options that are None are left to the library. `adapter_dtype` may be a name, like "float32".
-    `orthogonality` weighs `dcft_kernels.orthogonality_loss(form=orthogonality_form)`, equation 4,
-    in the loss. The gains multiply the factors as `init` has drawn them, to study other scales.
+    `orthogonality` weighs `dcft_kernels.constraint_loss(constraint, form=orthogonality_form)` in
+    the loss: equation 4, or with `constraint="diagonal"` MPC_d. The gains multiply the factors as
+    `init` has drawn them and the layer's scaling, to study other scales; under Adam they also stand
+    for a learning rate of a factor's own.
 
     The start is the base model, but for `init="paper"`, which draws all factors small, not zero.
     The orthogonality term goes with that one: see `dcft_kernels.constraints`.
     """
     names = list(linear_layers(model, layers))
     form = option_checks.choice("orthogonality_form", orthogonality_form, FORMS)
+    pattern = option_checks.choice("constraint", constraint, CONSTRAINTS)
     weight = option_checks.weight("orthogonality", orthogonality)
     gains = {
         "dcft_A": validation.finite_number("A_gain", A_gain),
         "dcft_B": validation.finite_number("B_gain", B_gain),
         "dcft_C": validation.finite_number("C_gain", C_gain),
     }
+    scaling_gain = validation.finite_number("scaling_gain", scaling_gain)
     options: dict[str, Any] = {
         "kernel_size": kernel_size,
         "stride": stride,
@@ -78,11 +86,14 @@ def dcft(
     # Names in a list would match as endings too.
     exactly = "|".join(map(re.escape, names))
     for name in swap_linear(model, exactly, exclude=exclude, **passed):
+        layer = model.get_submodule(name)
         for factor, gain in gains.items():
-            model.get_submodule(name).get_parameter(factor).data.mul_(gain)
+            layer.get_parameter(factor).data.mul_(gain)
+        if isinstance(layer, DCFTLinear) and scaling_gain != 1.0:
+            layer.alpha = scaling_gain * layer.scaling * layer.rank
 
     def penalty() -> Tensor:
-        return weight * orthogonality_loss(model, form=form)  # type: ignore[arg-type]
+        return weight * constraint_loss(model, pattern, form)  # type: ignore[arg-type]
 
     return Adapted(model, penalty if weight else None)
 
