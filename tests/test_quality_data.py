@@ -677,9 +677,12 @@ def test_perplexity_is_that_of_the_model_s_own_loss() -> None:
     np.testing.assert_allclose(losses, singly, rtol=1e-5)
     score = prepared.score(np.asarray(losses), None)
     assert score == {"perplexity": pytest.approx(math.exp(found.loss.item()), rel=1e-5)}
-    # A model that knows nothing gives all tokens the same probability.
-    uniform = prepared.reduce(torch.zeros_like(found.logits), batch["labels"])
-    assert prepared.score(np.asarray(uniform), None) == pytest.approx(prepared.constant_score)
+    # The answer that does not look at the context: how often each token is in train, plus one.
+    counts = torch.bincount(torch.tensor(_blocks(prepared.train)), minlength=len(tokenizer)) + 1
+    constant = (counts / counts.sum()).log().expand_as(found.logits)
+    losses = prepared.reduce(constant, batch["labels"])
+    assert prepared.score(np.asarray(losses), None) == pytest.approx(prepared.constant_score)
+    assert 1.0 < prepared.constant_score["perplexity"] < len(tokenizer)
 
 
 @pytest.mark.parametrize("losses", [[1.0, float("nan")], [1000.0, 1000.0]])

@@ -521,13 +521,28 @@ def test_settings_that_do_not_fit_are_told(
         fine_tune(wrong, prepared, tmp_path)
     text = language.read_text(folder / "data")
     blocks = language.prepare(text, quality_models.tokenizer(), 16, slice_of_train=False)
-    nothing = dataclasses.replace(
-        run, task="shakespeare", method="head", options={}, model=str(folder / "llama")
-    )
-    with pytest.raises(
-        QualityError, match=r"--method: head trains nothing, and shakespeare has no"
-    ):
-        fine_tune(nothing, blocks, tmp_path)
+    nothing = dataclasses.replace(run, task="shakespeare", method="nothing", options={})
+    nothing = dataclasses.replace(nothing, model=str(folder / "llama"))
+    idle = Method("nothing", "", lambda model, layers, steps: Adapted(model))
+    with pytest.raises(QualityError, match=r"--method: nothing trains nothing of .*llama"):
+        training.train(nothing, SHAKESPEARE, idle, blocks, "", checkpoints=tmp_path)
+
+
+def test_a_language_model_is_scored_as_it_comes_by_the_method_that_trains_its_head_alone(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    run = dataclasses.replace(run, task="shakespeare", method="head", options={})
+    run = dataclasses.replace(run, model=str(folder / "llama"))
+    text = language.read_text(folder / "data")
+    blocks = language.prepare(text, quality_models.tokenizer(), 16, slice_of_train=False)
+    result = fine_tune(run, blocks, tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "llama").eval()
+    with torch.no_grad():
+        losses = [model(**blocks.collate([block])).loss.item() for block in blocks.evaluation]
+    assert result.value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert (result.trainable_parameters, result.head_parameters) == (0, 0)
+    assert result.loss_curve == []
+    assert result.value_curve == [(0, result.value)]
 
 
 def test_a_language_model_is_scored_by_its_own_loss(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -952,6 +967,18 @@ def test_where_every_learning_rate_diverges_there_is_no_best(
     variant = dataclasses.replace(LORA, rates=(1e-3, 1e-2))
     with pytest.raises(QualityError, match=r"--lr: lora diverges on cola at every rate tried"):
         open_session().study(study_of(run, variant))
+
+
+def test_texts_longer_than_the_model_reads_are_refused(
+    run: Run, open_session: Callable[..., Session], pretended: Callable[..., object]
+) -> None:
+    pretended({run.learning_rate: 0.5})
+    opened = open_session()
+    opened.result(run, "")
+    opened._tokenizers[run.model].model_max_length = 39
+    opened.result(dataclasses.replace(run, max_tokens=39), "")
+    with pytest.raises(QualityError, match=r"--max-tokens: .* reads at most 39 tokens, got 41"):
+        opened.result(dataclasses.replace(run, max_tokens=41), "")
 
 
 @pytest.mark.parametrize("task", ["cola", "shakespeare"])

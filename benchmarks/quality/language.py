@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,31 @@ def prepare(
         )
     if slice_of_train:
         features = features[:-scored]
+    train, evaluation = features[:-scored], spread(features[-scored:], size)
     return Prepared(
-        train=features[:-scored],
-        evaluation=spread(features[-scored:], size),
+        train=train,
+        evaluation=evaluation,
         collate=_collate,
         score=_score,
-        # Every token alike.
-        constant_score={"perplexity": float(len(tokenizer))},
+        constant_score={"perplexity": _unigram_perplexity(train, evaluation, len(tokenizer))},
         outputs=0,
         digest=hashlib.sha256(text.encode()).hexdigest()[:12],
         reduce=_block_losses,
     )
+
+
+def _unigram_perplexity(
+    train: Sequence[Feature], evaluation: Sequence[Feature], vocabulary: int
+) -> float:
+    """Of the distribution that does not look at the context: each token as often as in `train`,
+    and once more, so that none is impossible."""
+    counts = np.ones(vocabulary)
+    for feature in train:
+        np.add.at(counts, feature["input_ids"], 1)
+    surprise = np.log(counts.sum()) - np.log(counts)
+    # As everywhere in this task, a block's first token is not predicted.
+    tokens = [token for feature in evaluation for token in feature["input_ids"][1:]]
+    return float(np.exp(surprise[tokens].mean()))
 
 
 def _collate(features: list[Feature]) -> dict[str, torch.Tensor]:

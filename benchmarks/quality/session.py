@@ -123,6 +123,11 @@ class Session:
         tokenizer = self._tokenizers[run.model]
         in_slice, size = run.scored == SLICE, run.scored_size
         max_tokens = min(run.max_tokens, task.max_tokens)
+        if max_tokens > tokenizer.model_max_length:  # where it is not known, astronomically large
+            raise QualityError(
+                f"--max-tokens: {run.model} reads at most {tokenizer.model_max_length} tokens, "
+                f"got {run.max_tokens}"
+            )
         if task.kind == "language":
             text = language.read_text(self._data)
             return language.prepare(text, tokenizer, max_tokens, size, slice_of_train=in_slice)

@@ -297,9 +297,10 @@ STUDIES: Mapping[str, Study] = {
             (
                 Variant("DCFT d=8", "dcft", _DCFT, rates=(_ABLATION_RATE,)),
                 Variant("LoRA r=1", "lora", {"r": 1}, rates=(_ABLATION_RATE,)),
+                Variant("as it comes, not trained", "head", rates=(_ABLATION_RATE,)),
             ),
             ("shakespeare",),
-            1,
+            _SEEDS,
             Run(
                 task="",
                 method="",

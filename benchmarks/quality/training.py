@@ -75,12 +75,17 @@ def train(
     own = [p for p in adapted.model.parameters() if p.requires_grad and not _holds(head, p)]
     for parameter in head:
         parameter.requires_grad_(True)
+    # A language model predicts with its own head: where only a fresh one would be trained, it is
+    # scored as it comes.
+    trains = bool(own or head)
+    if not trains and run.method != "head":
+        raise QualityError(f"--method: {run.method} trains nothing of {run.model}")
     folder = (checkpoints or CHECKPOINTS) / f"{run.key()}-{prepared.digest}"
     trainer = _QualityTrainer(
         run=run,
         adapted=adapted,
         prepared=prepared,
-        optimizer=_optimizer(run, own, head),
+        optimizer=_optimizer(run, own, head) if trains else None,
         folder=folder,
         progress=progress,
     )
@@ -89,7 +94,8 @@ def train(
     if resume is None:
         shutil.rmtree(folder, ignore_errors=True)
     try:
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        if trains:
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     except (RuntimeError, ValueError) as error:
         if trainer.has_started:
             raise
@@ -155,8 +161,6 @@ def _optimizer(
         for parameters, rate in ((own, run.learning_rate), (head, run.head_learning_rate))
         if parameters
     ]
-    if not groups:
-        raise QualityError(f"--method: {run.method} trains nothing, and {run.task} has no head")
     return torch.optim.AdamW(groups, weight_decay=run.weight_decay)
 
 
@@ -197,7 +201,7 @@ class _QualityTrainer(Trainer):
         run: Run,
         adapted: Adapted,
         prepared: Prepared,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         folder: Path,
         progress: Progress,
     ) -> None:
@@ -207,7 +211,7 @@ class _QualityTrainer(Trainer):
         # The last of the evaluations comes after training.
         self.scored_steps = {run.steps * n // run.evaluations for n in range(1, run.evaluations)}
         self._metric = next(iter(prepared.constant_score))
-        self._scored_step = 0
+        self._scored_step = -1
         self._latest: dict[str, float] = {}
         self._run = run
         self._adapted = adapted
