@@ -31,6 +31,7 @@ from benchmarks.quality import (
     training,
 )
 from benchmarks.quality.errors import DivergedError, QualityError
+from benchmarks.quality.found import Found, Stored
 from benchmarks.quality.methods.adapted import Adapted, Method
 from benchmarks.quality.methods.linear_layers import AdaptedLinear, replace_each
 from benchmarks.quality.methods.table import METHODS, by_name
@@ -958,15 +959,20 @@ def test_without_candidates_of_its_own_a_line_has_the_method_s(
     assert [c[0].learning_rate for c in calls] == [*rates, rates[0]]
 
 
-def test_where_every_learning_rate_diverges_there_is_no_best(
+def test_a_line_that_diverges_at_every_learning_rate_does_not_stop_the_others(
     run: Run,
     open_session: Callable[..., Session],
     pretended: Callable[..., list[tuple[Run, Prepared]]],
 ) -> None:
-    pretended({1e-3: None, 1e-2: None})
-    variant = dataclasses.replace(LORA, rates=(1e-3, 1e-2))
-    with pytest.raises(QualityError, match=r"--lr: lora diverges on cola at every rate tried"):
-        open_session().study(study_of(run, variant))
+    pretended({1e-3: None, 1e-2: None, 1e-4: 0.5})
+    diverging = dataclasses.replace(LORA, rates=(1e-3, 1e-2))
+    study = study_of(run, diverging, dataclasses.replace(LORA, label="slow", rates=(1e-4,)))
+    opened = open_session()
+    assert [result.value for result in opened.study(study)] == [0.5]
+    found = Found.of(Stored(results.read(opened._store.path)), study)
+    cells = {variant.label: found.cell(variant, "cola") for variant in study.variants}
+    assert [cell.failures for cell in cells.values()] == [1, 0]
+    assert [trial.error for trial in cells[LORA.label].trials] == ["it diverges"] * 2
 
 
 def test_texts_longer_than_the_model_reads_are_refused(

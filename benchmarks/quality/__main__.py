@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for study in asked:
         found = Found.of(stored, study)
         console.print(summary_table(found))
-        failures += sum(bool(r.error) for cell in found.cells.values() for r in cell.results)
+        failures += sum(cell.failures for cell in found.cells.values())
     console.print(f"stored in {store.path}", markup=False, soft_wrap=True)
     return 1 if failures else 0
 

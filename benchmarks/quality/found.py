@@ -59,6 +59,12 @@ class Cell:
     learning_rate: float | None = None
 
     @property
+    def failures(self) -> int:
+        """How many runs have no value; that no learning rate could be chosen counts as one."""
+        unchosen = bool(self.trials) and self.learning_rate is None
+        return unchosen + sum(result.value is None for result in self.results)
+
+    @property
     def values(self) -> dict[int, float]:
         """The metric by seed, of the runs that have one."""
         return {r.run.seed: r.value for r in self.results if r.value is not None}

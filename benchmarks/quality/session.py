@@ -51,12 +51,15 @@ class Session:
         return results
 
     def _seeds(self, study: Study, task: str, variant: Variant) -> list[Run]:
-        """One run a seed, at the learning rate that suits the task best."""
+        """One run a seed, at the learning rate that suits the task best; none where training
+        diverges at each."""
         run = study.run(task, variant)
         rates = variant.rates or by_name(variant.method).learning_rates
-        chosen = rates[0]
+        chosen: float | None = rates[0]
         if len(rates) > 1:
             chosen = self.choose_learning_rate(run, study.name, rates)
+        if chosen is None:
+            return []
         return [
             dataclasses.replace(run, learning_rate=chosen, seed=seed) for seed in range(study.seeds)
         ]
@@ -76,12 +79,9 @@ class Session:
         self._store.add(result)
         return result
 
-    def choose_learning_rate(self, run: Run, study: str, rates: Sequence[float]) -> float:
+    def choose_learning_rate(self, run: Run, study: str, rates: Sequence[float]) -> float | None:
         """The rate that does best on a slice of the training split, which those trials leave out;
-        the dev split is not looked at.
-
-        Raises:
-            QualityError: training diverges at every rate.
+        the dev split is not looked at. None if training diverges at every rate.
         """
         trials = [
             dataclasses.replace(
@@ -96,9 +96,7 @@ class Session:
                 done(result)
                 results.append(result)
         best = best_of(results)
-        if best is None:
-            raise QualityError(f"--lr: {run.method} diverges on {run.task} at every rate tried")
-        return best.run.learning_rate
+        return None if best is None else best.run.learning_rate
 
     def steps_of_epoch(self, run: Run) -> int:
         """Steps in which every training example is seen once."""
