@@ -556,7 +556,7 @@ def test_a_model_without_such_layers_tells_which_it_has() -> None:
     model = _build("GPT2LMHeadModel", n_embd=16, n_layer=1, n_head=2)
     message = (
         r"--targets: QK matches no layer of GPT2LMHeadModel; its linear layers are named nothing; "
-        r"expected names ending in query, query_proj, q_proj, q_lin, key"
+        r"expected names ending in query, query_proj, q_lin, q_proj, key"
     )
     with pytest.raises(QualityError, match=message):
         layers.find_layers(model, "QK")

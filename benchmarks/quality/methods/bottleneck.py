@@ -14,15 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.quality.methods import option_checks
 from benchmarks.quality.methods.adapted import Adapted
-from benchmarks.quality.methods.linear_layers import (
-    ATTENTION_OUTPUT,
-    FEED_FORWARD_OUTPUT,
-    AdaptedLinear,
-    known_endings,
-    linear_layers,
-    replace_each,
-    with_role,
-)
+from benchmarks.quality.methods.linear_layers import AdaptedLinear, linear_layers, replace_each
+from benchmarks.quality.roles import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, known_endings, with_role
 from dcft_kernels import validation
 from dcft_kernels.nonlinearity import NONLINEARITIES, function_of
 

@@ -1,31 +1,10 @@
-"""The linear layers that a method adapts: found by name and by role, replaced in place."""
+"""The linear layers that a method adapts: found by name, replaced in place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
-
-KEY, VALUE = "key", "value"
-ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT = "attention output", "feed-forward output"
-
-# Endings of names in BERT, RoBERTa, MiniLM and DeBERTa, then DistilBERT, then Llama and its kin.
-_ROLES: Mapping[str, str] = {
-    "key": KEY,
-    "key_proj": KEY,
-    "k_lin": KEY,
-    "k_proj": KEY,
-    "value": VALUE,
-    "value_proj": VALUE,
-    "v_lin": VALUE,
-    "v_proj": VALUE,
-    "attention.output.dense": ATTENTION_OUTPUT,
-    "out_lin": ATTENTION_OUTPUT,
-    "o_proj": ATTENTION_OUTPUT,
-    "output.dense": FEED_FORWARD_OUTPUT,
-    "ffn.lin2": FEED_FORWARD_OUTPUT,
-    "down_proj": FEED_FORWARD_OUTPUT,
-}
 
 
 class AdaptedLinear(nn.Module):
@@ -79,16 +58,6 @@ def linear_layers(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear
     return found
 
 
-def with_role(names: Sequence[str], *roles: str) -> list[str]:
-    """Those names whose ending says that the layer has one of the roles."""
-    return [name for name in names if _role(name) in roles]
-
-
-def known_endings(*roles: str) -> str:
-    """The endings that stand for these roles, for an error message."""
-    return ", ".join(ending for ending, role in _ROLES.items() if role in roles)
-
-
 def replace_each(
     model: nn.Module, names: Sequence[str], build: Callable[[nn.Linear], nn.Module]
 ) -> None:
@@ -101,9 +70,3 @@ def replace_each(
     for name, module in built.items():
         module.train(model.get_submodule(name).training)
         model.set_submodule(name, module)
-
-
-def _role(name: str) -> str | None:
-    # The longest ending counts: an attention's output.dense is no feed-forward output.
-    endings = [ending for ending in _ROLES if f".{name}".endswith(f".{ending}")]
-    return _ROLES[max(endings, key=len)] if endings else None

@@ -15,14 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.quality.methods import option_checks
 from benchmarks.quality.methods.adapted import Adapted
-from benchmarks.quality.methods.linear_layers import (
-    FEED_FORWARD_OUTPUT,
-    KEY,
-    VALUE,
-    known_endings,
-    linear_layers,
-    with_role,
-)
+from benchmarks.quality.methods.linear_layers import linear_layers
+from benchmarks.quality.roles import FEED_FORWARD_OUTPUT, KEY, VALUE, known_endings, with_role
 from dcft_kernels import validation
 
 _ADAPTER = "default"
