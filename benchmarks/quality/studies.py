@@ -100,10 +100,12 @@ def _at_one_rate(variants: tuple[Variant, ...], rate: float) -> tuple[Variant, .
     return tuple(replace(variant, rates=(rate,)) for variant in variants)
 
 
+_LORA = Variant("LoRA r=1", "lora", {"r": 1}, rates=_LOW_RANK_RATES)
+
 _MAIN = (
     _dcft("DCFT d=8"),
     Variant("DCFT d=8, as published", "dcft", _PAPER, rates=_LOW_RANK_RATES),
-    Variant("LoRA r=1", "lora", {"r": 1}, rates=_LOW_RANK_RATES),
+    _LORA,
     Variant("LoRA r=8", "lora", {"r": 8}, rates=(1e-3, 2e-3, 5e-3)),
     Variant("full fine-tuning", "full", rates=(5e-5, 1e-4, 2e-4)),
     Variant("head only", "head", rates=(1e-3,)),
@@ -168,6 +170,17 @@ STUDIES: Mapping[str, Study] = {
             GLUE,
         ),
         _study(
+            "cola",
+            "And on CoLA, of which nothing is learned in so few steps?",
+            (
+                *_at_one_rate((_dcft("DCFT d=8"), _LORA), _ABLATION_RATE),
+                Variant("full fine-tuning", "full", rates=(1e-4,)),
+                Variant("head only", "head", rates=(1e-3,)),
+            ),
+            ("cola",),
+            steps=1000,
+        ),
+        _study(
             "peers",
             "How well do other parameter-efficient methods do, at equal steps?",
             _PEERS,
@@ -187,7 +200,7 @@ STUDIES: Mapping[str, Study] = {
                     _dcft("zero, alpha 4", init="zero", alpha=4.0),
                     _dcft("paper", init="paper"),
                     _dcft("paper, alpha 4", init="paper", alpha=4.0),
-                    Variant("LoRA r=1", "lora", {"r": 1}),
+                    _LORA,
                 )
             ),
         ),
@@ -201,7 +214,7 @@ STUDIES: Mapping[str, Study] = {
                         _dcft(f"d={d}, k={rank}", **_shape(d, rank))
                         for d, rank in ((2, 1), (4, 4), (8, 1), (8, 4), (12, 1))
                     ),
-                    Variant("LoRA r=1", "lora", {"r": 1}),
+                    _LORA,
                 )
                 for rate in _LOW_RANK_RATES
             ),
@@ -259,7 +272,7 @@ STUDIES: Mapping[str, Study] = {
             "budget",
             "DCFT or LoRA, at about LoRA's number of parameters?",
             (
-                Variant("LoRA r=1", "lora", {"r": 1}, rates=_PEER_RATES),
+                replace(_LORA, rates=_PEER_RATES),
                 *(
                     replace(_dcft(f"DCFT d={d}, k={rank}", **_shape(d, rank)), rates=_PEER_RATES)
                     for d, rank in ((2, 2), (4, 4), (8, 7))
@@ -296,7 +309,7 @@ STUDIES: Mapping[str, Study] = {
             "Does DCFT train a language model as well as LoRA does?",
             (
                 Variant("DCFT d=8", "dcft", _DCFT, rates=(_ABLATION_RATE,)),
-                Variant("LoRA r=1", "lora", {"r": 1}, rates=(_ABLATION_RATE,)),
+                replace(_LORA, rates=(_ABLATION_RATE,)),
                 Variant("as it comes, not trained", "head", rates=(_ABLATION_RATE,)),
             ),
             ("shakespeare",),
