@@ -36,11 +36,12 @@ which LoRA still trains; with `s_output` it bears those, but is slow at low ones
 
       s = s_loss / s_out^(1/4)                = sqrt(3 n / k) d_out^(1/4) without overlap
 
-trains over LoRA's range of rates; `benchmarks/quality` measures all three. An `alpha` that is given
-takes the place of this scaling.
+trained over LoRA's range of rates where all three were measured (MiniLM, windows without overlap;
+`benchmarks/quality`). An `alpha` that is given takes the place of this scaling.
 
-A learning rate of its own for a factor would be nothing more: under Adam, a rate of λ h for one
-factor is the same as h with that factor's σ divided by λ and the scaling multiplied by λ.
+A learning rate of its own for a factor would be nothing more: under Adam, without weight decay and
+without clipping of gradients, a rate of λ h for one factor is the same as h with that factor's σ
+divided by λ and the scaling multiplied by λ.
 
 `"zero"`: B is zero as well, and A and C have the variances that pass the input on at its own size,
 for a scaling of one. For inputs of variance v, `U` sums I of them and `V` sums d_in of `U`:
@@ -49,7 +50,7 @@ for a scaling of one. For inputs of variance v, `U` sums I of them and `V` sums 
     Var(V) = d_in Var(C) Var(U) = v   for  Var(C) = 1 / d_in
 
 With overlapping windows every output adds `d_out / s_out` windows, so there `Var(C)` is
-`s_out / (d_out d_in)`. The first step moves outputs `sqrt(3)` times as far as LoRA's, but entries
+`s_out / (d_out d_in)`. The first step moves outputs `sqrt(3 k)` times as far as LoRA's, but entries
 of A and C are `sqrt(3 d_in)` and `sqrt(3 n / d_in)` times as large as LoRA's: at the same learning
 rate they are learned that much more slowly.
 

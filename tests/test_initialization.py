@@ -143,17 +143,17 @@ def test_balanced_first_steps_are_midway_between_loras_loss_and_loras_move(n, m,
     Not exactly: the scaling is derived for factors of many entries. A gradient's entries are as
     large as the norms of A and C, and the mean norm of N entries is less than the root of their
     mean square, by a part of 1 / (4 N). At the ends there are windows more or fewer than the sizes
-    over the strides. Up to a tenth for layers as small as these, a fifth for moves at the ends.
+    over the strides. Less than a fifth for layers as small as these.
     """
     layer = DCFTLinear(n, m, **options)
     between = layer.geometry.outputs.stride**0.25
     (loss, move), standard_errors = _first_steps_over_loras(n, m, 200, **options)
     assert standard_errors.max() < 0.07
-    assert 0.85 < loss.item() * between < 1.1
-    assert 0.8 < move.item() / between < 1.15
+    assert 0.8 < loss.item() * between < 1.2
+    assert 0.8 < move.item() / between < 1.2
 
 
-def test_balanced_first_steps_change_little_with_the_kernel_size():
+def test_balanced_first_steps_change_with_a_fourth_root_of_the_kernel_size():
     def means(draws: int, *kernel_sizes: int, **options) -> list[float]:
         return [
             _first_steps_over_loras(256, 192, draws, kernel_size=d, **options)[0][0].item()
@@ -308,6 +308,7 @@ def test_zero_init_learns_a_teacher(options):
     assert last < 0.01 * first
 
 
+# Without overlap: with it, several entries of C share an output, and "paper" can be as quick.
 @pytest.mark.parametrize("options", [{}, {"rank": 2}], ids=str)
 def test_balanced_init_learns_sooner_at_a_rate_of_loras(options):
     losses = {}

@@ -483,7 +483,30 @@ _DISTILBERT = {
 _DISTILBERT["QKVO"] = (*_DISTILBERT["QKV"], "attention.out_lin", "ffn.lin2")
 _DISTILBERT["ALL"] = (*_DISTILBERT["QKVO"], "ffn.lin1")
 
+_MPNET = {
+    "QK": ("attention.attn.q", "attention.attn.k"),
+    "QV": ("attention.attn.q", "attention.attn.v"),
+    "QKV": ("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+}
+_MPNET["QKVO"] = (*_MPNET["QKV"], "attention.attn.o", "output.dense")
+_MPNET["ALL"] = (*_MPNET["QKVO"], "intermediate.dense")
+_OPT = {name: endings[: len(name)] for name, endings in _DECODER.items()}
+_OPT["QKVO"] = (*_OPT["QKV"], "self_attn.out_proj", "fc2")
+_OPT["ALL"] = (*_OPT["QKVO"], "fc1")
+
 _ARCHITECTURES = {
+    "MPNetForSequenceClassification": ("mpnet.encoder.layer", _MPNET, {}),
+    "OPTForCausalLM": (
+        "model.decoder.layers",
+        _OPT,
+        {
+            "ffn_dim": 32,
+            "num_hidden_layers": 2,
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "word_embed_proj_dim": 16,
+        },
+    ),
     "BertForSequenceClassification": ("bert.encoder.layer", _ENCODER, {}),
     "RobertaForSequenceClassification": ("roberta.encoder.layer", _ENCODER, {}),
     "DebertaV2ForSequenceClassification": (
@@ -551,12 +574,21 @@ def test_an_unknown_set_of_targets_lists_the_sets() -> None:
         layers.find_layers(model, "QKVF")
 
 
+def test_a_model_in_which_some_roles_are_unknown_is_refused() -> None:
+    changes = {"hidden_size": 16, "num_heads": 2, "attention_types": [[["global"], 2]]}
+    model = _build("GPTNeoForCausalLM", **changes, num_layers=2, intermediate_size=32)
+    assert len(layers.find_layers(model, "QKV")) == 6
+    message = r"--targets: ALL has no layer of GPTNeo.* for attention output, feed-forward output"
+    with pytest.raises(QualityError, match=message):
+        layers.find_layers(model, "ALL")
+
+
 def test_a_model_without_such_layers_tells_which_it_has() -> None:
     # GPT-2's are no linear layers by class.
     model = _build("GPT2LMHeadModel", n_embd=16, n_layer=1, n_head=2)
     message = (
-        r"--targets: QK matches no layer of GPT2LMHeadModel; its linear layers are named nothing; "
-        r"expected names ending in query, query_proj, q_lin, q_proj, key"
+        r"--targets: QK has no layer of GPT2LMHeadModel for query, key; its linear layers are "
+        r"named nothing; expected names ending in query, query_proj, q_lin, attn.q, q_proj, key"
     )
     with pytest.raises(QualityError, match=message):
         layers.find_layers(model, "QK")

@@ -29,8 +29,6 @@ BERT_LAYERS = (
     "output.dense",
 )
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Where a method's own start is not the base model, the options with which it is.
-FROM_BASE = {"dcft": {"init": "zero"}, "ssb_dcft": {"init": "zero"}}
 STEPS = 6
 
 
@@ -130,7 +128,7 @@ def test_an_unknown_name_lists_the_known_ones_and_near_misses():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_start_is_the_base_model(name):
     expected = logits(_bert(), _batch())
-    adapted, _ = _adapted_bert(name, **FROM_BASE.get(name, {}))
+    adapted, _ = _adapted_bert(name)
     assert torch.equal(logits(adapted.model, _batch()), expected)
 
 
@@ -141,7 +139,7 @@ def test_the_start_is_the_base_model_without_biases_and_at_ragged_sizes(name):
     expected = logits(model, inputs)
     layers = _layers(model, LLAMA_LAYERS)
     assert len(layers) == 14
-    adapted = by_name(name).adapt(model, layers, STEPS, **FROM_BASE.get(name, {}))
+    adapted = by_name(name).adapt(model, layers, STEPS)
     assert torch.equal(logits(adapted.model, inputs), expected)
 
 
@@ -307,7 +305,7 @@ def test_training_moves_what_is_trained_and_nothing_else(name):
     buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
     trained = set(_trainable(model))
     optimizer = torch.optim.AdamW(
-        _trainable(model).values(), lr=by_name(name).learning_rates[-2], weight_decay=0.0
+        _trainable(model).values(), lr=min(by_name(name).learning_rates[-2:]), weight_decay=0.0
     )
     losses = []
     for step in range(3):
@@ -742,6 +740,8 @@ def test_roles_are_found_by_name(architecture, endings, attention, feed_forward)
         ("dcft", {"orthogonality": -0.1}, ValueError, r"orthogonality: expected a number of"),
         ("dcft", {"orthogonality_form": "x"}, ValueError, r"orthogonality_form: expected one of"),
         ("dcft", {"constraint": "x"}, ValueError, r"constraint: expected one of"),
+        ("dcft", {"constraint": "diagonal"}, ValueError, r"constraint: 'diagonal' has no weight"),
+        ("dcft", {"scaling_gain": 0}, ValueError, r"scaling_gain: expected a number other than 0"),
         ("dcft", {"scaling_gain": "2"}, TypeError, r"scaling_gain: expected a number"),
         ("dcft", {"A_gain": "2"}, TypeError, r"A_gain: expected a number"),
         ("dcft", {"adapter_dtype": "int64"}, TypeError, r"adapter_dtype: expected one of float32"),

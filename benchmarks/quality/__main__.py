@@ -97,8 +97,8 @@ def _studies(options: argparse.Namespace, parser: argparse.ArgumentParser) -> li
 
 
 def _stated(method: str, pairs: Sequence[str]) -> dict[str, Any]:
-    """A method's options as given; and DCFT's start, which would be another one in a stored run
-    when the library's default changes."""
+    """A method's options as given; and DCFT's start by its name, so that a stored run tells it when
+    the library's default is another."""
     options = _options(pairs)
     if "init" in method_by_name(method).options:
         options.setdefault("init", DCFTOptions().init)
@@ -130,6 +130,8 @@ def _as_published(session: Session, study: Study, task: str) -> Study:
         (recipe.learning_rate,),
     )
     settings = dataclasses.replace(study.settings, batch_size=recipe.batch_size)
+    if settings.max_tokens == Run.max_tokens:  # not given: texts are as long as the task's are
+        settings = dataclasses.replace(settings, max_tokens=tasks.by_name(task).max_tokens)
     steps = recipe.epochs * session.steps_of_epoch(dataclasses.replace(settings, task=task))
     return dataclasses.replace(
         study,

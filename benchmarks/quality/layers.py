@@ -26,7 +26,7 @@ def find_layers(model: Any, targets: str) -> list[str]:
     """The full names of the layers, in the model's order.
 
     Raises:
-        QualityError: an unknown set, or a model in which it means nothing.
+        QualityError: an unknown set, or a model in which not all of its roles are known by name.
     """
     if targets not in TARGETS:
         raise errors.unknown("--targets", targets, TARGETS)
@@ -36,12 +36,12 @@ def find_layers(model: Any, targets: str) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.startswith(prefix)
     ]
-    found = roles.with_role(linear, *TARGETS[targets])
-    if not found:
+    missing = roles.missing(linear, TARGETS[targets])
+    if missing:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise errors.QualityError(
-            f"--targets: {targets} matches no layer of {type(model).__name__}; its linear layers "
-            f"are named {', '.join(kinds) or 'nothing'}; expected names ending in "
-            f"{roles.known_endings(*TARGETS[targets])}"
+            f"--targets: {targets} has no layer of {type(model).__name__} for "
+            f"{', '.join(missing)}; its linear layers are named {', '.join(kinds) or 'nothing'}; "
+            f"expected names ending in {roles.known_endings(*missing)}"
         )
-    return found
+    return roles.with_role(linear, *TARGETS[targets])

@@ -19,7 +19,8 @@ class Prepared:
         evaluation: features that are scored.
         collate: makes a batch of features.
         score: the task's figures of what the model gave for all of `evaluation`, in its order.
-        constant_score: the figures of the best constant answer: the commonest class, the mean.
+        constant_score: the figures of the best answer that does not look at the input: the
+            commonest class, the mean, tokens as often as in a text.
         outputs: width of the head.
         digest: what tells the data from others.
         label_names: the features that are labels.

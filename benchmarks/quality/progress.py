@@ -50,7 +50,10 @@ class Bars:
             self._progress.advance(bar)
             self._console.print(escape(_line(result)), highlight=False, soft_wrap=True)
 
-        yield done
+        try:
+            yield done
+        finally:
+            self._progress.remove_task(bar)
 
     @contextmanager
     def steps(self, run: Run) -> Iterator[Callable[[int, float], None]]:

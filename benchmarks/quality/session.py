@@ -90,7 +90,7 @@ class Session:
             for rate in rates
         ]
         results = []
-        with self._bars.runs(len(trials), f"{study}: learning rate of {run.label()}") as done:
+        with self._bars.runs(len(trials), f"{study}: learning rates of {run.method}") as done:
             for trial in trials:
                 result = self.result(trial, study)
                 done(result)

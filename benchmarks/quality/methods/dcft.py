@@ -70,6 +70,12 @@ def dcft(
         "dcft_C": validation.finite_number("C_gain", C_gain),
     }
     scaling_gain = validation.finite_number("scaling_gain", scaling_gain)
+    if scaling_gain == 0:
+        raise ValueError("scaling_gain: expected a number other than 0, which would train nothing")
+    if constraint != "orthogonal" and not weight:
+        raise ValueError(
+            f"constraint: {constraint!r} has no weight; expected orthogonality above 0 beside it"
+        )
     options: dict[str, Any] = {
         "kernel_size": kernel_size,
         "stride": stride,

@@ -24,6 +24,8 @@ from dcft_kernels import validation
 # Weights that are there already move by far less than factors that start near zero ...
 _FULL = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4)
 # ... and scales, which start at one, by more.
+# It trains nothing of its own, and the head has a rate of its own.
+_UNUSED = (1e-3,)
 _SCALES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 
 
@@ -78,7 +80,7 @@ def _checked(name: str, function: Callable[..., Adapted], known: Mapping[str, An
 
 
 METHODS: tuple[Method, ...] = (
-    _method("head", "nothing but the task's head", baselines.head),
+    _method("head", "nothing but the task's head", baselines.head, _UNUSED),
     _method("full", "every parameter", baselines.full, _FULL),
     _method("bitfit", "the biases (Zaken et al. 2021)", baselines.bitfit),
     _method("dcft", "DW = ConvTranspose2d(B A, C) (arXiv 2503.01419, eq. 5)", dcft.dcft),
