@@ -163,10 +163,10 @@ def _head(found: Sequence[Found], stored: Stored, file: str) -> list[str]:
 def _repeat(found: Sequence[Found]) -> str:
     names = ", ".join(f"`{one.study.name}`" for one in found)
     return (
-        f"To repeat: {_command()}, where NAME is one of {names} and DIR holds the tasks' files (for "
-        "`language` one .txt file); runs that are stored are not repeated (`--results FOLDER` stores "
-        "elsewhere). Seeds count from 0. A seed decides on the fresh head, the method's random numbers and the order of "
-        "the batches, so that all methods see the same batches."
+        f"To repeat: {_command()}, where NAME is one of {names} and DIR holds the tasks' files "
+        "(for `language` one .txt file); runs that are stored are not repeated (`--results FOLDER` "
+        "stores elsewhere). Seeds count from 0. A seed decides on the fresh head, the method's "
+        "random numbers and the order of the batches, so that all methods see the same batches."
     )
 
 
