@@ -143,26 +143,27 @@ def test_balanced_first_steps_are_midway_between_loras_loss_and_loras_move(n, m,
     Not exactly: the scaling is derived for factors of many entries. A gradient's entries are as
     large as the norms of A and C, and the mean norm of N entries is less than the root of their
     mean square, by a part of 1 / (4 N). At the ends there are windows more or fewer than the sizes
-    over the strides. Less than a fifth for layers as small as these.
+    over the strides. Up to 15 % of the loss and a fifth of the move for layers as small as these.
     """
     layer = DCFTLinear(n, m, **options)
     between = layer.geometry.outputs.stride**0.25
-    (loss, move), standard_errors = _first_steps_over_loras(n, m, 200, **options)
-    assert standard_errors.max() < 0.07
-    assert 0.8 < loss.item() * between < 1.2
-    assert 0.8 < move.item() / between < 1.2
+    (loss, move), (loss_error, move_error) = _first_steps_over_loras(n, m, 200, **options)
+    assert loss_error.item() * between < 0.04
+    assert move_error.item() / between < 0.04
+    assert 0.85 < loss.item() * between < 1.1
+    assert 0.8 < move.item() / between < 1.1
 
 
 def test_balanced_first_steps_change_with_a_fourth_root_of_the_kernel_size():
-    def means(draws: int, *kernel_sizes: int, **options) -> list[float]:
-        return [
-            _first_steps_over_loras(256, 192, draws, kernel_size=d, **options)[0][0].item()
+    def means(draws: int, *kernel_sizes: int, **options) -> dict[int, float]:
+        return {
+            d: _first_steps_over_loras(256, 192, draws, kernel_size=d, **options)[0][0].item()
             for d in kernel_sizes
-        ]
+        }
 
-    derived, constant = means(150, 2, 4, 8, 16), means(30, 2, 16, alpha=1.0)
-    # A fourth root of 8 between d = 2 and d = 16; without the scaling, a square root and more.
-    assert max(derived) < 1.15 * 8**0.25 * min(derived)
+    derived = [mean * d**0.25 for d, mean in means(150, 2, 4, 8, 16).items()]
+    constant = means(30, 2, 16, alpha=1.0).values()
+    assert max(derived) < 1.15 * min(derived)
     assert max(constant) > 2 * min(constant), "it is the scaling that sees to it"
 
 
