@@ -65,6 +65,7 @@ _SEEDS = 3
 _LOW_RANK_RATES = (2e-3, 5e-3, 1e-2)
 _ABLATION_RATE = 5e-3
 _PAPER_RATE = 1e-2
+_LONG_RATES = (1e-3, 2e-3)
 _PEER_RATES = (5e-3, 1e-2)
 _SCALE_RATES = (1e-2, 2e-2)
 _ADAPTER_RATES = (2e-3, 5e-3)
@@ -174,7 +175,8 @@ STUDIES: Mapping[str, Study] = {
             "cola",
             "And on CoLA, of which nothing is learned in so few steps?",
             (
-                *_at_one_rate((_dcft("DCFT d=8"), _LORA), _ABLATION_RATE),
+                replace(_dcft("DCFT d=8"), rates=_LONG_RATES),
+                replace(_LORA, rates=_LONG_RATES),
                 Variant("full fine-tuning", "full", rates=(1e-4,)),
                 Variant("head only", "head", rates=(1e-3,)),
             ),
