@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from rich.console import Console
+from rich.progress import Progress, TaskID
 from torch import nn
 
 from benchmarks.quality import (
@@ -42,6 +43,7 @@ from benchmarks.quality.runs import SLICE, Result, Run
 from benchmarks.quality.session import Session
 from benchmarks.quality.studies import Study, Variant
 from benchmarks.quality.training import BatchOrder
+from dcft_kernels import recipes
 from tests import quality_models
 
 COLA, SHAKESPEARE = tasks.TASKS["cola"], tasks.TASKS["shakespeare"]
@@ -975,6 +977,28 @@ def test_a_line_that_diverges_at_every_learning_rate_does_not_stop_the_others(
     assert [trial.error for trial in cells[LORA.label].trials] == ["it diverges"] * 2
 
 
+def test_the_bar_counts_the_runs_of_a_line_that_diverges_at_every_learning_rate(
+    run: Run,
+    open_session: Callable[..., Session],
+    pretended: Callable[..., list[tuple[Run, Prepared]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts: list[tuple[float, float | None]] = []
+    remove = Progress.remove_task
+
+    def last_seen(progress: Progress, bar: TaskID) -> None:
+        task = next(task for task in progress.tasks if task.id == bar)
+        counts.append((task.completed, task.total))
+        remove(progress, bar)
+
+    monkeypatch.setattr(Progress, "remove_task", last_seen)
+    pretended({1e-3: None, 1e-2: None, 1e-4: 0.5})
+    diverging = dataclasses.replace(LORA, rates=(1e-3, 1e-2))
+    study = study_of(run, diverging, dataclasses.replace(LORA, label="slow", rates=(1e-4,)))
+    open_session().study(dataclasses.replace(study, seeds=3))
+    assert counts[-1] == (6, 6)
+
+
 def test_texts_longer_than_the_model_reads_are_refused(
     run: Run, open_session: Callable[..., Session], pretended: Callable[..., object]
 ) -> None:
@@ -1087,6 +1111,35 @@ def test_learning_rates_are_searched_from_the_command_line(
     assert "dcft" in printed
     assert [c[0].scored for c in calls] == [SLICE] * len(rates) + ["dev"]
     assert calls[-1][0].learning_rate == max(rates)
+
+
+@pytest.mark.parametrize(("given", "max_tokens"), [((), 256), (("--max-tokens", "128"), 128)])
+def test_a_recipe_is_the_published_settings_and_reads_its_task_s_length(
+    folder: Path,
+    trained_here: Path,
+    tmp_path: Path,
+    pretended: Callable[..., list[tuple[Run, Prepared]]],
+    given: tuple[str, ...],
+    max_tokens: int,
+) -> None:
+    published = recipes.glue("rte")
+    pairs = [("a", "film", index % 2) for index in range(40)]
+    for split in ("train", "dev"):
+        rows = [("sentence1", "sentence2", "label"), *pairs]
+        quality_models.write_tsv(tmp_path / "rte" / f"{split}.tsv", rows)
+    calls = pretended({published.learning_rate: 0.5})
+    arguments = ["--task", "rte", "--recipe", "--data", str(tmp_path), *given]
+    arguments += ["--model", str(folder / "bert"), "--results", str(tmp_path / "results")]
+    assert __main__.main(arguments) == 0
+    ((run, _),) = calls
+    assert run.max_tokens == max_tokens
+    assert run.batch_size == published.batch_size
+    assert run.steps == published.epochs * math.ceil(40 / published.batch_size)
+    assert run.options == {
+        **published.dcft_options(),
+        "orthogonality": published.orthogonality_weight,
+        "orthogonality_form": published.orthogonality_form,
+    }
 
 
 @pytest.mark.parametrize("name", ["CoLA", "COLA"])

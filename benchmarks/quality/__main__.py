@@ -46,8 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Bars(console) as bars:
             session = Session(options.data, store, bars)
             if options.recipe:
+                own_length = options.max_tokens is None
                 asked = [
-                    _as_published(session, study, task) for study in asked for task in study.tasks
+                    _as_published(session, study, task, own_length=own_length)
+                    for study in asked
+                    for task in study.tasks
                 ]
             for study in asked:
                 session.study(study)
@@ -105,8 +108,9 @@ def _stated(method: str, pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _as_published(session: Session, study: Study, task: str) -> Study:
-    """DCFT on one task with its recipe's settings (`dcft_kernels.recipes`) in place of the study's.
+def _as_published(session: Session, study: Study, task: str, *, own_length: bool) -> Study:
+    """DCFT on one task with its recipe's settings (`dcft_kernels.recipes`) in place of the study's,
+    and where `own_length` with texts as long as the task's are.
 
     Raises:
         QualityError: no recipe is published for the task.
@@ -130,7 +134,7 @@ def _as_published(session: Session, study: Study, task: str) -> Study:
         (recipe.learning_rate,),
     )
     settings = dataclasses.replace(study.settings, batch_size=recipe.batch_size)
-    if settings.max_tokens == Run.max_tokens:  # not given: texts are as long as the task's are
+    if own_length:
         settings = dataclasses.replace(settings, max_tokens=tasks.by_name(task).max_tokens)
     steps = recipe.epochs * session.steps_of_epoch(dataclasses.replace(settings, task=task))
     return dataclasses.replace(

@@ -11,6 +11,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -19,11 +20,31 @@ from rich.progress import (
 from benchmarks.quality.runs import Result, Run
 
 
+class RunsBar:
+    """How many of a table's runs are over."""
+
+    def __init__(self, progress: Progress, bar: TaskID) -> None:
+        self._progress = progress
+        self._bar = bar
+
+    def done(self, result: Result) -> None:
+        """One is over: a step further, and its line."""
+        self._progress.advance(self._bar)
+        line = escape(_line(result))
+        self._progress.console.print(line, highlight=False, soft_wrap=True)
+
+    def passed_over(self, count: int) -> None:
+        """So many will not be run."""
+        self._progress.advance(self._bar, count)
+
+    def remove(self) -> None:
+        self._progress.remove_task(self._bar)
+
+
 class Bars:
     """A context in which `runs` and `steps` show their progress."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=28),
@@ -42,18 +63,13 @@ class Bars:
         self._progress.stop()
 
     @contextmanager
-    def runs(self, total: int, study: str) -> Iterator[Callable[[Result], None]]:
-        """A bar over so many runs; the function that it yields takes a finished one."""
-        bar = self._progress.add_task(escape(study), total=total, note="")
-
-        def done(result: Result) -> None:
-            self._progress.advance(bar)
-            self._console.print(escape(_line(result)), highlight=False, soft_wrap=True)
-
+    def runs(self, total: int, study: str) -> Iterator[RunsBar]:
+        """A bar over so many runs."""
+        bar = RunsBar(self._progress, self._progress.add_task(escape(study), total=total, note=""))
         try:
-            yield done
+            yield bar
         finally:
-            self._progress.remove_task(bar)
+            bar.remove()
 
     @contextmanager
     def steps(self, run: Run) -> Iterator[Callable[[int, float], None]]:

@@ -41,13 +41,15 @@ class Session:
         for variant in study.variants:
             by_name(variant.method)
         lines = [(task, variant) for task in study.tasks for variant in study.variants]
-        with self._bars.runs(len(lines) * study.seeds, study.name) as done:
+        with self._bars.runs(len(lines) * study.seeds, study.name) as bar:
             results = []
             for task, variant in lines:
                 # A line is whole before the next begins: what is cut short has whole lines.
-                for run in self._seeds(study, task, variant):
+                runs = self._seeds(study, task, variant)
+                bar.passed_over(study.seeds - len(runs))
+                for run in runs:
                     results.append(self.result(run, study.name))
-                    done(results[-1])
+                    bar.done(results[-1])
         return results
 
     def _seeds(self, study: Study, task: str, variant: Variant) -> list[Run]:
@@ -90,10 +92,10 @@ class Session:
             for rate in rates
         ]
         results = []
-        with self._bars.runs(len(trials), f"{study}: learning rates of {run.method}") as done:
+        with self._bars.runs(len(trials), f"{study}: learning rates of {run.method}") as bar:
             for trial in trials:
                 result = self.result(trial, study)
-                done(result)
+                bar.done(result)
                 results.append(result)
         best = best_of(results)
         return None if best is None else best.run.learning_rate
