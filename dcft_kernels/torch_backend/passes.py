@@ -174,7 +174,8 @@ def _scaled(factor: Tensor, scaling: float) -> Tensor:
 
 def _on_windows(v: Tensor, matrix: Tensor) -> Tensor:
     """`v [T, k, w] @ matrix [w, w']`, as a 2-D product, which is quicker than a batched one."""
-    return (v.flatten(0, 1) @ matrix).unflatten(0, v.shape[:2])
+    tokens, rank, _ = v.shape
+    return (v.flatten(0, 1) @ matrix).view(tokens, rank, matrix.shape[1])
 
 
 def _grad_input(

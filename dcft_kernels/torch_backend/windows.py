@@ -39,9 +39,7 @@ _EXPAND_SPREAD_ROWS = 8
 
 def compute_dtype(like: Tensor) -> torch.dtype:
     """The dtype in which the primitives compute for tokens `like`."""
-    if like.device.type == "cpu" and like.dtype in (torch.float16, torch.bfloat16):
-        return torch.float32
-    return like.dtype
+    return torch.float32 if like.is_cpu and like.dtype.itemsize == 2 else like.dtype
 
 
 def spread(factor: Tensor, side: Side) -> Tensor:
@@ -65,17 +63,16 @@ def shrink(z: Tensor, factor: Tensor, side: Side) -> Tensor:
     """
     dtype = compute_dtype(z)
     factor = factor.to(dtype)
+    row_blocks = _row_blocks(z, _block_length(z, dtype))
     if _can_batch(z, side):
         blocks = [
             torch.bmm(factor.expand(len(rows), -1, -1), _in_windows(rows.to(dtype), side))
-            for rows in _row_blocks(z, _block_length(z))
+            for rows in row_blocks
         ]
     else:
-        matrix = spread(factor, side).t()
-        shape = (factor.shape[0], side.width)
+        matrix, rank = spread(factor, side).t(), factor.shape[0]
         blocks = [
-            (rows.to(dtype) @ matrix).unflatten(1, shape)
-            for rows in _row_blocks(z, _block_length(z))
+            (rows.to(dtype) @ matrix).view(len(rows), rank, side.width) for rows in row_blocks
         ]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
@@ -96,7 +93,7 @@ def expand_(z: Tensor, v: Tensor, factor: Tensor, side: Side) -> Tensor:
     v, factor = v.to(dtype), factor.to(dtype)
     batched = _can_batch(z, side) and v.shape[1] * v.shape[2] > _EXPAND_SPREAD_ROWS
     matrix = factor.t() if batched else spread(factor, side)  # [L, k] or [k*w, size]
-    length = _block_length(z)
+    length = _block_length(z, dtype)
     for rows, v_rows in zip(_row_blocks(z, length), _row_blocks(v, length), strict=True):
         if batched:
             target, left, right = _in_windows(rows, side), matrix.expand(len(rows), -1, -1), v_rows
@@ -123,7 +120,7 @@ def factor_grad(z: Tensor, v: Tensor, side: Side) -> Tensor:
         `[k, L]` in `compute_dtype(z)`.
     """
     dtype = compute_dtype(z)
-    length = _block_length(z)
+    length = _block_length(z, dtype)
     blocks = list(zip(_row_blocks(z, length), _row_blocks(v.to(dtype), length), strict=True))
     if _can_batch(z, side):
         return _total(
@@ -147,12 +144,12 @@ def _entries(matrix: Tensor, rank: int, side: Side) -> Tensor:
 
 def _can_batch(z: Tensor, side: Side) -> bool:
     """Whether the batched form applies: tiling windows, on a CPU."""
-    return side.tile and z.device.type == "cpu"
+    return z.is_cpu and side.tile
 
 
 def _in_windows(z: Tensor, side: Side) -> Tensor:
     """Tokens `[T, size]` viewed as `[T, L, w]`, for tiling windows."""
-    return z.unflatten(1, (side.windows, side.width))
+    return z.view(z.shape[0], side.windows, side.width)
 
 
 def _total(terms: list[Tensor]) -> Tensor:
@@ -160,9 +157,9 @@ def _total(terms: list[Tensor]) -> Tensor:
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
 
-def _block_length(z: Tensor) -> int:
-    """Tokens in a block of rows: all of them where no copy to another dtype is needed."""
-    if compute_dtype(z) == z.dtype:
+def _block_length(z: Tensor, dtype: torch.dtype) -> int:
+    """Tokens in a block of rows, to be computed in `dtype`: all of them where that is no copy."""
+    if dtype == z.dtype:
         return max(1, z.shape[0])
     return max(1, _BLOCK_ELEMENTS // max(1, z.shape[1]))
 
