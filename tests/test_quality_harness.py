@@ -185,7 +185,7 @@ def test_a_run_s_key_is_that_of_its_settings(run: Run) -> None:
 
 def test_a_run_s_key_is_the_same_tomorrow() -> None:
     # Stored results are found by it.
-    assert Run("cola", "dcft", {"init": "balanced"}).key() == "e44acd29d6058bda"
+    assert Run("cola", "dcft", {"init": "balanced"}, max_tokens=128).key() == "e44acd29d6058bda"
 
 
 def _result(run: Run, **changes: Any) -> Result:
@@ -1011,6 +1011,29 @@ def test_texts_longer_than_the_model_reads_are_refused(
         opened.result(dataclasses.replace(run, max_tokens=41), "")
 
 
+def test_texts_are_as_long_as_the_task_s_or_as_the_model_reads(
+    run: Run,
+    open_session: Callable[..., Session],
+    pretended: Callable[..., list[tuple[Run, Prepared]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths: list[int] = []
+    prepare = sentences.prepare
+
+    def noting(task: Any, splits: Any, tokenizer: Any, max_tokens: int, digest: str) -> Prepared:
+        lengths.append(max_tokens)
+        return prepare(task, splits, tokenizer, max_tokens, digest)
+
+    monkeypatch.setattr(sentences, "prepare", noting)
+    pretended({run.learning_rate: 0.5})
+    for given, model_reads in ((None, 512), (None, 39), (30, 39), (500, 512)):
+        opened = open_session()
+        opened._tokenizers[run.model] = tokenizer = quality_models.tokenizer()
+        tokenizer.model_max_length = model_reads
+        opened.result(dataclasses.replace(run, max_tokens=given), "")
+    assert lengths == [COLA.max_tokens, 39, 30, COLA.max_tokens]
+
+
 @pytest.mark.parametrize("task", ["cola", "shakespeare"])
 def test_a_search_does_not_look_at_dev(
     run: Run,
@@ -1113,14 +1136,14 @@ def test_learning_rates_are_searched_from_the_command_line(
     assert calls[-1][0].learning_rate == max(rates)
 
 
-@pytest.mark.parametrize(("given", "max_tokens"), [((), 256), (("--max-tokens", "128"), 128)])
-def test_a_recipe_is_the_published_settings_and_reads_its_task_s_length(
+@pytest.mark.parametrize(("given", "max_tokens"), [((), None), (("--max-tokens", "128"), 128)])
+def test_a_recipe_is_the_published_settings_of_its_task(
     folder: Path,
     trained_here: Path,
     tmp_path: Path,
     pretended: Callable[..., list[tuple[Run, Prepared]]],
     given: tuple[str, ...],
-    max_tokens: int,
+    max_tokens: int | None,
 ) -> None:
     published = recipes.glue("rte")
     pairs = [("a", "film", index % 2) for index in range(40)]
@@ -1134,6 +1157,7 @@ def test_a_recipe_is_the_published_settings_and_reads_its_task_s_length(
     ((run, _),) = calls
     assert run.max_tokens == max_tokens
     assert run.batch_size == published.batch_size
+    assert run.head_learning_rate == published.learning_rate
     assert run.steps == published.epochs * math.ceil(40 / published.batch_size)
     assert run.options == {
         **published.dcft_options(),

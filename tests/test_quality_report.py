@@ -12,17 +12,21 @@ import pytest
 from benchmarks.quality import report, report_plots, report_tables
 from benchmarks.quality.errors import QualityError
 from benchmarks.quality.found import Found, Stored, match
-from benchmarks.quality.results import FILE, Store, read
+from benchmarks.quality.results import FILE, Store
 from benchmarks.quality.runs import SLICE, Result, Run
 from benchmarks.quality.studies import STUDIES, Study, Variant
 
 SETTINGS = Run(task="", method="", steps=8, batch_size=4, evaluations=2)
 RATES = (2e-3, 5e-3, 1e-2)
-DCFT = Variant("DCFT", "dcft", {"init": "balanced"}, rates=RATES)
-LORA = Variant("LoRA r=1", "lora", {"r": 1}, rates=RATES)
+DCFT = Variant("DCFT", "dcft", {"init": "balanced"}, rates=RATES[:1])
+LORA = Variant("LoRA r=1", "lora", {"r": 1}, rates=RATES[:1])
 FULL = Variant("full", "full", rates=(1e-4,))
 HEAD = Variant("head", "head", rates=(1e-3,))
 STUDY = Study("small", "How well?", (DCFT, LORA, FULL, HEAD), ("cola", "sst2"), 3, SETTINGS)
+# The same with a choice of rates.
+SEARCHED = dataclasses.replace(DCFT, rates=RATES)
+SEARCHED_LORA = dataclasses.replace(LORA, rates=RATES)
+SEARCH = dataclasses.replace(STUDY, variants=(SEARCHED, SEARCHED_LORA, FULL, HEAD))
 METRICS = {"cola": "matthews", "sst2": "accuracy", "shakespeare": "perplexity"}
 DIVERGED = (
     "loss: step 5 of 8 has the loss nan; the first layer whose output is not finite is a.b; "
@@ -164,7 +168,8 @@ def test_fewer_seeds_than_others_have_are_told() -> None:
 def test_failed_runs_are_named_with_their_reason() -> None:
     trials = [trial(LORA, rate, None) for rate in RATES]
     results = [*seeds(DCFT, 0.9, None, None), *seeds(FULL, 0.1), *trials]
-    table, notes = report_tables.results_table(found(results))
+    study = dataclasses.replace(STUDY, variants=(DCFT, SEARCHED_LORA, FULL, HEAD))
+    table, notes = report_tables.results_table(found(results, study))
     assert lines(table)["DCFT"][1] == "failed (1)"
     assert lines(table)["LoRA r=1"][1] == "failed (2)"
     assert lines(table)["full"][1] == "**10.0 (1 seed)**"
@@ -179,7 +184,13 @@ def test_failed_runs_are_named_with_their_reason() -> None:
 
 
 def test_trials_alone_are_not_a_result() -> None:
-    assert shown([trial(DCFT, RATES[1], 0.3)])["DCFT"] == ["-", "-", "-", "-", "-"]
+    assert shown([trial(DCFT, rate, 0.3) for rate in RATES], SEARCH)["DCFT"] == [
+        "-",
+        "-",
+        "-",
+        "-",
+        "-",
+    ]
 
 
 # Which results
@@ -188,7 +199,9 @@ def test_trials_alone_are_not_a_result() -> None:
 def test_the_best_rate_on_the_slice_counts_and_no_other() -> None:
     trials = [trial(DCFT, rate, value) for rate, value in zip(RATES, (0.1, 0.3, 0.3), strict=True)]
     at_rates = [seeds(DCFT, *[rate] * 3, learning_rate=rate) for rate in RATES]
-    cell = match(Stored([*trials, *at_rates[0], *at_rates[1], *at_rates[2]]), STUDY, "cola", DCFT)
+    cell = match(
+        Stored([*trials, *at_rates[0], *at_rates[1], *at_rates[2]]), STUDY, "cola", SEARCHED
+    )
     assert cell.learning_rate == RATES[1]  # of equals the first
     assert list(cell.results) == at_rates[1]
     assert list(cell.trials) == trials
@@ -197,60 +210,35 @@ def test_the_best_rate_on_the_slice_counts_and_no_other() -> None:
 def test_lower_perplexity_on_the_slice_is_better() -> None:
     study = dataclasses.replace(STUDY, tasks=("shakespeare",))
     trials = [trial(DCFT, rate, 40 - 1000 * rate, "shakespeare") for rate in RATES]
-    assert match(Stored(trials), study, "shakespeare", DCFT).learning_rate == RATES[2]
+    assert match(Stored(trials), study, "shakespeare", SEARCHED).learning_rate == RATES[2]
 
 
 def test_trials_that_are_no_candidates_or_failed_do_not_count() -> None:
-    trials = [trial(DCFT, 0.5, 0.9), trial(DCFT, RATES[0], None), trial(DCFT, RATES[2], 0.1)]
-    cell = match(Stored(trials), STUDY, "cola", DCFT)
-    assert cell.learning_rate == RATES[2]
-    assert list(cell.trials) == trials[1:]
+    trials = [trial(DCFT, rate, value) for rate, value in zip(RATES, (None, 0.1, 0.0), strict=True)]
+    cell = match(Stored([trial(DCFT, 0.5, 0.9), *trials]), STUDY, "cola", SEARCHED)
+    assert cell.learning_rate == RATES[1]
+    assert list(cell.trials) == trials
 
 
-def test_without_trials_the_newest_result_says_the_rate() -> None:
-    newer = [
-        dataclasses.replace(one, time="2026-03-01T00:00:00+00:00")
-        for one in seeds(DCFT, 0.1, 0.2, learning_rate=RATES[2])
-    ]
-    cell = match(Stored([*newer, *seeds(DCFT, 0.5, 0.6)]), STUDY, "cola", DCFT)
-    assert list(cell.results) == newer
-
-
-def test_a_single_rate_is_taken_as_it_is() -> None:
-    others = [*seeds(FULL, 0.9, learning_rate=5e-4), trial(FULL, 5e-4, 0.9)]
-    cell = match(Stored([*others, *seeds(FULL, 0.1)]), STUDY, "cola", FULL)
-    assert list(cell.results) == seeds(FULL, 0.1)
-    assert cell.trials == ()
+@pytest.mark.parametrize("tried", [(), RATES[:2]])
+def test_before_every_rate_was_tried_none_is_chosen(tried: tuple[float, ...]) -> None:
+    results = [*[trial(DCFT, rate, 0.3) for rate in tried], *seeds(DCFT, 0.5, 0.6)]
+    cell = match(Stored(results), STUDY, "cola", SEARCHED)
+    assert (cell.learning_rate, cell.results, cell.failures) == (None, (), 0)
+    assert shown(results, SEARCH)["DCFT"][1] == "-"
 
 
 @pytest.mark.parametrize(
-    "other",
-    [
-        {"steps": 9},
-        {"batch_size": 8},
-        {"model": "other"},
-        {"targets": "QV"},
-        {"task": "sst2"},
-        {"method": "lora"},
-        {"options": {"init": "paper"}},
-        {"precision": "bf16"},
-        {"train_size": 10},
-        {"scored": SLICE},
-    ],
-    ids=lambda other: next(iter(other)),
+    ("values", "text"),
+    [((0.3, 0.2, 0.1), "0.002†"), ((0.1, 0.3, 0.2), "0.005"), ((0.1, 0.2, 0.3), "0.01†")],
 )
-def test_other_settings_are_other_runs(other: dict[str, Any]) -> None:
-    of = dataclasses.replace(run(DCFT), **other)
-    results = [dataclasses.replace(one, run=of, key=of.key()) for one in seeds(DCFT, 0.9)]
-    assert match(Stored(results), STUDY, "cola", DCFT).results == ()
-
-
-def test_options_are_found_again_as_they_were_stored(tmp_path: Path) -> None:
-    variant = Variant("DCFT", "dcft", {"kernel_size": (4, 8), "alpha": 4.0}, rates=(1e-3,))
-    study = dataclasses.replace(STUDY, variants=(variant,))
-    read_back = read(stored(tmp_path, seeds(variant, 0.5)) / FILE)
-    assert read_back[0].run.options["kernel_size"] == [4, 8]
-    assert len(match(Stored(read_back), study, "cola", variant).results) == 1
+def test_a_rate_at_the_edge_of_those_tried_is_marked(values: tuple[float, ...], text: str) -> None:
+    trials = [trial(DCFT, rate, value) for rate, value in zip(RATES, values, strict=True)]
+    best = max(zip(values, RATES, strict=True))[1]
+    table = shown([*trials, *seeds(DCFT, 0.5, learning_rate=best)], SEARCH)
+    assert table["DCFT"][-2] == f"{text} / -"
+    # A single rate has no edge.
+    assert shown(USUAL)["DCFT"][-2] == "0.002"
 
 
 def test_of_equal_settings_the_last_result_counts() -> None:
@@ -283,6 +271,13 @@ def test_difference_is_to_lora_on_the_same_layers() -> None:
     assert list(table)[2:] == ["DCFT ALL − LoRA r=1", "DCFT QV − LoRA QV"]
 
 
+def test_a_study_may_name_its_differences() -> None:
+    study = dataclasses.replace(STUDY, differences=(("full", "DCFT"), ("full", "left out")))
+    table = lines(report_tables.difference_table(found(USUAL, study)))
+    # -0.10, -0.13, -0.16: deviation 0.03, over the root of 3 is 0.0173
+    assert list(table.items())[2:] == [("full − DCFT", ["-13.0 ± 1.7", "-"])]
+
+
 def test_no_difference_without_lora_of_rank_1() -> None:
     wide = dataclasses.replace(LORA, options={"r": 8})
     study = dataclasses.replace(STUDY, variants=(DCFT, wide))
@@ -296,7 +291,7 @@ def test_no_difference_without_lora_of_rank_1() -> None:
 def test_trials_are_listed_and_the_chosen_one_is_bold() -> None:
     values = (0.1, 0.3, None)
     trials = [trial(DCFT, rate, value) for rate, value in zip(RATES, values, strict=True)]
-    table = lines(report_tables.trials_table(found([*trials, *USUAL])))
+    table = lines(report_tables.trials_table(found([*trials, *USUAL], SEARCH)))
     assert table["DCFT"] == ["0.002 → 10.0, **0.005 → 30.0**, 0.01 → failed", "-"]
     assert len(table) == 3
     assert report_tables.trials_table(found(USUAL)) == ""
@@ -399,9 +394,11 @@ def test_same_results_same_bytes(tmp_path: Path) -> None:
 
 def test_report_tells_where_its_numbers_are_from(tmp_path: Path) -> None:
     elsewhere = dataclasses.replace(run(DCFT), steps=99)
-    results = [*USUAL, result(elsewhere, 0.5), trial(DCFT, RATES[0], 0.2)]
+    searched = dataclasses.replace(SEARCHED, label="DCFT QV", targets="QV")
+    study = dataclasses.replace(STUDY, variants=(*STUDY.variants, searched))
+    results = [*USUAL, result(elsewhere, 0.5), trial(searched, RATES[0], 0.2)]
     out = tmp_path / "out"
-    report.write(stored(tmp_path / "rows", results), out, [STUDY, PAIRED])
+    report.write(stored(tmp_path / "rows", results), out, [study, PAIRED])
     text = (out / "report.md").read_text(encoding="utf-8")
     assert text.startswith("# Learning quality\n")
     assert (

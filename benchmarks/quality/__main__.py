@@ -46,9 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Bars(console) as bars:
             session = Session(options.data, store, bars)
             if options.recipe:
-                own_length = options.max_tokens is None
                 asked = [
-                    _as_published(session, study, task, own_length=own_length)
+                    _as_published(session, study, task, options.head_learning_rate)
                     for study in asked
                     for task in study.tasks
                 ]
@@ -108,9 +107,11 @@ def _stated(method: str, pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _as_published(session: Session, study: Study, task: str, *, own_length: bool) -> Study:
-    """DCFT on one task with its recipe's settings (`dcft_kernels.recipes`) in place of the study's,
-    and where `own_length` with texts as long as the task's are.
+def _as_published(session: Session, study: Study, task: str, head_rate: float | None) -> Study:
+    """DCFT on one task with its recipe's settings (`dcft_kernels.recipes`) in place of the study's.
+
+    The published code has one learning rate for adapters and head: the head has the recipe's too,
+    unless `head_rate` is given. Warm-up and decay, which no table prints, are the study's.
 
     Raises:
         QualityError: no recipe is published for the task.
@@ -133,9 +134,11 @@ def _as_published(session: Session, study: Study, task: str, *, own_length: bool
         given.targets,
         (recipe.learning_rate,),
     )
-    settings = dataclasses.replace(study.settings, batch_size=recipe.batch_size)
-    if own_length:
-        settings = dataclasses.replace(settings, max_tokens=tasks.by_name(task).max_tokens)
+    settings = dataclasses.replace(
+        study.settings,
+        batch_size=recipe.batch_size,
+        head_learning_rate=head_rate or recipe.learning_rate,
+    )
     steps = recipe.epochs * session.steps_of_epoch(dataclasses.replace(settings, task=task))
     return dataclasses.replace(
         study,
@@ -252,7 +255,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--head-lr", dest="head_learning_rate", type=_rate, help="learning rate of the head (1e-3)")
     add("--train-size", type=_count, help="use so many training examples, evenly spread")
     add("--scored-size", type=_count, help="score so many examples, evenly spread")
-    add("--max-tokens", type=_count, help="cut texts there (128, or less where the task is short)")
+    add(
+        "--max-tokens",
+        type=_count,
+        help="cut texts there (the task's own length, of which it takes no more)",
+    )
     add("--evaluations", type=_count, help="score so many times, the last time at the end (1)")
     add("--precision", choices=("fp32", "bf16"), help="bf16: autocast (fp32)")
     add("--results", type=Path, default=FOLDER, help=f"folder of the results ({FOLDER})")

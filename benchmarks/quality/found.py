@@ -51,18 +51,31 @@ class Cell:
     Attributes:
         results: one a seed, by seed, at the learning rate that was chosen.
         trials: the candidates for it, each scored on a slice of train, in the variant's order.
-        learning_rate: the one that was chosen; None where nothing was run or every trial failed.
+        candidates: how many learning rates there are to choose from.
+        learning_rate: the one that was chosen; None before all were tried, and if all failed.
     """
 
     results: tuple[Result, ...] = ()
     trials: tuple[Result, ...] = ()
+    candidates: int = 1
     learning_rate: float | None = None
+
+    @property
+    def unchosen(self) -> bool:
+        """Whether every learning rate was tried and none has a value."""
+        return len(self.trials) == self.candidates and self.learning_rate is None
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the learning rate is the highest or the lowest of those tried: one beyond might
+        have been better."""
+        rates = [trial.run.learning_rate for trial in self.trials]
+        return len(rates) > 1 and self.learning_rate in (min(rates), max(rates))
 
     @property
     def failures(self) -> int:
         """How many runs have no value; that no learning rate could be chosen counts as one."""
-        unchosen = bool(self.trials) and self.learning_rate is None
-        return unchosen + sum(result.value is None for result in self.results)
+        return self.unchosen + sum(result.value is None for result in self.results)
 
     @property
     def values(self) -> dict[int, float]:
@@ -74,7 +87,7 @@ def match(stored: Stored, study: Study, task: str, variant: Variant) -> Cell:
     """The stored results of a variant on a task: those of exactly the study's settings.
 
     A variant with one learning rate was run at that one. Of several, it is the one that did best
-    on the slice of train; where no trial is stored, that of the newest result.
+    on the slice of train, once all of them were tried there.
     """
     run = study.run(task, variant)
     rates = variant.rates or by_name(variant.method).learning_rates
@@ -84,14 +97,10 @@ def match(stored: Stored, study: Study, task: str, variant: Variant) -> Cell:
         chosen: float | None = rates[0]
     else:
         trials = _trials(stored.like(dataclasses.replace(run, scored=SLICE)), run.seed, rates)
-        if trials:
-            best = best_of(trials)
-            chosen = None if best is None else best.run.learning_rate
-        else:
-            newest = max(reversed(results), key=lambda result: result.time, default=None)
-            chosen = None if newest is None else newest.run.learning_rate
+        best = best_of(trials) if len(trials) == len(rates) else None
+        chosen = None if best is None else best.run.learning_rate
     kept = [result for result in results if result.run.learning_rate == chosen]
-    return Cell(tuple(sorted(kept, key=lambda r: r.run.seed)), trials, chosen)
+    return Cell(tuple(sorted(kept, key=lambda r: r.run.seed)), trials, len(rates), chosen)
 
 
 def _trials(results: Sequence[Result], seed: int, rates: Sequence[float]) -> tuple[Result, ...]:

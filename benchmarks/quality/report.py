@@ -35,21 +35,22 @@ _READING = (
     "Values are the mean over seeds ± the standard deviation (of the sample). The best of a task "
     "is bold; the constant answer is the best that can be had without reading the input. "
     "Parameters are a method's own, without the head that every method trains. "
-    f"`{report_tables.NONE}` was not run. Curves are means over seeds too."
+    f"`{report_tables.NONE}` was not run. Curves are means over seeds too. Seconds say what a run "
+    "costs here and no more: other work ran beside many of these, so that equal runs differ by up "
+    "to a factor of two; how methods compare in time is measured by `python -m benchmarks.run`."
 )
 _RATES = (
     "A method's learning rate is chosen for each task among its candidates: a run at each, seed 0, "
     "is scored on a slice of the training split that these runs do not train on. The dev split is "
-    "never looked at for it. Where a study states a single rate, that is taken as it is. Every "
+    "never looked at for it. Where a study states a single rate, that is taken as it is. "
+    f"{report_tables.EDGE} marks a rate that is the highest or the lowest of its candidates. Every "
     "trial is under [Learning rates](#learning-rates)."
 )
 _TRIALS = (
     "Scores on the slice of the training split; the chosen rate is bold. Seed 0 only, so that "
     "a choice between rates that are close is a matter of luck."
 )
-_DIFFERENCES = (
-    "Difference to LoRA r=1, paired by seed: the mean of the differences ± its standard error."
-)
+_DIFFERENCES = "Differences, paired by seed: their mean ± its standard error."
 _PAIRED = (
     "The same run by different arithmetic: the largest difference over all seeds, of the loss at "
     "any stored point (points are rounded to 8 decimals) and of the final metric, as it is, not "

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.quality import metrics
-from benchmarks.quality.found import Cell, Found, best_of, mean_and_spread
+from benchmarks.quality.found import Cell, Found, mean_and_spread
 from benchmarks.quality.runs import Result
 from benchmarks.quality.studies import Study, Variant
 from benchmarks.tables import table
 
 NONE = "-"
 """What was not run."""
+
+EDGE = "†"
+"""Beside a learning rate that is the highest or the lowest of those tried."""
 
 
 # Numbers
@@ -94,7 +97,7 @@ def _result(found: Found, variant: Variant, task: str, best: str | None) -> tupl
             for reason, failed in reasons.items()
         ]
         return "failed", f"{variant.label} on {task}, {'; '.join(seeds)}"
-    if cell.trials and best_of(cell.trials) is None:
+    if cell.unchosen:
         reason = _reason(cell.trials[-1])
         return "failed", f"{variant.label} on {task}, at every learning rate tried: {reason}"
     spread = mean_and_spread(cell.results)
@@ -124,15 +127,19 @@ def _parameters(found: Found, variant: Variant) -> str:
 
 def _rates_and_time(found: Found, variant: Variant) -> tuple[str, str]:
     cells = [found.cell(variant, task) for task in found.study.tasks]
-    rates = [
-        NONE if cell.learning_rate is None or not cell.results else f"{cell.learning_rate:g}"
-        for cell in cells
-    ]
+    rates = [_rate(cell) for cell in cells]
     seconds = [r.seconds for cell in cells for r in cell.results if r.value is not None]
     return (
         rates[0] if len(set(rates)) == 1 else " / ".join(rates),
         f"{statistics.fmean(seconds):.0f}" if seconds else NONE,
     )
+
+
+def _rate(cell: Cell) -> str:
+    """The learning rate, marked where one beyond those tried might have been better."""
+    if cell.learning_rate is None or not cell.results:
+        return NONE
+    return f"{cell.learning_rate:g}" + EDGE * cell.at_edge
 
 
 def _constant(found: Found, task: str) -> str:
@@ -142,7 +149,7 @@ def _constant(found: Found, task: str) -> str:
     return NONE
 
 
-# DCFT beside LoRA
+# One method minus another
 
 
 def is_dcft(variant: Variant) -> bool:
@@ -151,17 +158,25 @@ def is_dcft(variant: Variant) -> bool:
 
 
 def difference_table(found: Found) -> str:
-    """DCFT minus LoRA of rank 1, by seed; empty for a study without both."""
+    """The study's differences, by seed: those that it names, or DCFT minus LoRA of rank 1; empty
+    for a study without."""
     study = found.study
     lines = []
-    for variant in study.variants:
-        other = _lora(study, variant) if is_dcft(variant) else None
-        if other is not None:
-            cells = [_difference(found, variant, other, task) for task in study.tasks]
-            if any(cell != NONE for cell in cells):
-                lines.append([f"{variant.label} − {other.label}", *cells])
+    for variant, other in _compared(study):
+        cells = [_difference(found, variant, other, task) for task in study.tasks]
+        if any(cell != NONE for cell in cells):
+            lines.append([f"{variant.label} − {other.label}", *cells])
     titles = [f"{task}, {unit(found.metric(task))}" for task in study.tasks]
     return table(["difference", *titles], lines) if lines else ""
+
+
+def _compared(study: Study) -> list[tuple[Variant, Variant]]:
+    if study.differences:
+        by_label = {variant.label: variant for variant in study.variants}
+        named = [pair for pair in study.differences if by_label.keys() >= set(pair)]
+        return [(by_label[label], by_label[other]) for label, other in named]
+    beside = [(variant, _lora(study, variant)) for variant in study.variants if is_dcft(variant)]
+    return [(variant, lora) for variant, lora in beside if lora is not None]
 
 
 def _lora(study: Study, variant: Variant) -> Variant | None:

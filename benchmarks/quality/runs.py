@@ -23,6 +23,8 @@ class Run:
         warm_up: share of the steps in which the learning rate rises; it then falls to zero.
         train_size: how many training examples are used, evenly spread; None for all.
         scored_size: likewise of the examples that are scored.
+        max_tokens: where texts are cut, at the latest at the task's own length; None for that, or
+            for what the model reads if that is less.
         evaluations: how many times the model is scored, the last time at the end.
     """
 
@@ -41,7 +43,7 @@ class Run:
     warm_up: float = 0.06
     train_size: int | None = None
     scored_size: int | None = None
-    max_tokens: int = 128
+    max_tokens: int | None = None
     precision: str = "fp32"
     evaluations: int = 1
 

@@ -122,11 +122,11 @@ class Session:
             self._tokenizers[run.model] = Source.of(run.model).tokenizer()
         tokenizer = self._tokenizers[run.model]
         in_slice, size = run.scored == SLICE, run.scored_size
-        max_tokens = min(run.max_tokens, task.max_tokens)
-        if max_tokens > tokenizer.model_max_length:  # where it is not known, astronomically large
+        longest = tokenizer.model_max_length  # where it is not known, astronomically large
+        max_tokens = min(run.max_tokens or longest, task.max_tokens)
+        if max_tokens > longest:
             raise QualityError(
-                f"--max-tokens: {run.model} reads at most {tokenizer.model_max_length} tokens, "
-                f"got {run.max_tokens}"
+                f"--max-tokens: {run.model} reads at most {longest} tokens, got {run.max_tokens}"
             )
         if task.kind == "language":
             text = language.read_text(self._data)

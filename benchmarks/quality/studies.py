@@ -39,6 +39,7 @@ class Study:
         question: one sentence.
         settings: what all its runs share.
         paired: whether its runs differ in nothing but arithmetic: their curves are compared.
+        differences: pairs of labels whose difference is shown; left out: DCFT minus LoRA r=1.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Study:
     seeds: int
     settings: Run
     paired: bool = False
+    differences: tuple[tuple[str, str], ...] = ()
 
     def run(self, task: str, variant: Variant) -> Run:
         """A variant's run on a task, at the settings' own seed and learning rate."""
@@ -60,7 +62,7 @@ class Study:
         )
 
 
-_SETTINGS = Run(task="", method="", steps=120, batch_size=16)
+_SETTINGS = Run(task="", method="", steps=120, batch_size=16, max_tokens=128)
 _SEEDS = 3
 _LOW_RANK_RATES = (2e-3, 5e-3, 1e-2)
 _HIGH_RATES = (5e-3, 1e-2, 2e-2)
@@ -159,11 +161,11 @@ def _study(
     tasks: tuple[str, ...] = ("stsb",),
     *,
     paired: bool = False,
+    differences: tuple[tuple[str, str], ...] = (),
     **settings: Any,
 ) -> Study:
-    return Study(
-        name, question, variants, tasks, _SEEDS, replace(_SETTINGS, **settings), paired=paired
-    )
+    shared = replace(_SETTINGS, **settings)
+    return Study(name, question, variants, tasks, _SEEDS, shared, paired, differences)
 
 
 STUDIES: Mapping[str, Study] = {
@@ -289,6 +291,9 @@ STUDIES: Mapping[str, Study] = {
                 replace(_dcft("DCFT d=4, k=4", **_shape(4, 4)), rates=_BUDGET_RATES),
             ),
             ("stsb", "sst2"),
+            differences=tuple(
+                (_SSB_DCFT.label, other) for other in ("DCFT d=8", "DCFT d=4, k=4", _SSB.label)
+            ),
         ),
         _study(
             "parity",
@@ -321,7 +326,7 @@ STUDIES: Mapping[str, Study] = {
                 steps=20,
                 batch_size=4,
                 scored_size=16,
-                evaluations=1,
+                max_tokens=128,
             ),
         ),
     )
