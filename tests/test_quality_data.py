@@ -199,14 +199,14 @@ def test_a_digest_tells_examples_from_others(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_a_task_of_its_own(tmp_path: Path) -> None:
-    train = [("sentence1", "sentence2", "label"), ("a", "b", 0), ("c", "d", 2)]
+    train = [("sentence1", "sentence2", "label"), ("a", "b", 0), ("c", "d", 2), ("e", "f", 1)]
     dev = [("label", "sentence2", "sentence1"), (1, "b", "a")]
     folder = write(tmp_path / "mine", train, dev)
     task = text_files.own_task(folder)
     assert (task.name, task.kind, task.metrics) == ("mine", "classification", ("accuracy",))
     assert task.labels == ("0", "1", "2")
     splits = text_files.read_folder(task, folder)
-    assert list(splits.train) == [one("a", "b"), one("c", "d", label=2)]
+    assert list(splits.train) == [one("a", "b"), one("c", "d", label=2), one("e", "f", label=1)]
     assert list(splits.dev) == [one("a", "b", label=1)]
     single = text_files.own_task(write(tmp_path / "single"))
     assert len(text_files.read_folder(single, tmp_path / "single").train[0].texts) == 1
@@ -218,7 +218,7 @@ def test_a_folder_is_a_task_of_its_own(tmp_path: Path) -> None:
         ([HEADER, ("a", 0), ("b", "yes")],
          r"train\.tsv line 3 has the label 'yes'; expected the number of a class, 0, 1, \.\.\."),
         ([HEADER, ("a", 0), ("b", -1)], r"line 3 has the label '-1'; expected the number"),
-        ([HEADER, ("a", 1), ("b", 20230101)], r"has no example with the label 2; expected classes"),
+        ([HEADER, ("a", 1), ("b", 20230101)], r"has no example with the label 0; expected classes"),
         ([HEADER, ("a", 0), ("b", 0)], r"has no example with the label 1; .* at least two"),
         ([("label",), (0,)], r"lacks the column sentence1; its first line is label"),
         ([("text", "label"), ("a", 0)], r"lacks the column sentence1; its first line is text, la"),
@@ -230,6 +230,16 @@ def test_what_is_wrong_in_an_own_task_is_told(
 ) -> None:
     with pytest.raises(QualityError, match=message):
         text_files.own_task(write(tmp_path, train, [HEADER, ("a", 0)]))
+
+
+def test_a_class_of_dev_alone_is_told(tmp_path: Path) -> None:
+    train = [HEADER, ("a", 0), ("b", 1), ("c", 0)]
+    dev = [HEADER, ("a", 0), ("b", 2)]
+    message = (
+        r"dev\.tsv line 3 has the label 2, which no training example has; expected one of 0, 1"
+    )
+    with pytest.raises(QualityError, match=message):
+        text_files.own_task(write(tmp_path, train, dev))
 
 
 def test_an_own_task_without_files_lists_the_tasks(tmp_path: Path) -> None:

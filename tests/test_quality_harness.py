@@ -239,6 +239,12 @@ def test_results_are_found_by_their_settings(run: Run, tmp_path: Path) -> None:
     assert len(results.read(store.path)) == 3
 
 
+def test_results_of_another_process_are_found(run: Run, tmp_path: Path) -> None:
+    ours, theirs = Store(tmp_path), Store(tmp_path)
+    theirs.add(_result(run))
+    assert ours.find(run) == _result(run)
+
+
 def test_a_line_that_was_not_finished_does_not_count(run: Run, tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.add(_result(run))
@@ -633,6 +639,19 @@ def test_a_checkpoint_that_is_not_whole_does_not_count(
     found = fine_tune(run, prepared, tmp_path, progress=_kill_at(0, seen))
     assert seen[0] == 7
     assert found.loss_curve == expected.loss_curve
+
+
+def test_a_checkpoint_of_other_code_does_not_count(
+    run: Run, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was begun before a change and ended after it would be neither."""
+    for commit, first in (("before", 1), ("after", 1), ("after", 7)):
+        monkeypatch.setattr(training, "commit", lambda _, commit=commit: commit)
+        seen: list[int] = []
+        with pytest.raises(Killed):
+            fine_tune(run, prepared, tmp_path, progress=_kill_at(8, seen))
+        assert seen[0] == first
+    assert _folder(tmp_path, run).name.endswith("-after")
 
 
 def test_checkpoints_hold_only_what_is_trained(
@@ -1341,7 +1360,93 @@ def test_options_reach_the_method(cli: Callable[..., tuple[int, str]], tmp_path:
     assert found.trainable_parameters == 3 * 2 * (4 * (32 + 32) + 2 * (32 + 64))
 
 
+def test_an_option_may_be_for_one_of_the_methods(
+    cli: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    code, _ = cli(
+        *("--task", "cola", "--method", "lora,dcft", "--lr", "1e-3"),
+        *("--option", "lora.r=3", "--option", "dcft.kernel_size=4", "--option", "alpha=2.5"),
+    )
+    assert code == 0
+    assert [found.run.options for found in _stored(tmp_path)] == [
+        {"r": 3, "alpha": 2.5},
+        {"kernel_size": 4, "alpha": 2.5, "init": "balanced"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--method", "head,dcft", "--option", "dcft.rankk=2"],
+            "--option: dcft: rankk: no option ",
+        ),
+        (["--method", "head,lora", "--option", "r=8"], "--option: head: r: no option of head"),
+        (["--option", "lora.r=8"], "--option: lora.r=8 is for 'lora', which is none of --method d"),
+        (["--method", "head", "--task", "cola,rte"], "--data: "),
+    ],
+)
+def test_what_is_wrong_with_the_last_is_told_before_the_first_is_trained(
+    cli: Callable[..., tuple[int, str]], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    code, printed = cli("--task", "cola", "--lr", "1e-3", *arguments)
+    assert code == 2
+    assert f"error: {message}" in printed
+    assert _stored(tmp_path) == []
+
+
 # Models
+
+
+def test_methods_that_adapt_no_layers_need_know_none(
+    cli: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    config = quality_models.bert_config(hidden_size=32, intermediate_size=64)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    gpt2 = transformers.GPT2Config(vocab_size=config.vocab_size, pad_token_id=0, **sizes)
+    folder = tmp_path / "gpt2"
+    quality_models.write_model(folder, transformers.GPT2ForSequenceClassification, gpt2)
+    arguments = ["--task", "cola", "--lr", "1e-3", "--method"]
+    code, printed = cli(*arguments, "head,full,bitfit", model=str(folder))
+    assert code == 0, printed
+    assert len(_stored(tmp_path)) == 3
+    code, printed = cli(*arguments, "dcft", model=str(folder))
+    assert code == 2
+    assert "error: --targets: ALL has no layer of GPT2ForSequenceClassification" in printed
+
+
+def test_a_sentencepiece_tokenizer_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DeBERTaV3 has it on the hub: an `spm.model`, and no file of the library `tokenizers`."""
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    text = io.BytesIO()
+    trainer.train(
+        sentence_iterator=iter(["the film was fine", "a poor film we saw twice"] * 20),
+        model_writer=text,
+        vocab_size=24,
+        minloglevel=2,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        pad_piece="[PAD]",
+        bos_piece="[CLS]",
+        eos_piece="[SEP]",
+    )
+    (tmp_path / "spm.model").write_bytes(text.getvalue())
+    (tmp_path / "config.json").write_text('{"model_type": "deberta-v2"}', encoding="utf-8")
+    tokenizer = pretrained.Source.of(str(tmp_path)).tokenizer()
+    ids = tokenizer("the film was fine")["input_ids"]
+    assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    assert tokenizer.decode(ids[1:-1]).strip() == "the film was fine"
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("`tiktoken` is required to read a `tiktoken` file.")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    monkeypatch.setattr(pretrained, "_is_installed", lambda package: package == "protobuf")
+    message = "read with sentencepiece and protobuf; fix: pip install sentencepiece. Expected"
+    with pytest.raises(QualityError, match=message):
+        pretrained.Source.of(str(tmp_path)).tokenizer()
 
 
 def test_a_model_that_is_not_there_is_told(cli: Callable[..., tuple[int, str]]) -> None:

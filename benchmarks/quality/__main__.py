@@ -84,18 +84,34 @@ def _studies(options: argparse.Namespace, parser: argparse.ArgumentParser) -> li
                 raise QualityError(f"--{name.replace('_', '-')}: --recipe sets it; leave one out")
     settings = Run(task="", method="", steps=250)
     rates = None if options.lr == _SEARCH else (_positive("--lr", options.lr),)
+    names = options.method.split(",")
+    own = {name: _of_method(name, names, options.option) for name in names}
     variants = [
         Variant(
             name,
             name,
-            _options(options.option) if options.recipe else _stated(name, options.option),
+            _options(own[name]) if options.recipe else _stated(name, own[name]),
             options.targets,
             rates,
         )
-        for name in options.method.split(",")
+        for name in names
     ]
     study = Study("", "", tuple(variants), _tasks(options.task), 1, settings)
     return [_overridden(study, options)]
+
+
+def _of_method(method: str, methods: Sequence[str], pairs: Sequence[str]) -> list[str]:
+    """The options of one method: those for it alone, as in `lora.r=8`, and those for all."""
+    found = []
+    for pair in pairs:
+        owner, dot, _ = pair.partition("=")[0].rpartition(".")
+        if dot and owner not in methods:
+            raise QualityError(
+                f"--option: {pair} is for {owner!r}, which is none of --method {','.join(methods)}"
+            )
+        if not dot or owner == method:
+            found.append(pair.removeprefix(f"{owner}{dot}"))
+    return found
 
 
 def _stated(method: str, pairs: Sequence[str]) -> dict[str, Any]:
@@ -239,7 +255,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--method", default="dcft", help=f"comma-separated: {', '.join(m.name for m in METHODS)}")
     add("--recipe", action="store_true", help="DCFT with the published settings of the task: "
         "learning rate, epochs, batch size, dropout, scaling, orthogonality")  # fmt: skip
-    add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the methods")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="of all the "
+        "methods; METHOD.NAME=VALUE of one of them")  # fmt: skip
     add("--study", help=f"comma-separated: {', '.join(studies.STUDIES)}")
     add("--variants", help="of the study only these lines, comma-separated, * for anything")
     add("--seeds", type=_count, help="how many (1)")

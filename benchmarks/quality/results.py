@@ -20,17 +20,20 @@ class Store:
 
     def __init__(self, folder: Path = FOLDER) -> None:
         self.path = folder / FILE
-        self._results = {result.run.key(): result for result in read(self.path)}
+        read(self.path)  # a line that is no result is told before anything is trained
 
     def find(self, run: Run) -> Result | None:
-        """The stored result of these very settings; one that failed does not count."""
-        result = self._results.get(run.key())
-        return None if result is None or result.error else result
+        """The stored result of these very settings; one that failed does not count.
+
+        The file is read anew, so that of two processes none repeats what the other has done.
+        """
+        key = run.key()
+        found = [result for result in read(self.path) if result.run.key() == key]
+        return found[-1] if found and not found[-1].error else None
 
     def add(self, result: Result) -> None:
         """Keep a result; it is on disk when this returns."""
         rows.append_line(self.path, result.as_line())
-        self._results[result.run.key()] = result
 
 
 def read(path: Path) -> list[Result]:

@@ -36,10 +36,7 @@ class Session:
 
     def study(self, study: Study) -> list[Result]:
         """All results of a study, line by line: the learning rate first, then every seed."""
-        for task in study.tasks:
-            self._task(task)
-        for variant in study.variants:
-            by_name(variant.method)
+        self._check(study)
         lines = [(task, variant) for task in study.tasks for variant in study.variants]
         with self._bars.runs(len(lines) * study.seeds, study.name) as bar:
             results = []
@@ -51,6 +48,20 @@ class Session:
                     results.append(self.result(run, study.name))
                     bar.done(results[-1])
         return results
+
+    def _check(self, study: Study) -> None:
+        """What is wrong with the last line is told before the first is trained: names, options,
+        data."""
+        for variant in study.variants:
+            method = by_name(variant.method)
+            try:
+                method.check_options(variant.options)
+            except TypeError as error:
+                raise QualityError(f"--option: {variant.method}: {error}") from error
+        for name in study.tasks:
+            task = self._task(name)
+            for variant in study.variants:
+                self._prepare(study.run(name, variant), task)
 
     def _seeds(self, study: Study, task: str, variant: Variant) -> list[Run]:
         """One run a seed, at the learning rate that suits the task best; none where training

@@ -68,7 +68,7 @@ TASKS: Mapping[str, Task] = {
             "mnli",
             ("premise", "hypothesis"),
             ("entailment", "neutral", "contradiction"),
-            dev_split="validation_matched",
+            dev_split="validation_matched",  # the mismatched one is not scored
         ),
         _glue("qnli", ("question", "sentence"), _ENTAILS, max_tokens=256),
         _glue("rte", _TWO_SENTENCES, _ENTAILS, max_tokens=256),

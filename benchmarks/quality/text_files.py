@@ -58,25 +58,35 @@ def own_task(folder: Path) -> Task:
     """
     columns = _header(_find(folder, TRAIN))
     names = tuple(name for name in ("sentence1", "sentence2") if name in columns)
-    classes: set[int] = set()
-    for split in (TRAIN, DEV):
-        path = _find(folder, split)
-        for line, row in _rows(path, (*(names or ("sentence1",)), _LABEL)):
-            text = row[_LABEL]
-            if not text.isdecimal():
-                raise QualityError(
-                    f"--task: {path} line {line} has the label {text!r}; expected the number of "
-                    "a class, 0, 1, ..."
-                )
-            classes.add(int(text))
+    required = (*(names or ("sentence1",)), _LABEL)
+    classes = {number for _, number in _classes(_find(folder, TRAIN), required)}
     missing = next(number for number in range(len(classes) + 1) if number not in classes)
     if classes and missing < max(2, len(classes)):
         raise QualityError(
             f"--task: {folder} has no example with the label {missing}; expected classes 0, 1, ... "
             "without a gap, at least two"
         )
+    dev = _find(folder, DEV)
+    for line, number in _classes(dev, required):
+        if classes and number not in classes:
+            raise QualityError(
+                f"--task: {dev} line {line} has the label {number}, which no training example has; "
+                f"expected one of {', '.join(map(str, sorted(classes)))}"
+            )
     labels = tuple(str(number) for number in range(len(classes)))
     return Task(folder.name, "classification", names, labels, ("accuracy",), None, 128)
+
+
+def _classes(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+    """Lines by number, each with its class."""
+    for line, row in _rows(path, columns):
+        text = row[_LABEL]
+        if not text.isdecimal():
+            raise QualityError(
+                f"--task: {path} line {line} has the label {text!r}; expected the number of "
+                "a class, 0, 1, ..."
+            )
+        yield line, int(text)
 
 
 def read_folder(task: Task, folder: Path) -> Splits:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.environment import ROOT, describe
+from benchmarks.environment import ROOT, commit, describe
 from benchmarks.quality.errors import DivergedError, QualityError
 from benchmarks.quality.layers import find_layers
 from benchmarks.quality.methods.adapted import Adapted, Method
@@ -67,7 +67,7 @@ def train(
     base: Any = Source.of(run.model).model(task, prepared.outputs)
     head = head_parameters(base, task)
     base.requires_grad_(False)
-    layers = find_layers(base, run.targets)
+    layers = find_layers(base, run.targets) if method.uses_layers else []
     try:
         adapted = method.adapt(base, layers, run.steps, **run.options)
     except (TypeError, ValueError) as error:
@@ -80,7 +80,7 @@ def train(
     trains = bool(own or head)
     if not trains and run.method != "head":
         raise QualityError(f"--method: {run.method} trains nothing of {run.model}")
-    folder = (checkpoints or CHECKPOINTS) / f"{run.key()}-{prepared.digest}"
+    folder = _checkpoint_folder(checkpoints or CHECKPOINTS, run, prepared)
     trainer = _QualityTrainer(
         run=run,
         adapted=adapted,
@@ -115,6 +115,16 @@ def train(
     )
     shutil.rmtree(folder, ignore_errors=True)
     return result
+
+
+def _checkpoint_folder(checkpoints: Path, run: Run, prepared: Prepared) -> Path:
+    """Where the run's checkpoints are; those of other code would go on as another run: dropped."""
+    name = f"{run.key()}-{prepared.digest}"
+    folder = checkpoints / f"{name}-{commit(ROOT)}"
+    for other in checkpoints.glob(f"{name}-*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
 
 
 def failed(run: Run, task: Task, prepared: Prepared, study: str, error: str) -> Result:
@@ -167,8 +177,11 @@ def _optimizer(
 class BatchOrder(torch.utils.data.Sampler[int]):
     """Every index of a whole run, in the order of its batches.
 
-    An epoch is a permutation; batches hold features of similar length. It depends on the seed
-    alone, so that all methods see the same batches and a resumed run those it would have seen.
+    An epoch is a permutation, ordered so that batches hold features of similar length. Where an
+    epoch does not divide into batches, what follows its short one is shifted: batches then hold
+    features of two lengths. The stored runs have seen these batches, so they stay. The order
+    depends on the seed alone, so that all methods see the same batches and a resumed run those it
+    would have seen.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, steps: int, seed: int) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+LOW_RANK_RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 
 
 @dataclass
@@ -46,10 +49,28 @@ class Method:
         adapt: puts it into a model.
         options: every option that `adapt` takes, with its default.
         learning_rates: what a search over learning rates tries, ascending.
+        uses_layers: whether it adapts the linear layers that it is given.
     """
 
     name: str
     description: str
     adapt: Adapt
     options: Mapping[str, Any] = field(default_factory=dict)
-    learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+    learning_rates: tuple[float, ...] = LOW_RANK_RATES
+    uses_layers: bool = True
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise TypeError for an option that `adapt` does not take."""
+        check_options(self.name, options, self.options)
+
+
+def check_options(method: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise TypeError for an option of `given` that is not one of `known`, the method's."""
+    for option in given:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=2, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise TypeError(
+                f"{option}: no option of {method}; expected one of "
+                f"{', '.join(known) or 'none'}{hint}"
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,15 +17,21 @@ from benchmarks.quality.methods import (
     peft_methods,
     scaling,
 )
-from benchmarks.quality.methods.adapted import Adapt, Adapted, Method
+from benchmarks.quality.methods.adapted import (
+    LOW_RANK_RATES,
+    Adapt,
+    Adapted,
+    Method,
+    check_options,
+)
 from dcft_kernels import validation
 
 # Weights that are there already move by far less than factors that start near zero ...
 _FULL = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4)
 # ... and scales, which start at one, by more.
+_SCALES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 # It trains nothing of its own, and the head has a rate of its own.
 _UNUSED = (1e-3,)
-_SCALES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 
 
 def by_name(name: str) -> Method:
@@ -48,6 +53,7 @@ def _method(
     learning_rates: tuple[float, ...] | None = None,
     *,
     options_of: Callable[..., Adapted] | None = None,
+    uses_layers: bool = True,
 ) -> Method:
     """A method; its options and their defaults are the keywords of its function."""
     options = {
@@ -56,23 +62,15 @@ def _method(
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     adapt = _checked(name, function, options)
-    if learning_rates is None:
-        return Method(name, description, adapt, options)
-    return Method(name, description, adapt, options, learning_rates)
+    rates = LOW_RANK_RATES if learning_rates is None else learning_rates
+    return Method(name, description, adapt, options, rates, uses_layers)
 
 
 def _checked(name: str, function: Callable[..., Adapted], known: Mapping[str, Any]) -> Adapt:
     """`function` behind the checks that all methods share."""
 
     def adapt(model: nn.Module, layers: Sequence[str], steps: int, **options: Any) -> Adapted:
-        for option in options:
-            if option not in known:
-                near = difflib.get_close_matches(option, known, n=2, cutoff=0.5)
-                hint = f"; did you mean {' or '.join(near)}?" if near else ""
-                raise TypeError(
-                    f"{option}: no option of {name}; expected one of "
-                    f"{', '.join(known) or 'none'}{hint}"
-                )
+        check_options(name, options, known)
         validation.module("model", model)
         return function(model, layers, validation.positive_int("steps", steps), **options)
 
@@ -80,9 +78,9 @@ def _checked(name: str, function: Callable[..., Adapted], known: Mapping[str, An
 
 
 METHODS: tuple[Method, ...] = (
-    _method("head", "nothing but the task's head", baselines.head, _UNUSED),
-    _method("full", "every parameter", baselines.full, _FULL),
-    _method("bitfit", "the biases (Zaken et al. 2021)", baselines.bitfit),
+    _method("head", "nothing but the task's head", baselines.head, _UNUSED, uses_layers=False),
+    _method("full", "every parameter", baselines.full, _FULL, uses_layers=False),
+    _method("bitfit", "the biases (Zaken et al. 2021)", baselines.bitfit, uses_layers=False),
     _method("dcft", "DW = ConvTranspose2d(B A, C) (arXiv 2503.01419, eq. 5)", dcft.dcft),
     _method(
         "ssb_dcft",
