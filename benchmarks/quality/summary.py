@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
 from rich.table import Table
 
@@ -25,8 +26,7 @@ def summary_table(found: Found) -> Table:
         for task in study.tasks:
             cell = found.cell(variant, task)
             results += cell.results
-            spread = mean_and_spread(cell.results)
-            cells.append("failed" if spread is None else f"{spread[0]:.4f} ± {spread[1]:.4f}")
+            cells.append(_figure(cell.results))
         parameters = max((r.trainable_parameters for r in results), default=0)
         seconds = statistics.fmean(r.seconds for r in results) if results else 0.0
         table.add_row(variant.label, f"{parameters:,}", *cells, f"{seconds:.0f}")
@@ -36,3 +36,11 @@ def summary_table(found: Found) -> Table:
     ]
     table.add_row("constant answer", "0", *constants, "")
     return table
+
+
+def _figure(results: Sequence[Result]) -> str:
+    spread = mean_and_spread(results)
+    if spread is None:
+        return "failed"
+    deviation = f" ± {spread[1]:.4f}" if len(results) > 1 else ""
+    return f"{spread[0]:.4f}{deviation}"
