@@ -190,6 +190,17 @@ STUDIES: Mapping[str, Study] = {
             steps=1000,
         ),
         _study(
+            "rte",
+            "And on RTE, in three epochs?",
+            (
+                *_at_one_rate((_dcft("DCFT d=8"), _LORA), 1e-3),
+                Variant("full fine-tuning", "full", rates=(1e-4,)),
+                Variant("head only", "head", rates=(1e-3,)),
+            ),
+            ("rte",),
+            steps=470,
+        ),
+        _study(
             "peers",
             "How well do other parameter-efficient methods do, at equal steps?",
             _PEERS,
