@@ -182,6 +182,7 @@ STUDIES: Mapping[str, Study] = {
             "And on CoLA, of which nothing is learned in so few steps?",
             (
                 replace(_dcft("DCFT d=8"), rates=_LONG_RATES),
+                replace(_dcft("DCFT d=4, k=4", **_shape(4, 4)), rates=_LONG_RATES),
                 replace(_LORA, rates=_LONG_RATES),
                 Variant("full fine-tuning", "full", rates=(1e-4,)),
                 Variant("head only", "head", rates=(1e-3,)),
