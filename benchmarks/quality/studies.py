@@ -70,7 +70,7 @@ _HIGH_RATES = (5e-3, 1e-2, 2e-2)
 # SST-2 for the published start.
 _ABLATION_RATE = 5e-3
 _PAPER_RATE = 1e-2
-_LONG_RATES = (1e-3, 2e-3)
+_LONG_RATES = (5e-4, 1e-3, 2e-3)
 _BUDGET_RATES = (5e-3, 1e-2)
 
 # Stated, so that a stored run tells its start when the library's default is another. A change of
@@ -214,9 +214,7 @@ STUDIES: Mapping[str, Study] = {
                 _dcft("balanced"),
                 _dcft("balanced, LoRA's first loss", scaling_gain=_LORAS_LOSS),
                 _dcft("balanced, LoRA's first move", scaling_gain=_LORAS_MOVE),
-                _dcft("zero", init="zero"),
                 _dcft("zero, alpha 4", init="zero", alpha=4.0),
-                _dcft("paper", init="paper"),
                 _dcft("paper, alpha 4", **_PAPER),
                 _LORA,
             ),
