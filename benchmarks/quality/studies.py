@@ -71,7 +71,6 @@ _HIGH_RATES = (5e-3, 1e-2, 2e-2)
 _ABLATION_RATE = 5e-3
 _PAPER_RATE = 1e-2
 _LONG_RATES = (5e-4, 1e-3, 2e-3)
-_BUDGET_RATES = (5e-3, 1e-2)
 
 # Stated, so that a stored run tells its start when the library's default is another. A change of
 # what a name stands for has to drop the rows that have it.
@@ -284,9 +283,9 @@ STUDIES: Mapping[str, Study] = {
             "budget",
             "DCFT or LoRA, at about LoRA's number of parameters?",
             (
-                replace(_LORA, rates=_BUDGET_RATES),
+                _LORA,
                 *(
-                    replace(_dcft(f"DCFT d={d}, k={rank}", **_shape(d, rank)), rates=_BUDGET_RATES)
+                    _dcft(f"DCFT d={d}, k={rank}", **_shape(d, rank))
                     for d, rank in ((2, 2), (4, 4), (8, 7))
                 ),
             ),
@@ -297,8 +296,8 @@ STUDIES: Mapping[str, Study] = {
             (
                 _SSB_DCFT,
                 _SSB,
-                replace(_dcft("DCFT d=8"), rates=_BUDGET_RATES),
-                replace(_dcft("DCFT d=4, k=4", **_shape(4, 4)), rates=_BUDGET_RATES),
+                _dcft("DCFT d=8"),
+                _dcft("DCFT d=4, k=4", **_shape(4, 4)),
             ),
             ("stsb", "sst2"),
             differences=tuple(
