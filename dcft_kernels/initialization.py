@@ -38,7 +38,8 @@ which LoRA still trains; with `s_output` it bears those, but is slow at low ones
 
 trains over LoRA's range of rates where all three were measured (MiniLM, windows without overlap,
 slices of the training splits of STS-B and SST-2: `benchmarks/quality`, study `initialization`): at
-the highest rate `s_loss` breaks on both, at the lowest `s_output` is far behind on one. An `alpha` that is given takes the place of this scaling.
+the highest rate `s_loss` breaks on both, at the lowest `s_output` is far behind on one. An `alpha`
+that is given takes the place of this scaling.
 
 A learning rate of its own for a factor would be nothing more: under Adam, without weight decay and
 without clipping of gradients, a rate of λ h for one factor is the same as h with that factor's σ
