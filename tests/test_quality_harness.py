@@ -1384,6 +1384,7 @@ def test_an_option_may_be_for_one_of_the_methods(
         ),
         (["--method", "head,lora", "--option", "r=8"], "--option: head: r: no option of head"),
         (["--option", "lora.r=8"], "--option: lora.r=8 is for 'lora', which is none of --method d"),
+        (["--method", "head", "--targets", "QX"], "--targets: "),
         (["--method", "head", "--task", "cola,rte"], "--data: "),
     ],
 )

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import answers, language, sentences, tasks, text_files, training
+from benchmarks.quality import answers, errors, language, sentences, tasks, text_files, training
 from benchmarks.quality.errors import DivergedError, QualityError
 from benchmarks.quality.found import best_of
+from benchmarks.quality.layers import TARGETS
 from benchmarks.quality.methods.table import by_name
 from benchmarks.quality.prepared import Prepared, spread
 from benchmarks.quality.pretrained import Source
@@ -58,6 +59,8 @@ class Session:
                 method.check_options(variant.options)
             except TypeError as error:
                 raise QualityError(f"--option: {variant.method}: {error}") from error
+            if variant.targets not in TARGETS:
+                raise errors.unknown("--targets", variant.targets, TARGETS)
         for name in study.tasks:
             task = self._task(name)
             for variant in study.variants:
