@@ -49,8 +49,8 @@ def describe(device_type: str) -> Environment:
     return Environment(
         device=device_name(torch.device(device_type)),
         torch=torch.__version__,
-        triton=_version("triton"),
-        peft=_version("peft"),
+        triton=package_version("triton"),
+        peft=package_version("peft"),
         commit=commit(ROOT),
     )
 
@@ -117,7 +117,8 @@ def _processor() -> str:
     return re.sub(r"\((R|TM)\)|\bCPU\b|@.*$", "", name).strip()
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """An installed package's version; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -129,7 +130,7 @@ def main() -> None:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     lines: dict[str, object] = dict(vars(describe(device_type)))
     lines |= {"python": platform.python_version(), "system": platform.platform()}
-    lines |= {p: _version(p) for p in ("transformers", "numpy", "lycoris-lora", "unsloth")}
+    lines |= {p: package_version(p) for p in ("transformers", "numpy", "lycoris-lora", "unsloth")}
     if device_type == "cuda":
         properties = torch.cuda.get_device_properties(0)
         lines |= {

@@ -1445,7 +1445,8 @@ def test_a_sentencepiece_tokenizer_is_read(tmp_path: Path, monkeypatch: pytest.M
         raise ValueError("`tiktoken` is required to read a `tiktoken` file.")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
-    monkeypatch.setattr(pretrained, "_is_installed", lambda package: package == "protobuf")
+    versions = {"protobuf": "7.0", "sentencepiece": None}
+    monkeypatch.setattr(pretrained, "package_version", versions.__getitem__)
     message = "read with sentencepiece and protobuf; fix: pip install sentencepiece. Expected"
     with pytest.raises(QualityError, match=message):
         pretrained.Source.of(str(tmp_path)).tokenizer()

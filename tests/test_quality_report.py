@@ -272,10 +272,16 @@ def test_difference_is_to_lora_on_the_same_layers() -> None:
 
 
 def test_a_study_may_name_its_differences() -> None:
-    study = dataclasses.replace(STUDY, differences=(("full", "DCFT"), ("full", "left out")))
+    study = dataclasses.replace(STUDY, differences=(("full", "DCFT"),))
     table = lines(report_tables.difference_table(found(USUAL, study)))
     # -0.10, -0.13, -0.16: deviation 0.03, over the root of 3 is 0.0173
     assert list(table.items())[2:] == [("full − DCFT", ["-13.0 ± 1.7", "-"])]
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
+def test_differences_are_of_lines_that_there_are(study: Study) -> None:
+    labels = {variant.label for variant in study.variants}
+    assert labels >= {label for pair in study.differences for label in pair}
 
 
 def test_no_difference_without_lora_of_rank_1() -> None:

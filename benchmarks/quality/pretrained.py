@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from benchmarks.environment import package_version
 from benchmarks.quality.errors import QualityError
 from benchmarks.quality.tasks import Task
 
@@ -58,14 +58,6 @@ _PACKAGED = {
 
 # What tokenizers such as DeBERTaV3's are read with.
 _SENTENCEPIECE = ("sentencepiece", "protobuf")
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -129,7 +121,7 @@ class Source:
             return kind.from_pretrained(self.location, **self.keywords, **keywords)
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            absent = [name for name in _SENTENCEPIECE if not _is_installed(name)]
+            absent = [name for name in _SENTENCEPIECE if package_version(name) is None]
             if absent and re.search("tiktoken|sentencepiece", str(error), re.IGNORECASE):
                 # transformers goes on to another kind of tokenizer and names what that one needs.
                 reason = f"its tokenizer is read with {' and '.join(_SENTENCEPIECE)}; fix: "

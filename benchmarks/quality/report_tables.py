@@ -173,8 +173,7 @@ def difference_table(found: Found) -> str:
 def _compared(study: Study) -> list[tuple[Variant, Variant]]:
     if study.differences:
         by_label = {variant.label: variant for variant in study.variants}
-        named = [pair for pair in study.differences if by_label.keys() >= set(pair)]
-        return [(by_label[label], by_label[other]) for label, other in named]
+        return [(by_label[label], by_label[other]) for label, other in study.differences]
     beside = [(variant, _lora(study, variant)) for variant in study.variants if is_dcft(variant)]
     return [(variant, lora) for variant, lora in beside if lora is not None]
 

@@ -50,7 +50,7 @@ def _method(
     name: str,
     description: str,
     function: Callable[..., Adapted],
-    learning_rates: tuple[float, ...] | None = None,
+    learning_rates: tuple[float, ...] = LOW_RANK_RATES,
     *,
     options_of: Callable[..., Adapted] | None = None,
     uses_layers: bool = True,
@@ -62,8 +62,7 @@ def _method(
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     adapt = _checked(name, function, options)
-    rates = LOW_RANK_RATES if learning_rates is None else learning_rates
-    return Method(name, description, adapt, options, rates, uses_layers)
+    return Method(name, description, adapt, options, learning_rates, uses_layers)
 
 
 def _checked(name: str, function: Callable[..., Adapted], known: Mapping[str, Any]) -> Adapt:
