@@ -59,6 +59,7 @@ from triton.compiler import ASTSource
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.cost_model import ranks_of_a_launch
 from dcft_kernels.geometry import Geometry, Pair, Side
+from dcft_kernels.triton import launching
 from dcft_kernels.triton.backward import backward
 from dcft_kernels.triton.expand import expand, expand_backward
 from dcft_kernels.triton.fused_linear import fused_linear
@@ -421,12 +422,14 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
 
     config = triton.runtime.driver
     driver, knob = config._active, triton.knobs.runtime.jit_cache_hook
+    launching.forget()
     config.set_active(_AbsentDriver(architecture))
     triton.knobs.runtime.jit_cache_hook = hook
     try:
         with as_architecture(architecture):
             yield launches
     finally:
+        launching.forget()
         config._active = driver
         triton.knobs.runtime.jit_cache_hook = knob
 
@@ -490,7 +493,7 @@ def variants_of(case: Case, architecture: str, dtype: str, adapter_dtype: str) -
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
     itemsize = setting.dtype.itemsize
-    whole, part = case.geometry, next(slices(setting.adapter, setting.dtype)).adapter.geometry
+    whole, part = case.geometry, slices(setting.adapter, setting.dtype)[0].adapter.geometry
     variants: list[Variant] = []
     for launch in launches:
         kernel = launch.kernel.removeprefix("_").removesuffix("_kernel")

@@ -13,11 +13,21 @@ import triton.language as tl
 from torch import Tensor
 
 from dcft_kernels.adapter import Adapter
-from dcft_kernels.triton.launching import dot_precision, on_device_of, strides_or_zeros
+from dcft_kernels.geometry import Geometry
+from dcft_kernels.triton.launching import (
+    NUMBER,
+    TENSOR,
+    Form,
+    Launch,
+    dot_precision,
+    forms,
+    prepared,
+    strides,
+)
 from dcft_kernels.triton.layout import layout_of, windows_per_tile
 from dcft_kernels.triton.philox import keep
 from dcft_kernels.triton.ranks import slices
-from dcft_kernels.triton.tiles import architecture, lookup, multiprocessors
+from dcft_kernels.triton.tiles import Tile, architecture, lookup, multiprocessors
 from dcft_kernels.triton.windows import (
     collapse,
     expand_matrix,
@@ -238,6 +248,8 @@ def _sum_partials_kernel(
 # Columns and programs that a program of the reduction takes at a time.
 _SUM_BLOCK, _SUM_BLOCK_P = 32, 32
 
+_CONTIGUOUS = torch.contiguous_format
+
 
 def sum_partials(
     partial: Tensor, like_A: Tensor | None, like_B: Tensor | None, like_C: Tensor | None
@@ -254,24 +266,38 @@ def sum_partials(
     Returns:
         The gradients, contiguous, in their factors' dtypes; None for None.
     """
-    grads = [
-        None if like is None else torch.empty_like(like, memory_format=torch.contiguous_format)
-        for like in (like_A, like_B, like_C)
-    ]
-    sizes = [0 if grad is None else grad.numel() for grad in grads]
-    if sum(sizes) == 0:
-        return tuple(grads)
-    programs, total = partial.shape
-    with on_device_of(partial):
-        _sum_partials_kernel[(triton.cdiv(total, _SUM_BLOCK),)](
-            partial, partial.stride(0), programs,
-            *grads,
-            sizes[0], sizes[0] + sizes[1], total,
-            BLOCK=_SUM_BLOCK, BLOCK_P=_SUM_BLOCK_P,
-            NEED_A=sizes[0] > 0, NEED_B=sizes[1] > 0, NEED_C=sizes[2] > 0,
-            num_warps=4, num_stages=1,
-        )  # fmt: skip
-    return tuple(grads)
+    grads = (
+        None if like_A is None else torch.empty_like(like_A, memory_format=_CONTIGUOUS),
+        None if like_B is None else torch.empty_like(like_B, memory_format=_CONTIGUOUS),
+        None if like_C is None else torch.empty_like(like_C, memory_format=_CONTIGUOUS),
+    )
+    tensors = (partial, *grads)
+    sizes = tuple([0 if grad is None else grad.numel() for grad in grads])
+    if sum(sizes) > 0:
+        launch = _prepare_sum(partial.shape[0], sizes, partial.device, forms(tensors))
+        launch(tensors)
+    return grads
+
+
+@prepared
+def _prepare_sum(
+    programs: int, sizes: tuple[int, int, int], device: torch.device, tensors: tuple[Form, ...]
+) -> Launch:
+    """The launch for gradients of these sizes, and tensors: `partial`, and those gradients."""
+    partial, *_ = tensors
+    return Launch(
+        _sum_partials_kernel,
+        triton.cdiv(sum(sizes), _SUM_BLOCK),
+        device,
+        [
+            TENSOR, strides(partial, 2)[0], programs,
+            TENSOR, TENSOR, TENSOR,
+            sizes[0], sizes[0] + sizes[1], sum(sizes),
+        ],
+        {"num_warps": 4, "num_stages": 1},
+        BLOCK=_SUM_BLOCK, BLOCK_P=_SUM_BLOCK_P,
+        NEED_A=sizes[0] > 0, NEED_B=sizes[1] > 0, NEED_C=sizes[2] > 0,
+    )  # fmt: skip
 
 
 def backward(
@@ -309,8 +335,8 @@ def backward(
                 part,
                 g,
                 x if needs_A else None,
-                u[:, columns] if needs_B or needs_C else None,
-                None if ub is None else ub[:, columns],
+                _part(u, columns) if needs_B or needs_C else None,
+                _part(ub, columns),
                 gx,
                 (needs_A, needs_B, needs_C),
                 add_gx=bool(parts),
@@ -326,6 +352,11 @@ def backward(
     )
 
 
+def _part(u: Tensor | None, columns: slice | None) -> Tensor | None:
+    """Some columns of a tensor, if there is one; all of them for None."""
+    return u if u is None or columns is None else u[:, columns]
+
+
 def _launch(
     adapter: Adapter,
     g: Tensor | None,
@@ -339,44 +370,79 @@ def _launch(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`backward` of an adapter that one launch holds; `add_gx` to what `gx` holds."""
     needs_A, needs_B, needs_C = needs
-    geometry, layout = adapter.geometry, layout_of(adapter.geometry)
-    inputs, outputs = geometry.inputs, geometry.outputs
-    tokens_like = ub if g is None else g
-    tokens = tokens_like.shape[0]
-    device, dtype = tokens_like.device, tokens_like.dtype
-    tile = lookup(architecture(device), "backward", dtype.itemsize, layout.columns)
-    tile = tile.for_tokens(tokens, device)
-    blocks = triton.cdiv(tokens, tile.tokens)
-    programs = min(blocks, tile.programs * multiprocessors(device))
     like_A = adapter.A if needs_A else None
     like_B = adapter.B if needs_B else None
     like_C = adapter.C if needs_C else None
-    sizes = [0 if like is None else like.numel() for like in (like_A, like_B, like_C)]
+    sizes = tuple([0 if like is None else like.numel() for like in (like_A, like_B, like_C)])
+    geometry = adapter.geometry
+    like = ub if g is None else g
+    tokens, device, dtype = like.shape[0], like.device, like.dtype
+    tile = lookup(
+        architecture(device), "backward", dtype.itemsize, layout_of(geometry).columns
+    ).for_tokens(tokens, device)
+    programs = min(triton.cdiv(tokens, tile.tokens), tile.programs * multiprocessors(device))
     partial = torch.empty((programs, sum(sizes)), dtype=torch.float32, device=device)
-    dropout = adapter.seed is not None and (needs_A or gx is not None)
-    with on_device_of(tokens_like):
-        _backward_kernel[(programs,)](
-            g, *strides_or_zeros(g, 2),
-            x, *strides_or_zeros(x, 2),
-            u, 0 if u is None else u.stride(0),
-            ub, 0 if ub is None else ub.stride(0),
-            adapter.A, *adapter.A.stride(),
-            adapter.B, *adapter.B.stride()[::-1],
-            adapter.C, *adapter.C.stride(),
-            gx, *strides_or_zeros(gx, 2),
-            partial, partial.stride(0), sizes[0], sizes[0] + sizes[1],
-            adapter.seed if dropout else None, adapter.dropout_p, adapter.scaling,
-            tokens, inputs.size, outputs.size, inputs.windows, outputs.windows,
-            K=geometry.rank, KP=layout.KP,
-            W_IN=inputs.width, S_IN=inputs.stride, WP_IN=layout.WP_IN,
-            L_IN=windows_per_tile(tile.features, layout.WP_IN),
-            W_OUT=outputs.width, S_OUT=outputs.stride, WP_OUT=layout.WP_OUT,
-            L_OUT=windows_per_tile(tile.features, layout.WP_OUT),
-            GROUP=layout.GROUP, BLOCK_T=tile.tokens,
-            READ_G=g is not None, WRITE_UB=g is not None and ub is not None,
-            WRITE_GX=gx is not None, ADD_GX=add_gx and gx is not None,
-            NEED_A=needs_A, NEED_B=needs_B, NEED_C=needs_C,
-            HAS_DROPOUT=dropout, PRECISION=dot_precision(dtype, device),
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    seed = adapter.seed if needs_A or gx is not None else None
+    tensors = (g, x, u, ub, adapter.A, adapter.B, adapter.C, gx, partial, seed)
+    launch = _prepare(
+        tile,
+        geometry,
+        tokens,
+        programs,
+        sizes,
+        add_gx,
+        device,
+        dot_precision(dtype, device),
+        forms(tensors),
+    )
+    launch(tensors, (adapter.dropout_p, adapter.scaling))
     return sum_partials(partial, like_A, like_B, like_C)
+
+
+@prepared
+def _prepare(
+    tile: Tile,
+    geometry: Geometry,
+    tokens: int,
+    programs: int,
+    sizes: tuple[int, int, int],
+    add_gx: bool,
+    device: torch.device,
+    precision: str,
+    tensors: tuple[Form, ...],
+) -> Launch:
+    """The launch for factors' gradients of these sizes, none where zero, and tensors' forms.
+
+    They are of `g`, `x`, `U`, `Ub`, `A`, `B`, `C`, `gx`, `partial` and the seed.
+    """
+    g, x, u, ub, A, B, C, gx, partial, seed = tensors
+    inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
+    return Launch(
+        _backward_kernel,
+        programs,
+        device,
+        [
+            TENSOR, *strides(g, 2),
+            TENSOR, *strides(x, 2),
+            TENSOR, strides(u, 2)[0],
+            TENSOR, strides(ub, 2)[0],
+            TENSOR, *strides(A, 2),
+            TENSOR, *strides(B, 2)[::-1],
+            TENSOR, *strides(C, 2),
+            TENSOR, *strides(gx, 2),
+            TENSOR, strides(partial, 2)[0], sizes[0], sizes[0] + sizes[1],
+            TENSOR, NUMBER, NUMBER,
+            tokens, inputs.size, outputs.size, inputs.windows, outputs.windows,
+        ],
+        {"num_warps": tile.warps, "num_stages": tile.stages},
+        K=geometry.rank, KP=layout.KP,
+        W_IN=inputs.width, S_IN=inputs.stride, WP_IN=layout.WP_IN,
+        L_IN=windows_per_tile(tile.features, layout.WP_IN),
+        W_OUT=outputs.width, S_OUT=outputs.stride, WP_OUT=layout.WP_OUT,
+        L_OUT=windows_per_tile(tile.features, layout.WP_OUT),
+        GROUP=layout.GROUP, BLOCK_T=tile.tokens,
+        READ_G=g is not None, WRITE_UB=g is not None and ub is not None,
+        WRITE_GX=gx is not None, ADD_GX=add_gx and gx is not None,
+        NEED_A=sizes[0] > 0, NEED_B=sizes[1] > 0, NEED_C=sizes[2] > 0,
+        HAS_DROPOUT=seed is not None, PRECISION=precision,
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -10,9 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from dcft_kernels.adapter import Adapter
-from dcft_kernels.geometry import Side
+from dcft_kernels.geometry import Geometry, Side
 from dcft_kernels.triton.backward import sum_partials
-from dcft_kernels.triton.launching import on_device_of, strides_or_zeros
+from dcft_kernels.triton.launching import (
+    NUMBER,
+    TENSOR,
+    Form,
+    Launch,
+    forms,
+    prepared,
+    strides,
+)
 from dcft_kernels.triton.layout import layout_of
 from dcft_kernels.triton.tiles import Tile, architecture, lookup, multiprocessors
 from dcft_kernels.triton.windows import window_features
@@ -186,31 +195,50 @@ def expand(
         seed: int64 scalar on `out`'s device, to round stochastically to a 16-bit `out`; the same
             seed draws the same bits on every device and for every tile. None: to nearest.
     """
-    geometry = adapter.geometry
+    device = out.device
+    columns = layout_of(adapter.geometry).columns
+    tensors = (weight, out, adapter.A, adapter.B, adapter.C, seed)
+    launch = _prepare(
+        lookup(architecture(device), "expand", out.itemsize, columns),
+        adapter.geometry,
+        device,
+        forms(tensors),
+    )
+    launch(tensors, (adapter.scaling,))
+
+
+@prepared
+def _prepare(
+    tile: Tile, geometry: Geometry, device: torch.device, tensors: tuple[Form, ...]
+) -> Launch:
+    """The launch for tensors of these forms: weight, out, `A`, `B`, `C`, seed."""
+    weight, out, A, B, C, seed = tensors
     inputs, outputs = geometry.inputs, geometry.outputs
-    tile = lookup(architecture(out.device), "expand", out.itemsize, layout_of(geometry).columns)
-    blocks = triton.cdiv(outputs.size, tile.tokens) * triton.cdiv(inputs.size, tile.outputs)
     windowed = (
         geometry.rank >= _WINDOWED_RANK
         and _holds_windows(tile.tokens, outputs)
         and _holds_windows(tile.outputs, inputs)
     )
-    with on_device_of(out):
-        _expand_kernel[(blocks,)](
-            weight, *strides_or_zeros(weight, 2),
-            out, *out.stride(),
-            adapter.A, *adapter.A.stride(),
-            adapter.B, *adapter.B.stride(),
-            adapter.C, *adapter.C.stride(),
-            seed, adapter.scaling,
+    return Launch(
+        _expand_kernel,
+        triton.cdiv(outputs.size, tile.tokens) * triton.cdiv(inputs.size, tile.outputs),
+        device,
+        [
+            TENSOR, *strides(weight, 2),
+            TENSOR, *strides(out, 2),
+            TENSOR, *strides(A, 2),
+            TENSOR, *strides(B, 2),
+            TENSOR, *strides(C, 2),
+            TENSOR, NUMBER,
             outputs.size, inputs.size, outputs.windows, inputs.windows,
-            K=geometry.rank,
-            W_OUT=outputs.width, S_OUT=outputs.stride, W_IN=inputs.width, S_IN=inputs.stride,
-            BLOCK_M=tile.tokens, BLOCK_N=tile.outputs,
-            WINDOWED=windowed, HAS_WEIGHT=weight is not None,
-            HAS_SEED=seed is not None and out.itemsize == 2,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        ],
+        {"num_warps": tile.warps, "num_stages": tile.stages},
+        K=geometry.rank,
+        W_OUT=outputs.width, S_OUT=outputs.stride, W_IN=inputs.width, S_IN=inputs.stride,
+        BLOCK_M=tile.tokens, BLOCK_N=tile.outputs,
+        WINDOWED=windowed, HAS_WEIGHT=weight is not None,
+        HAS_SEED=seed is not None and out is not None and out[0].itemsize == 2,
+    )  # fmt: skip
 
 
 def _holds_windows(features: int, side: Side) -> bool:
@@ -359,15 +387,11 @@ def expand_backward(
     """
     if not (needs_A or needs_B or needs_C):
         return None, None, None
-    geometry = adapter.geometry
-    inputs, outputs = geometry.inputs, geometry.outputs
-    device = grad.device
-    tile = lookup(
-        architecture(device), "expand_backward", grad.itemsize, layout_of(geometry).columns
-    )
-    width_out, width_in = (triton.next_power_of_2(side.width) for side in (outputs, inputs))
-    block = _backward_block(tile, width_out, width_in, triton.next_power_of_2(geometry.rank))
-    blocks = triton.cdiv(outputs.windows, block.windows_out)
+    geometry, device = adapter.geometry, grad.device
+    columns = layout_of(geometry).columns
+    tile = lookup(architecture(device), "expand_backward", grad.itemsize, columns)
+    block = _backward_block(tile, geometry)
+    blocks = triton.cdiv(geometry.outputs.windows, block.windows_out)
     programs = min(blocks, tile.programs * multiprocessors(device))
     like_A = adapter.A if needs_A else None
     like_C = adapter.C if needs_C else None
@@ -376,23 +400,11 @@ def expand_backward(
     grad_B = None
     if needs_B:
         grad_B = torch.empty_like(adapter.B, memory_format=torch.contiguous_format)
-    with on_device_of(grad):
-        _expand_backward_kernel[(programs,)](
-            grad, *grad.stride(),
-            adapter.A, *adapter.A.stride(),
-            adapter.B, *adapter.B.stride(),
-            adapter.C, *adapter.C.stride(),
-            grad_B,
-            partial, partial.stride(0), size_A,
-            adapter.scaling,
-            outputs.size, inputs.size, outputs.windows, inputs.windows,
-            K=geometry.rank, KP=block.ranks,
-            W_OUT=outputs.width, S_OUT=outputs.stride, WP_OUT=width_out, BLOCK_J=block.windows_out,
-            W_IN=inputs.width, S_IN=inputs.stride, WP_IN=width_in, BLOCK_I=block.windows_in,
-            NEED_A=needs_A, NEED_B=needs_B, NEED_C=needs_C,
-            AS_DOT=block.as_dot, STAGES=tile.stages,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    tensors = (grad, adapter.A, adapter.B, adapter.C, grad_B, partial)
+    launch = _prepare_backward(
+        tile, block, geometry, programs, (size_A, size_C), device, forms(tensors)
+    )
+    launch(tensors, (adapter.scaling,))
     grad_A, _, grad_C = sum_partials(partial, like_A, None, like_C)
     return grad_A, grad_B, grad_C
 
@@ -410,8 +422,12 @@ class _Block(NamedTuple):
 _MOST_PRODUCTS = 4096
 
 
-def _backward_block(tile: Tile, width_out: int, width_in: int, ranks: int) -> _Block:
+@functools.cache
+def _backward_block(tile: Tile, geometry: Geometry) -> _Block:
     """A block of about `tile.tokens * tile.features` elements, and factors that are no larger."""
+    ranks = triton.next_power_of_2(geometry.rank)
+    width_out = triton.next_power_of_2(geometry.outputs.width)
+    width_in = triton.next_power_of_2(geometry.inputs.width)
     elements = tile.tokens * tile.features
     as_dot = elements // (width_out * width_in) * ranks > _MOST_PRODUCTS
     least = 16 if as_dot else 1  # what `tl.dot` takes
@@ -419,3 +435,44 @@ def _backward_block(tile: Tile, width_out: int, width_in: int, ranks: int) -> _B
     windows_out = max(least, tile.tokens // width_out)
     windows_in = min(elements // (windows_out * width_out * width_in), elements // ranks)
     return _Block(windows_out, max(least, windows_in), ranks, as_dot)
+
+
+@prepared
+def _prepare_backward(
+    tile: Tile,
+    block: _Block,
+    geometry: Geometry,
+    programs: int,
+    sizes: tuple[int, int],
+    device: torch.device,
+    tensors: tuple[Form, ...],
+) -> Launch:
+    """The launch for gradients of `A` and `C` of these sizes, none where zero, and tensors' forms.
+
+    They are of the gradient, `A`, `B`, `C`, the gradient of `B` and `partial`.
+    """
+    grad, A, B, C, grad_B, partial = tensors
+    inputs, outputs = geometry.inputs, geometry.outputs
+    return Launch(
+        _expand_backward_kernel,
+        programs,
+        device,
+        [
+            TENSOR, *strides(grad, 2),
+            TENSOR, *strides(A, 2),
+            TENSOR, *strides(B, 2),
+            TENSOR, *strides(C, 2),
+            TENSOR,
+            TENSOR, strides(partial, 2)[0], sizes[0],
+            NUMBER,
+            outputs.size, inputs.size, outputs.windows, inputs.windows,
+        ],
+        {"num_warps": tile.warps, "num_stages": tile.stages},
+        K=geometry.rank, KP=block.ranks,
+        W_OUT=outputs.width, S_OUT=outputs.stride,
+        WP_OUT=triton.next_power_of_2(outputs.width), BLOCK_J=block.windows_out,
+        W_IN=inputs.width, S_IN=inputs.stride,
+        WP_IN=triton.next_power_of_2(inputs.width), BLOCK_I=block.windows_in,
+        NEED_A=sizes[0] > 0, NEED_B=grad_B is not None, NEED_C=sizes[1] > 0,
+        AS_DOT=block.as_dot, STAGES=tile.stages,
+    )  # fmt: skip

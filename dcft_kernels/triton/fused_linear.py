@@ -6,16 +6,29 @@ loses against the vendor's: see `dcft_kernels.strategy`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dcft_kernels.adapter import Adapter
-from dcft_kernels.triton.launching import dot_precision, on_device_of, strides_or_zeros
+from dcft_kernels.geometry import Geometry, Pair
+from dcft_kernels.triton.launching import (
+    NUMBER,
+    TENSOR,
+    Form,
+    Launch,
+    dot_precision,
+    forms,
+    prepared,
+    strides,
+)
 from dcft_kernels.triton.layout import layout_of, windows_per_tile
 from dcft_kernels.triton.philox import keep
-from dcft_kernels.triton.tiles import architecture, lookup, multiprocessors
+from dcft_kernels.triton.tiles import Tile, architecture, lookup, multiprocessors
 from dcft_kernels.triton.windows import (
     expand_features,
     expand_matrix,
@@ -211,14 +224,62 @@ def fused_linear(
         u: `[T, K*d_in]`, written with `U`; None to drop it.
         grad_input: whether this is the way back.
     """
-    geometry, layout = adapter.geometry, layout_of(adapter.geometry)
-    inputs, outputs = geometry.inputs, geometry.outputs
-    factor_in, factor_out, C, weight = adapter.A, adapter.B.t(), adapter.C.t(), weight.t()
+    device = z.device
+    columns = layout_of(adapter.geometry).columns
+    tensors = (z, weight, adapter.A, adapter.B, adapter.C, bias, u, out, adapter.seed)
+    plan = _prepare(
+        lookup(architecture(device), "fused_linear", z.itemsize, columns),
+        adapter.geometry,
+        grad_input,
+        z.shape[0],
+        (z.data_ptr() | weight.data_ptr()) % _DESCRIPTOR_ALIGNMENT == 0,
+        multiprocessors(device),
+        device,
+        dot_precision(z.dtype, device),
+        forms(tensors),
+    )
+    factors = (adapter.B, adapter.A) if grad_input else (adapter.A, adapter.B)
+    handles: tuple[TensorDescriptor, ...] = ()
+    if plan.blocks is not None:
+        stored = weight.t() if plan.stored_transposed else weight
+        handles = (_describe(z, plan.blocks[0]), _describe(stored, plan.blocks[1]))
+    plan.launch(
+        (z, weight, *factors, adapter.C, bias, u, out, adapter.seed),
+        (*handles, adapter.dropout_p, adapter.scaling),
+    )
+
+
+class _Plan(NamedTuple):
+    """A launch, and what it takes besides tensors."""
+
+    launch: Launch
+    blocks: tuple[Pair, Pair] | None  # tiles of the descriptors of `z` and `weight`, if any
+    stored_transposed: bool  # whether the transpose of `weight` is what has contiguous rows
+
+
+@prepared
+def _prepare(
+    tile: Tile,
+    geometry: Geometry,
+    grad_input: bool,
+    tokens: int,
+    aligned: bool,
+    multiprocessors: int,
+    device: torch.device,
+    precision: str,
+    tensors: tuple[Form, ...],
+) -> _Plan:
+    """The launch for tensors of these forms: `z`, `weight`, `A`, `B`, `C`, bias, `U`, out, seed."""
+    z, weight, A, B, C, bias, u, out, seed = tensors
+    inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
+    # `weight` is `[m, n]`, and the kernel's `W` what is multiplied from the right.
+    strides_w, strides_c = strides(weight, 2), strides(C, 2)
+    strides_in, strides_out = strides(A, 2), strides(B, 2)[::-1]
     if grad_input:
         inputs, outputs, layout = outputs, inputs, layout.reversed()
-        factor_in, factor_out, C, weight = factor_out, factor_in, C.t(), weight.t()
-    tokens = z.shape[0]
-    tile = lookup(architecture(z.device), "fused_linear", z.itemsize, layout.columns)
+        strides_in, strides_out = strides_out, strides_in
+    else:
+        strides_w, strides_c = strides_w[::-1], strides_c[::-1]
     if (inputs.width, outputs.width) != (layout.WP_IN, layout.WP_OUT):
         # Addresses of padded windows take registers, which fewer rows leave.
         tile = tile._replace(tokens=max(16, tile.tokens // 2))
@@ -230,51 +291,67 @@ def fused_linear(
     block_out = windows_out * layout.WP_OUT
     programs = triton.cdiv(tokens, tile.tokens) * blocks_out
     if tile.programs:
-        programs = min(programs, tile.programs * multiprocessors(z.device))
+        programs = min(programs, tile.programs * multiprocessors)
     windows_in = windows_per_tile(tile.features, layout.WP_IN)
     block_in = windows_in * layout.WP_IN
-    is_transposed = weight.stride(1) != 1
-    stored = weight.t() if is_transposed else weight
-    block = (block_out, block_in) if is_transposed else (block_in, block_out)
+    is_transposed = strides_w[1] != 1
+    rows_z, rows_w = strides(z, 2), strides_w[::-1] if is_transposed else strides_w
     # Descriptors are of whole tiles of features, with no window padded between them.
     descriptors = (
         bool(tile.descriptors)
+        and aligned
         and inputs.width == layout.WP_IN
         and (outputs.width == layout.WP_OUT or outputs.stride != outputs.width)
-        and _is_describable(z)
-        and _is_describable(stored)
+        and all(_is_describable(form, rows) for form, rows in ((z, rows_z), (weight, rows_w)))
     )
-    dropout = adapter.seed is not None
-    with on_device_of(z):
-        _fused_linear_kernel[(programs,)](
-            _describe(z, (tile.tokens, block_in)) if descriptors else None, z, *z.stride(),
-            _describe(stored, block) if descriptors else None, weight, *weight.stride(),
-            factor_in, *factor_in.stride(),
-            factor_out, *factor_out.stride(),
-            C, *C.stride(),
-            bias, *strides_or_zeros(bias, 1),
-            u, 0 if u is None else u.stride(0),
-            out, *out.stride(),
-            adapter.seed, adapter.dropout_p, adapter.scaling,
+    handle = NUMBER if descriptors else None
+    launch = Launch(
+        _fused_linear_kernel,
+        programs,
+        device,
+        [
+            handle, TENSOR, *strides(z, 2),
+            handle, TENSOR, *strides_w,
+            TENSOR, *strides_in,
+            TENSOR, *strides_out,
+            TENSOR, *strides_c,
+            TENSOR, *strides(bias, 1),
+            TENSOR, strides(u, 2)[0],
+            TENSOR, *strides(out, 2),
+            TENSOR, NUMBER, NUMBER,
             tokens, inputs.size, outputs.size, inputs.windows, outputs.windows,
-            K=geometry.rank, KP=layout.KP,
-            W_IN=inputs.width, WP_IN=layout.WP_IN, L_IN=windows_in,
-            W_OUT=outputs.width, S_OUT=outputs.stride, WP_OUT=layout.WP_OUT, L_OUT=windows_out,
-            GROUP=layout.GROUP, BLOCK_T=tile.tokens, SWIZZLE=_SWIZZLE,
-            HAS_BIAS=bias is not None, WRITE_U=u is not None,
-            DROPOUT_IN=dropout and not grad_input, DROPOUT_OUT=dropout and grad_input,
-            PRECISION=dot_precision(z.dtype, z.device),
-            DESCRIPTORS=descriptors, W_IS_TRANSPOSED=is_transposed,
-            PERSISTENT=tile.programs > 0,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        ],
+        {"num_warps": tile.warps, "num_stages": tile.stages},
+        K=geometry.rank, KP=layout.KP,
+        W_IN=inputs.width, WP_IN=layout.WP_IN, L_IN=windows_in,
+        W_OUT=outputs.width, S_OUT=outputs.stride, WP_OUT=layout.WP_OUT, L_OUT=windows_out,
+        GROUP=layout.GROUP, BLOCK_T=tile.tokens, SWIZZLE=_SWIZZLE,
+        HAS_BIAS=bias is not None, WRITE_U=u is not None,
+        DROPOUT_IN=seed is not None and not grad_input,
+        DROPOUT_OUT=seed is not None and grad_input,
+        PRECISION=precision,
+        DESCRIPTORS=descriptors, W_IS_TRANSPOSED=is_transposed,
+        PERSISTENT=tile.programs > 0,
+    )  # fmt: skip
+    blocks = None
+    if descriptors:
+        of_w = (block_out, block_in) if is_transposed else (block_in, block_out)
+        blocks = ((tile.tokens, block_in), of_w)
+    return _Plan(launch, blocks, is_transposed == grad_input)
 
 
-def _is_describable(matrix: Tensor) -> bool:
-    """Whether the copy engine takes a matrix: rows contiguous and 16-byte aligned."""
-    row_bytes = matrix.stride(0) * matrix.itemsize
-    return matrix.stride(1) == 1 and row_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0
+# In bytes, of a matrix and of each of its rows: what the copy engine takes.
+_DESCRIPTOR_ALIGNMENT = 16
 
 
-def _describe(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+def _is_describable(form: Form, rows: tuple[int, ...]) -> bool:
+    """Whether the copy engine takes an aligned matrix: of contiguous rows, aligned as well."""
+    return (
+        form is not None
+        and rows[1] == 1
+        and rows[0] * form[0].itemsize % _DESCRIPTOR_ALIGNMENT == 0
+    )
+
+
+def _describe(matrix: Tensor, block: Pair) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(matrix, list(block))

@@ -7,7 +7,7 @@ are sums, `U`, `gA` and `gB` lie side by side. A launch holds the columns that i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,23 +20,27 @@ class Slice(NamedTuple):
     """Some of an adapter's ranks, as an adapter of its own."""
 
     adapter: Adapter
-    columns: slice  # of `U [T, k*d_in]` and `Ub`
+    columns: slice | None  # of `U [T, k*d_in]` and `Ub`; None: all of them
 
 
-def slices(adapter: Adapter, dtype: torch.dtype) -> Iterator[Slice]:
+def slices(adapter: Adapter, dtype: torch.dtype) -> Sequence[Slice]:
     """The adapter in as few slices as it takes for each to fit, of about equal rank."""
     geometry = adapter.geometry
     size = ranks_of_a_launch(geometry, dtype.itemsize)
     if size == geometry.rank:
-        yield Slice(adapter, slice(None))
-        return
-    for start in range(0, geometry.rank, size):
-        ranks = slice(start, min(start + size, geometry.rank))
-        yield Slice(
-            adapter._replace(
-                A=adapter.A[ranks],
-                B=adapter.B[:, ranks],
-                geometry=geometry._replace(rank=ranks.stop - start),
-            ),
-            slice(start * geometry.inputs.width, ranks.stop * geometry.inputs.width),
-        )
+        return (Slice(adapter, None),)
+    starts = range(0, geometry.rank, size)
+    return [_slice(adapter, start, min(start + size, geometry.rank)) for start in starts]
+
+
+def _slice(adapter: Adapter, start: int, stop: int) -> Slice:
+    """The ranks `start .. stop - 1`."""
+    width = adapter.geometry.inputs.width
+    return Slice(
+        adapter._replace(
+            A=adapter.A[start:stop],
+            B=adapter.B[:, start:stop],
+            geometry=adapter.geometry._replace(rank=stop - start),
+        ),
+        slice(start * width, stop * width),
+    )

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dcft_kernels.adapter import Adapter
-from dcft_kernels.triton.launching import dot_precision, on_device_of, strides_or_zeros
+from dcft_kernels.geometry import Geometry
+from dcft_kernels.triton.launching import (
+    NUMBER,
+    TENSOR,
+    Form,
+    Launch,
+    dot_precision,
+    forms,
+    prepared,
+    strides,
+)
 from dcft_kernels.triton.layout import layout_of, windows_per_tile
 from dcft_kernels.triton.philox import keep
 from dcft_kernels.triton.ranks import slices
-from dcft_kernels.triton.tiles import architecture, lookup
+from dcft_kernels.triton.tiles import Tile, architecture, lookup
 from dcft_kernels.triton.windows import (
     expand_matrix,
     expand_tiles,
@@ -124,7 +135,7 @@ def shrink_expand(
         y: `[T, m]`, written; None to compute `U` only.
     """
     for part, columns in slices(adapter, u.dtype):
-        _launch(x, part, u[:, columns], bias, base, y)
+        _launch(x, part, u if columns is None else u[:, columns], bias, base, y)
         bias, base = None, y  # what further ranks are added to
 
 
@@ -137,32 +148,58 @@ def _launch(
     y: Tensor | None,
 ) -> None:
     """`shrink_expand` of an adapter that one launch holds."""
-    geometry, layout = adapter.geometry, layout_of(adapter.geometry)
-    inputs, outputs = geometry.inputs, geometry.outputs
-    tokens = u.shape[0]
-    tile = lookup(architecture(u.device), "shrink_expand", u.itemsize, layout.columns)
-    tile = tile.for_tokens(tokens, u.device)
-    dropout = adapter.seed is not None and x is not None
-    with on_device_of(u):
-        _shrink_expand_kernel[(triton.cdiv(tokens, tile.tokens),)](
-            x, *strides_or_zeros(x, 2),
-            u, u.stride(0),
-            adapter.A, *adapter.A.stride(),
-            adapter.B, *adapter.B.stride()[::-1],
-            adapter.C, *adapter.C.stride(),
-            bias, *strides_or_zeros(bias, 1),
-            base, *strides_or_zeros(base, 2),
-            y, *strides_or_zeros(y, 2),
-            adapter.seed if dropout else None, adapter.dropout_p, adapter.scaling,
+    geometry, device = adapter.geometry, u.device
+    columns = layout_of(geometry).columns
+    tile = lookup(architecture(device), "shrink_expand", u.itemsize, columns)
+    seed = None if x is None else adapter.seed
+    tensors = (x, u, adapter.A, adapter.B, adapter.C, bias, base, y, seed)
+    launch = _prepare(
+        tile.for_tokens(u.shape[0], device),
+        geometry,
+        u.shape[0],
+        device,
+        dot_precision(u.dtype, device),
+        forms(tensors),
+    )
+    launch(tensors, (adapter.dropout_p, adapter.scaling))
+
+
+@prepared
+def _prepare(
+    tile: Tile,
+    geometry: Geometry,
+    tokens: int,
+    device: torch.device,
+    precision: str,
+    tensors: tuple[Form, ...],
+) -> Launch:
+    """The launch for tensors of these forms: `x`, `U`, `A`, `B`, `C`, bias, base, `y`, seed."""
+    x, u, A, B, C, bias, base, y, seed = tensors
+    inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
+    return Launch(
+        _shrink_expand_kernel,
+        triton.cdiv(tokens, tile.tokens),
+        device,
+        [
+            TENSOR, *strides(x, 2),
+            TENSOR, strides(u, 2)[0],
+            TENSOR, *strides(A, 2),
+            TENSOR, *strides(B, 2)[::-1],
+            TENSOR, *strides(C, 2),
+            TENSOR, *strides(bias, 1),
+            TENSOR, *strides(base, 2),
+            TENSOR, *strides(y, 2),
+            TENSOR, NUMBER, NUMBER,
             tokens, inputs.size, outputs.size, inputs.windows, outputs.windows,
-            K=geometry.rank, KP=layout.KP,
-            W_IN=inputs.width, S_IN=inputs.stride, WP_IN=layout.WP_IN,
-            L_IN=windows_per_tile(tile.features, layout.WP_IN),
-            W_OUT=outputs.width, S_OUT=outputs.stride, WP_OUT=layout.WP_OUT,
-            L_OUT=windows_per_tile(tile.features, layout.WP_OUT),
-            GROUP=layout.GROUP, BLOCK_T=tile.tokens,
-            SHRINK=x is not None, EXPAND=y is not None,
-            HAS_BIAS=bias is not None, HAS_BASE=base is not None, HAS_DROPOUT=dropout,
-            PRECISION=dot_precision(u.dtype, u.device),
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        ],
+        {"num_warps": tile.warps, "num_stages": tile.stages},
+        K=geometry.rank, KP=layout.KP,
+        W_IN=inputs.width, S_IN=inputs.stride, WP_IN=layout.WP_IN,
+        L_IN=windows_per_tile(tile.features, layout.WP_IN),
+        W_OUT=outputs.width, S_OUT=outputs.stride, WP_OUT=layout.WP_OUT,
+        L_OUT=windows_per_tile(tile.features, layout.WP_OUT),
+        GROUP=layout.GROUP, BLOCK_T=tile.tokens,
+        SHRINK=x is not None, EXPAND=y is not None,
+        HAS_BIAS=bias is not None, HAS_BASE=base is not None, HAS_DROPOUT=seed is not None,
+        PRECISION=precision,
+    )  # fmt: skip

@@ -47,14 +47,20 @@ class Tile(NamedTuple):
         program; and warps with them, so that a thread still has wide loads to do. At most three
         kernels are to be compiled for all numbers of tokens.
         """
-        rows, warps = self.tokens, self.warps
-        while rows > _FEWEST_ROWS and -(-tokens // rows) < multiprocessors(device):
-            rows, warps = rows // 2, max(_FEWEST_WARPS, warps // 2)
-        return self._replace(tokens=rows, warps=warps)
+        return _for_tokens(self, tokens, multiprocessors(device))
 
 
 _FEWEST_ROWS = 16
 _FEWEST_WARPS = 4
+
+
+@functools.lru_cache(maxsize=2048)
+def _for_tokens(tile: Tile, tokens: int, multiprocessors: int) -> Tile:
+    rows, warps = tile.tokens, tile.warps
+    while rows > _FEWEST_ROWS and -(-tokens // rows) < multiprocessors:
+        rows, warps = rows // 2, max(_FEWEST_WARPS, warps // 2)
+    return tile._replace(tokens=rows, warps=warps)
+
 
 # Set by `as_architecture`: what to look up instead of the device's own.
 _forced: str | None = None
