@@ -11,9 +11,13 @@ from torch import Tensor
 
 def cast(tensor: Tensor) -> Tensor:
     """Cast as `nn.Linear` does under `torch.autocast`: all but float64, to autocast's dtype."""
-    if not _is_on(tensor) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    dtype = dtype_for(tensor)
+    return tensor if dtype is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def dtype_for(tensor: Tensor) -> torch.dtype | None:
+    """What autocast has tensors on this one's device cast to; None where it is off."""
+    return torch.get_autocast_dtype(tensor.device.type) if _is_on(tensor) else None
 
 
 def suspended(like: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -22,6 +22,7 @@ There is no silent fallback: a backend that was asked for by name runs or raises
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, get_args
 
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from dcft_kernels import ops
 from dcft_kernels.adapter import Adapter
+from dcft_kernels.geometry import Geometry
 from dcft_kernels.nonlinearity import check_nonlinearity
 from dcft_kernels.strategy import (
     Call,
@@ -126,9 +128,30 @@ def select(
     """
     check_backend(backend)
     check_strategy(strategy)
+    factors = (adapter.A.dtype, adapter.B.dtype, adapter.C.dtype)
+    asked = (backend, strategy, adapter.geometry, adapter.A.device, dtype, factors, dropout)
     # A compiled graph asks when its operators run, so that it serves whatever is asked for then.
-    tracing = torch.compiler.is_compiling()
-    by_environment = "auto" if tracing else requested_strategy("auto")[0]
+    if torch.compiler.is_compiling():
+        return _select(*asked, "auto")
+    if backend != "reference" and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"backend={backend!r}: torch.func transforms (vmap, grad, jvp) cannot pass through "
+            "its operators; use backend='reference' inside them"
+        )
+    return _selected(*asked, requested_strategy("auto")[0])
+
+
+def _select(
+    backend: str,
+    strategy: str,
+    geometry: Geometry,
+    device: torch.device,
+    dtype: torch.dtype,
+    factors: tuple[torch.dtype, ...],
+    dropout: bool,
+    by_environment: str,
+) -> Backend:
+    """`select`, given all that it depends on: `factors` are the dtypes of `A`, `B` and `C`."""
     if backend in ("torch", "reference") and strategy not in ("auto", "torch"):
         raise ValueError(
             f"strategy: {strategy!r} is one of the Triton kernels', got backend={backend!r}; "
@@ -140,18 +163,13 @@ def select(
         from dcft_kernels import reference  # loaded only when asked for by name
 
         return reference
-    if not tracing and torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            f"backend={backend!r}: torch.func transforms (vmap, grad, jvp) cannot pass through "
-            "its operators; use backend='reference' inside them"
-        )
     by_default = strategy == "auto" and backend == "auto"
     if "torch" in (backend, strategy) or (by_default and by_environment == "torch"):
         return _Operators("torch")
-    reason = why_not_triton(adapter, dtype)
+    reason = _why_not_triton(geometry, device, dtype, factors)
     if reason is None:
         if strategy != "auto":
-            call = Call(1, adapter.geometry, dtype, adapter.A.dtype, "any", dropout=dropout)
+            call = Call(1, geometry, dtype, factors[0], "any", dropout=dropout)
             reason = why_strategy_cannot(strategy, call)
             if reason is not None:
                 raise ValueError(f"strategy: {strategy!r} cannot take this layer: {reason}")
@@ -165,6 +183,10 @@ def select(
     if backend == "triton":
         raise RuntimeError(f"backend='triton' cannot run: {reason}; use backend='auto' or 'torch'")
     return _Operators("torch")
+
+
+# A training step asks the same over and over.
+_selected = functools.lru_cache(maxsize=4096)(_select)
 
 
 def select_nonlinear(nonlinearity: str, backend: str, strategy: str = "auto") -> _Nonlinear:
@@ -191,13 +213,20 @@ def select_nonlinear(nonlinearity: str, backend: str, strategy: str = "auto") ->
 
 def why_not_triton(adapter: Adapter, dtype: torch.dtype) -> str | None:
     """The reason why `"auto"` runs PyTorch for this call, or None if it runs the kernels."""
+    factors = (adapter.A.dtype, adapter.B.dtype, adapter.C.dtype)
+    return _why_not_triton(adapter.geometry, adapter.A.device, dtype, factors)
+
+
+def _why_not_triton(
+    geometry: Geometry, device: torch.device, dtype: torch.dtype, factors: tuple[torch.dtype, ...]
+) -> str | None:
     from dcft_kernels.triton import why_unavailable
 
-    reason = why_unavailable(adapter.A.device)
+    reason = why_unavailable(device)
     if reason is not None:
         return reason
-    for factor in (adapter.A, adapter.B, adapter.C):
-        reason = why_kernels_cannot(adapter.geometry, dtype, factor.dtype)
+    for factor in factors:
+        reason = why_kernels_cannot(geometry, dtype, factor)
         if reason is not None:
             return reason
     return None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from dcft_kernels import autocast, validation
 from dcft_kernels.adapter import Adapter
@@ -72,7 +76,7 @@ def dcft_linear(
         stride=stride,
         dropout_p=dropout_p,
     )
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if nonlinearity is not None:
         nonlinear = select_nonlinear(nonlinearity, backend, strategy)
         y = nonlinear.linear(tokens, weight, bias, with_seed(adapter, training, x.device))
@@ -80,7 +84,7 @@ def dcft_linear(
         dropout = training and dropout_p > 0.0
         runs = select(backend, adapter, x.dtype, strategy, dropout=dropout)
         y = runs.linear(tokens, weight, bias, with_dropout(adapter, training, x.device))
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def dcft_update(
@@ -277,6 +281,64 @@ def checked_layer(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor | None, Adapter]:
     """`dcft_linear`'s operands, checked and as autocast wants them, and its adapter."""
+    tensors = (x, weight, bias, dcft_A, dcft_B, dcft_C)
+    looks = _looks(tensors, stride)
+    geometry = None if looks is None else _checked.get(looks)
+    if geometry is None:
+        geometry = _check_layer(*tensors, stride)
+        if looks is not None:
+            if len(_checked) >= _MOST_CHECKED:
+                _checked.clear()
+            _checked[looks] = geometry
+    if autocast.dtype_for(x) is not None:
+        x, weight = autocast.cast(x), autocast.cast(weight)
+        bias = None if bias is None else autocast.cast(bias)
+    validation.same_dtype("x", x, weight=weight, bias=bias)
+    scaling = validation.finite_number("scaling", scaling)
+    dropout_p = validation.probability("dropout_p", dropout_p)
+    return x, weight, bias, Adapter(dcft_A, dcft_B, dcft_C, scaling, geometry, dropout_p)
+
+
+# The geometries of operands that have passed `_check_layer`, by all of them that it looks at. A
+# training step calls a layer with the same kinds of operands over and over, and the checks take
+# as long as a small product.
+_checked: dict[Any, Geometry] = {}
+_MOST_CHECKED = 4096
+
+
+def _looks(tensors: Sequence[Any], stride: Any) -> Any:
+    """All that `_check_layer` looks at, hashable; None if there is more to some operand than that.
+
+    A compiler traces the checks themselves.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    looks: list[Any] = []
+    for tensor in tensors:
+        if tensor is None:
+            looks.append(None)
+        elif type(tensor) is Tensor or type(tensor) is Parameter:
+            looks += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+        else:
+            return None
+    shape = looks[0]
+    if type(stride) not in (type(None), int, tuple) or not shape:
+        return None
+    looks[0] = shape[-1]  # the number of tokens is no matter of the checks
+    # True, as a stride, equals 1 and is refused.
+    return (*looks, type(stride), stride)
+
+
+def _check_layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dcft_A: Tensor,
+    dcft_B: Tensor,
+    dcft_C: Tensor,
+    stride: int | Pair | None,
+) -> Geometry:
+    """Check `dcft_linear`'s tensors against each other, but for the dtypes of the base's."""
     weight = validation.matrix("weight", weight)
     out_features, in_features = weight.shape
     x = validation.tokens("x", x, in_features)
@@ -284,21 +346,11 @@ def checked_layer(
         bias = validation.float_tensor("bias", bias)
         if bias.shape != (out_features,):
             raise ValueError(f"bias: expected shape [{out_features}], got {list(bias.shape)}")
-    adapter = _adapter(
-        dcft_A,
-        dcft_B,
-        dcft_C,
-        in_features=in_features,
-        out_features=out_features,
-        scaling=scaling,
-        stride=stride,
-        dropout_p=dropout_p,
+    geometry = validation.factors(
+        dcft_A, dcft_B, dcft_C, in_features=in_features, out_features=out_features, stride=stride
     )
     validation.same_device("x", x, weight=weight, bias=bias, dcft_A=dcft_A)
-    x, weight = autocast.cast(x), autocast.cast(weight)
-    bias = None if bias is None else autocast.cast(bias)
-    validation.same_dtype("x", x, weight=weight, bias=bias)
-    return x, weight, bias, adapter
+    return geometry
 
 
 def _adapter(

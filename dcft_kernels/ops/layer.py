@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from dcft_kernels import autocast, torch_backend
@@ -48,21 +49,29 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, strategy: str
 ) -> Tensor:
     """`x W^T + b + dropout(x) DW^T`; `x [T, n]`, result `[T, m]`."""
-    arguments = (x, weight, bias, *flatten(adapter, strategy))
     if _needs_dispatcher(x):
-        y, _ = torch.ops.dcft_kernels.linear(*arguments)
+        y, _ = torch.ops.dcft_kernels.linear(x, weight, bias, *flatten(adapter, strategy))
     else:
-        y, _ = _EagerLinear.apply(*arguments)
+        strategy = resolve(strategy, x, adapter)
+        if _records():
+            A, B, C = adapter[:3]
+            y, _ = _EagerLinear.apply(x, weight, bias, A, B, C, adapter, strategy)
+        else:
+            y, _ = _run_linear(x, weight, bias, adapter, strategy)
     return y
 
 
 def update(y: Tensor, x: Tensor, adapter: Adapter, strategy: str) -> Tensor:
     """`y + dropout(x) DW^T`; `y [T, m]`, `x [T, n]`."""
-    arguments = (y, x, *flatten(adapter, strategy))
     if _needs_dispatcher(x):
-        out, _ = torch.ops.dcft_kernels.update(*arguments)
+        out, _ = torch.ops.dcft_kernels.update(y, x, *flatten(adapter, strategy))
     else:
-        out, _ = _EagerUpdate.apply(*arguments)
+        strategy = resolve(strategy, x, adapter, base=False)
+        if _records():
+            A, B, C = adapter[:3]
+            out, _ = _EagerUpdate.apply(y, x, A, B, C, adapter, strategy)
+        else:
+            out, _ = _run_update(y, x, adapter, strategy)
     return out
 
 
@@ -71,12 +80,23 @@ def _needs_dispatcher(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter)
 
 
+def _records() -> bool:
+    """Whether autograd looks on: backward, or forward, which the layer has no formula for."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 @torch.library.impl(LIBRARY, "linear", "CompositeExplicitAutograd")
 def _linear_kernel(
     x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     adapter, strategy = unflatten(arguments, x.shape[1], weight.shape[0])
-    strategy = resolve(strategy, x, adapter)
+    return _run_linear(x, weight, bias, adapter, resolve(strategy, x, adapter))
+
+
+def _run_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, strategy: str
+) -> tuple[Tensor, Tensor]:
+    """`y` and `U`, by a strategy that is settled."""
     with autocast.suspended(x):
         if strategy == "torch":
             return torch_backend.linear(x, weight, bias, adapter)
@@ -88,7 +108,11 @@ def _linear_kernel(
 @torch.library.impl(LIBRARY, "update", "CompositeExplicitAutograd")
 def _update_kernel(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     adapter, strategy = unflatten(arguments, x.shape[1], y.shape[1])
-    strategy = resolve(strategy, x, adapter, base=False)
+    return _run_update(y, x, adapter, resolve(strategy, x, adapter, base=False))
+
+
+def _run_update(y: Tensor, x: Tensor, adapter: Adapter, strategy: str) -> tuple[Tensor, Tensor]:
+    """`y` and `U`, by a strategy that is settled."""
     with autocast.suspended(x):
         if strategy == "torch":
             return torch_backend.update(y, x, adapter)
@@ -103,6 +127,7 @@ def _backward_kernel(
 ) -> tuple[Tensor, ...]:
     *adapter_arguments, in_features, needs, grad_u = arguments
     adapter, strategy = unflatten(adapter_arguments, in_features, g.shape[1])
+    strategy = resolve(strategy, g, adapter, base=weight is not None)
     gradients = _compute_gradients(g, x, u, weight, adapter, strategy, Needs(*needs), grad_u)
     # An operator returns tensors only: an empty one stands for a gradient nobody asked for.
     return tuple(g.new_empty(0) if grad is None else grad.contiguous() for grad in gradients)
@@ -119,7 +144,6 @@ def _compute_gradients(
     grad_u: Tensor | None,
 ) -> Gradients:
     """The backward pass of whoever ran the forward, or a differentiable one if autograd records."""
-    strategy = resolve(strategy, g, adapter, base=weight is not None)
     with autocast.suspended(g):
         # Only a double backward has a gradient of U, or has its own operations recorded.
         if strategy == "torch" or grad_u is not None or torch.is_grad_enabled():
@@ -171,121 +195,147 @@ def _save(
     x: Tensor,
     u: Tensor,
     weight: Tensor | None,
-    adapter_arguments: Sequence[Any],
+    factors_and_seed: Sequence[Tensor | None],
     needs: Needs,
 ) -> None:
     """Keep for the backward pass what the gradients asked for read, and nothing else."""
-    A, B, C, seed, *numbers = adapter_arguments
     ctx.needs = needs
-    ctx.numbers = numbers
-    ctx.in_features = x.shape[1]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x if needs.A or needs.weight else None,
         u if needs.B or needs.C else None,
         weight if needs.x else None,
-        A,
-        B,
-        C,
-        seed,
+        *factors_and_seed,
     )
 
 
-def _gradients(
-    ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None, *, traceable: bool
-) -> Gradients:
-    """The backward pass; `traceable` if a compiler may be looking, which must see an operator."""
+def _some_gradient(
+    grad_y: Tensor | None, grad_u: Tensor | None, out_features: int
+) -> Tensor | None:
+    """The gradient of `y`, or zeros where only `U` has one; None where neither has."""
+    if grad_y is None and grad_u is not None:
+        # Only a double backward reaches U and not y.
+        return grad_u.new_zeros(grad_u.shape[0], out_features)
+    return grad_y
+
+
+# As operators, for whom a compiler looks on: tensors and numbers, one by one.
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, *adapter_arguments = inputs
+    ctx.sizes = (x.shape[1], weight.shape[0])
+    ctx.numbers = adapter_arguments[4:]
+    _save(ctx, x, output[1], weight, adapter_arguments[:4], Needs(*ctx.needs_input_grad[:6]))
+
+
+def _update_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    y, x, *adapter_arguments = inputs
+    ctx.sizes = (x.shape[1], y.shape[1])
+    ctx.numbers = adapter_arguments[4:]
+    _save(ctx, x, output[1], None, adapter_arguments[:4], _needs_of_update(ctx))
+
+
+def _needs_of_update(ctx: Any) -> Needs:
+    _, need_x, *need_factors = ctx.needs_input_grad[:5]
+    return Needs(need_x, False, False, *need_factors)
+
+
+def _gradients(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> Gradients:
+    """The backward pass: an operator again, unless it is itself to be differentiated."""
     x, u, weight, *factors_and_seed = ctx.saved_tensors
     arguments = (*factors_and_seed, *ctx.numbers)
+    in_features, out_features = ctx.sizes
+    grad_y = _some_gradient(grad_y, grad_u, out_features)
     if grad_y is None:
-        if grad_u is None:
-            return Gradients()
-        # Only a double backward reaches U and not y.
-        grad_y = grad_u.new_zeros(grad_u.shape[0], ctx.out_features)
-    if not traceable or torch.is_grad_enabled():
-        adapter, strategy = unflatten(arguments, ctx.in_features, grad_y.shape[1])
+        return Gradients()
+    if torch.is_grad_enabled():
+        adapter, strategy = unflatten(arguments, in_features, out_features)
         return _compute_gradients(grad_y, x, u, weight, adapter, strategy, ctx.needs, grad_u)
     gradients = torch.ops.dcft_kernels.backward(
-        grad_y, x, u, weight, *arguments, ctx.in_features, list(ctx.needs), grad_u
+        grad_y, x, u, weight, *arguments, in_features, list(ctx.needs), grad_u
     )
     return Gradients(
         *(grad if needed else None for grad, needed in zip(gradients, ctx.needs, strict=True))
     )
 
 
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, *adapter_arguments = inputs
-    need_x, need_weight, need_bias, need_A, need_B, need_C = ctx.needs_input_grad[:6]
-    needs = Needs(need_x, need_weight, need_bias, need_A, need_B, need_C)
-    ctx.out_features = weight.shape[0]
-    _save(ctx, x, output[1], weight, adapter_arguments, needs)
-
-
 def _linear_autograd(
     ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    return _linear_formula(_gradients(ctx, grad_y, grad_u, traceable=True))
-
-
-def _linear_formula(gradients: Gradients) -> tuple[Tensor | None, ...]:
-    return (*gradients, *_NOT_DIFFERENTIABLE)
-
-
-def _update_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    y, x, *adapter_arguments = inputs
-    _, need_x, need_A, need_B, need_C = ctx.needs_input_grad[:5]
-    ctx.out_features = y.shape[1]
-    needs = Needs(need_x, False, False, need_A, need_B, need_C)
-    _save(ctx, x, output[1], None, adapter_arguments, needs)
+    return (*_gradients(ctx, grad_y, grad_u), *_NOT_DIFFERENTIABLE)
 
 
 def _update_autograd(
     ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    return _update_formula(grad_y, _gradients(ctx, grad_y, grad_u, traceable=True))
+    gradients = _gradients(ctx, grad_y, grad_u)
+    return (grad_y, gradients.x, *gradients[3:], *_NOT_DIFFERENTIABLE)
 
 
-def _update_formula(grad_y: Tensor | None, gradients: Gradients) -> tuple[Tensor | None, ...]:
-    return (
-        grad_y,
-        gradients.x,
-        gradients.A,
-        gradients.B,
-        gradients.C,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
+# Outside of a compiler: the same formulas, the adapter as one argument beside its factors.
+
+
+def _eager_gradients(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> Gradients:
+    x, u, weight, A, B, C, seed = ctx.saved_tensors
+    scaling, geometry, dropout_p = ctx.numbers
+    grad_y = _some_gradient(grad_y, grad_u, geometry.outputs.size)
+    if grad_y is None:
+        return Gradients()
+    adapter = Adapter(A, B, C, scaling, geometry, dropout_p, seed)
+    return _compute_gradients(grad_y, x, u, weight, adapter, ctx.strategy, ctx.needs, grad_u)
 
 
 class _EagerLinear(torch.autograd.Function):
-    """`linear` outside of a compiler: the same kernel and formula, without the dispatcher."""
+    """`linear` with its strategy settled; `A`, `B` and `C` are the adapter's."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        output = _linear_kernel(*arguments)
-        _linear_setup(ctx, arguments, output)
-        return output
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        adapter: Adapter,
+        strategy: str,
+    ) -> tuple[Tensor, Tensor]:
+        y, u = _run_linear(x, weight, bias, adapter, strategy)
+        ctx.strategy = strategy
+        ctx.numbers = adapter[3:6]
+        _save(ctx, x, u, weight, (A, B, C, adapter.seed), Needs(*ctx.needs_input_grad[:6]))
+        return y, u
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> Any:
-        return _linear_formula(_gradients(ctx, grad_y, grad_u, traceable=False))
+        return (*_eager_gradients(ctx, grad_y, grad_u), None, None)
 
 
 class _EagerUpdate(torch.autograd.Function):
-    """`update` outside of a compiler, likewise."""
+    """`update`, likewise."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        output = _update_kernel(*arguments)
-        _update_setup(ctx, arguments, output)
-        return output
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        adapter: Adapter,
+        strategy: str,
+    ) -> tuple[Tensor, Tensor]:
+        out, u = _run_update(y, x, adapter, strategy)
+        ctx.strategy = strategy
+        ctx.numbers = adapter[3:6]
+        _save(ctx, x, u, None, (A, B, C, adapter.seed), _needs_of_update(ctx))
+        return out, u
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> Any:
-        return _update_formula(grad_y, _gradients(ctx, grad_y, grad_u, traceable=False))
+        gradients = _eager_gradients(ctx, grad_y, grad_u)
+        return (grad_y, gradients.x, *gradients[3:], None, None)
 
 
 torch.library.register_autograd(

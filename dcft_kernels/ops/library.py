@@ -7,6 +7,7 @@ and not when it is traced, so that a compiled graph serves every number of token
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,28 +66,53 @@ def resolve(strategy: str, tokens: Tensor, adapter: Adapter, *, base: bool = Tru
         adapter: of the call.
         base: whether a base layer is computed along; if not, there is one way for kernels to go.
     """
-    kernels_only = strategy == KERNELS
-    if kernels_only:
-        strategy = "auto"
-    empty = 0 in (tokens.shape[0], adapter.geometry.inputs.size, adapter.geometry.outputs.size)
-    if strategy == "torch" or empty:
+    geometry = adapter.geometry
+    if strategy == "torch" or 0 in (tokens.shape[0], geometry.inputs.size, geometry.outputs.size):
         return "torch"
-    asked_for, _ = requested_strategy(strategy)
+    dtype = tokens.dtype
+    return _resolve(
+        strategy,
+        requested_strategy("auto" if strategy == KERNELS else strategy)[0],
+        bucket(tokens.shape[0]),
+        geometry,
+        dtype,
+        adapter.A.dtype,
+        tokens.device,
+        base,
+        adapter.seed is not None,
+        dtype == torch.float32 and tf32_is_allowed(),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _resolve(
+    strategy: str,
+    asked_for: str,
+    tokens: int,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    device: torch.device,
+    base: bool,
+    dropout: bool,
+    tf32: bool,
+) -> str:
+    """`resolve`, given all that it depends on: `asked_for` by the environment too."""
     if asked_for in ("fused", "scratch") and not base:
         return "row_block"
-    architecture, name = identify(tokens.device)
+    architecture, name = identify(device)
     if asked_for == "auto" and architecture is None:  # the interpreter: nothing to predict
         return "row_block"
     call = Call(
-        bucket(tokens.shape[0]),
-        adapter.geometry,
-        tokens.dtype,
-        adapter.A.dtype,
+        tokens,
+        geometry,
+        dtype,
+        adapter_dtype,
         architecture or INTERPRETER,
         name,
         base=base,
-        dropout=adapter.seed is not None,
-        tf32=tokens.dtype == torch.float32 and tf32_is_allowed(),
-        kernels_only=kernels_only,
+        dropout=dropout,
+        tf32=tf32,
+        kernels_only=strategy == KERNELS,
     )
-    return choose(call, strategy).strategy
+    return choose(call, "auto" if strategy == KERNELS else strategy).strategy
