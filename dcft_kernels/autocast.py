@@ -11,13 +11,17 @@ from torch import Tensor
 
 def cast(tensor: Tensor) -> Tensor:
     """Cast as `nn.Linear` does under `torch.autocast`: all but float64, to autocast's dtype."""
-    dtype = dtype_for(tensor)
-    return tensor if dtype is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+    return tensor.to(dtype_after(tensor, dtype_for(tensor)))
 
 
 def dtype_for(tensor: Tensor) -> torch.dtype | None:
     """What autocast has tensors on this one's device cast to; None where it is off."""
     return torch.get_autocast_dtype(tensor.device.type) if _is_on(tensor) else None
+
+
+def dtype_after(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that `cast` gives a tensor, where `dtype_for` it is `dtype`."""
+    return tensor.dtype if dtype is None or tensor.dtype == torch.float64 else dtype
 
 
 def suspended(like: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -293,7 +293,6 @@ def checked_layer(
     if autocast.dtype_for(x) is not None:
         x, weight = autocast.cast(x), autocast.cast(weight)
         bias = None if bias is None else autocast.cast(bias)
-    validation.same_dtype("x", x, weight=weight, bias=bias)
     scaling = validation.finite_number("scaling", scaling)
     dropout_p = validation.probability("dropout_p", dropout_p)
     return x, weight, bias, Adapter(dcft_A, dcft_B, dcft_C, scaling, geometry, dropout_p)
@@ -326,7 +325,7 @@ def _looks(tensors: Sequence[Any], stride: Any) -> Any:
         return None
     looks[0] = shape[-1]  # the number of tokens is no matter of the checks
     # True, as a stride, equals 1 and is refused.
-    return (*looks, type(stride), stride)
+    return (*looks, autocast.dtype_for(tensors[0]), type(stride), stride)
 
 
 def _check_layer(
@@ -338,7 +337,7 @@ def _check_layer(
     dcft_C: Tensor,
     stride: int | Pair | None,
 ) -> Geometry:
-    """Check `dcft_linear`'s tensors against each other, but for the dtypes of the base's."""
+    """Check `dcft_linear`'s tensors against each other."""
     weight = validation.matrix("weight", weight)
     out_features, in_features = weight.shape
     x = validation.tokens("x", x, in_features)
@@ -350,6 +349,7 @@ def _check_layer(
         dcft_A, dcft_B, dcft_C, in_features=in_features, out_features=out_features, stride=stride
     )
     validation.same_device("x", x, weight=weight, bias=bias, dcft_A=dcft_A)
+    validation.same_dtype("x", x, weight=weight, bias=bias)
     return geometry
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcft_kernels import autocast
 from dcft_kernels.geometry import Geometry, Pair
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -168,11 +169,16 @@ def same_device(name: str, tensor: Tensor, **others: Tensor | None) -> None:
 
 
 def same_dtype(name: str, tensor: Tensor, **others: Tensor | None) -> None:
-    """Raise TypeError unless every tensor given has `tensor`'s dtype."""
+    """Raise TypeError unless every tensor given has `tensor`'s dtype, cast as autocast wants."""
+    autocast_dtype = autocast.dtype_for(tensor)
+    dtype = autocast.dtype_after(tensor, autocast_dtype)
     for other_name, other in others.items():
-        if other is not None and other.dtype != tensor.dtype:
+        if other is None:
+            continue
+        got = autocast.dtype_after(other, autocast_dtype)
+        if got != dtype:
             raise TypeError(
-                f"{other_name}: expected {tensor.dtype}, the dtype of {name}, got {other.dtype}; "
+                f"{other_name}: expected {dtype}, the dtype of {name}, got {got}; "
                 f"convert one with .to(...), or run under torch.autocast"
             )
 

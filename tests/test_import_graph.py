@@ -13,8 +13,8 @@ PACKAGE = Path(dcft_kernels.__file__).parent
 
 # From the bottom up: a module may import from layers before its own, and from its own package.
 LAYERS: list[set[str]] = [
-    {"geometry"},
-    {"adapter", "autocast", "dropout", "gradients", "initialization", "nonlinearity", "precision"}
+    {"autocast", "geometry"},
+    {"adapter", "dropout", "gradients", "initialization", "nonlinearity", "precision"}
     | {"rounding", "validation"},
     {"gpu_rates"},
     {"cost_model"},

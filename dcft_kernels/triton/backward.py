@@ -7,6 +7,8 @@ the bit. The number of programs is bounded by the GPU's size, and the buffer wit
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,13 +23,15 @@ from dcft_kernels.triton.launching import (
     Launch,
     dot_precision,
     forms,
+    itemsize_of,
+    may_use_tf32,
     prepared,
     strides,
 )
 from dcft_kernels.triton.layout import layout_of, windows_per_tile
 from dcft_kernels.triton.philox import keep
-from dcft_kernels.triton.ranks import slices
-from dcft_kernels.triton.tiles import Tile, architecture, lookup, multiprocessors
+from dcft_kernels.triton.ranks import fit_one_launch, slices
+from dcft_kernels.triton.tiles import architecture, lookup, multiprocessors
 from dcft_kernels.triton.windows import (
     collapse,
     expand_matrix,
@@ -248,17 +252,39 @@ def _sum_partials_kernel(
 # Columns and programs that a program of the reduction takes at a time.
 _SUM_BLOCK, _SUM_BLOCK_P = 32, 32
 
-_CONTIGUOUS = torch.contiguous_format
+# Elements of the gradients of `A`, `B` and `C`; 0 for one that nobody asked for.
+Sizes = tuple[int, int, int]
+_Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def prepare_sum(programs: int, sizes: Sizes, device: torch.device) -> Launch:
+    """The launch that sums per-program gradients, `partial`, into those of `A`, `B` and `C`."""
+    total = sum(sizes)
+    return Launch(
+        _sum_partials_kernel,
+        triton.cdiv(total, _SUM_BLOCK),
+        device,
+        [
+            TENSOR, total, programs,
+            TENSOR, TENSOR, TENSOR,
+            sizes[0], sizes[0] + sizes[1], total,
+        ],
+        {"num_warps": 4, "num_stages": 1},
+        BLOCK=_SUM_BLOCK, BLOCK_P=_SUM_BLOCK_P,
+        NEED_A=sizes[0] > 0, NEED_B=sizes[1] > 0, NEED_C=sizes[2] > 0,
+    )  # fmt: skip
 
 
 def sum_partials(
-    partial: Tensor, like_A: Tensor | None, like_B: Tensor | None, like_C: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    launch: Launch, partial: Tensor, like_A: Tensor | None, like_B: Tensor | None,
+    like_C: Tensor | None,
+) -> _Grads:  # fmt: skip
     """Sum per-program gradients.
 
     Args:
-        partial: `[programs, columns]`, float32: side by side the flattened gradients of those of
-            the three factors that are not None.
+        launch: of `prepare_sum`, for these very sizes and dtypes.
+        partial: `[programs, columns]`, float32, contiguous: side by side the flattened gradients of
+            those of the three factors that are not None.
         like_A: the factor whose gradient comes first, for its shape and dtype; None to leave out.
         like_B: likewise.
         like_C: likewise.
@@ -267,37 +293,12 @@ def sum_partials(
         The gradients, contiguous, in their factors' dtypes; None for None.
     """
     grads = (
-        None if like_A is None else torch.empty_like(like_A, memory_format=_CONTIGUOUS),
-        None if like_B is None else torch.empty_like(like_B, memory_format=_CONTIGUOUS),
-        None if like_C is None else torch.empty_like(like_C, memory_format=_CONTIGUOUS),
+        None if like_A is None else like_A.new_empty(like_A.shape),
+        None if like_B is None else like_B.new_empty(like_B.shape),
+        None if like_C is None else like_C.new_empty(like_C.shape),
     )
-    tensors = (partial, *grads)
-    sizes = tuple([0 if grad is None else grad.numel() for grad in grads])
-    if sum(sizes) > 0:
-        launch = _prepare_sum(partial.shape[0], sizes, partial.device, forms(tensors))
-        launch(tensors)
+    launch((partial, *grads))
     return grads
-
-
-@prepared
-def _prepare_sum(
-    programs: int, sizes: tuple[int, int, int], device: torch.device, tensors: tuple[Form, ...]
-) -> Launch:
-    """The launch for gradients of these sizes, and tensors: `partial`, and those gradients."""
-    partial, *_ = tensors
-    return Launch(
-        _sum_partials_kernel,
-        triton.cdiv(sum(sizes), _SUM_BLOCK),
-        device,
-        [
-            TENSOR, strides(partial, 2)[0], programs,
-            TENSOR, TENSOR, TENSOR,
-            sizes[0], sizes[0] + sizes[1], sum(sizes),
-        ],
-        {"num_warps": 4, "num_stages": 1},
-        BLOCK=_SUM_BLOCK, BLOCK_P=_SUM_BLOCK_P,
-        NEED_A=sizes[0] > 0, NEED_B=sizes[1] > 0, NEED_C=sizes[2] > 0,
-    )  # fmt: skip
 
 
 def backward(
@@ -311,39 +312,86 @@ def backward(
     needs_A: bool = False,
     needs_B: bool = False,
     needs_C: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    add_gx: bool = False,
+) -> _Grads:
     """The gradients of the factors that are needed, and the adapter's part of `gx`.
 
     Args:
         adapter: as in the forward; its `seed`, if any, on the tokens' device.
         g: `[T, m]`, or None to start from `ub`.
         x: `[T, n]`; for `needs_A`.
-        u: `[T, K*d_in]`, from the forward; for `needs_B` and `needs_C`.
+        u: `[T, K*d_in]` or `[T, K, d_in]`, from the forward; for `needs_B` and `needs_C`.
         ub: `[T, K*d_in]`: written if `g` is given, else read.
         gx: `[T, n]`, written; None where it is not needed.
         needs_A: whether to compute the gradient of `A`; the others likewise.
         needs_B: likewise; needs `g`.
         needs_C: likewise; needs `g`.
+        add_gx: whether to add to what `gx` holds.
 
     Returns:
         The gradients of `A`, `B` and `C` in their dtypes, None where not needed.
     """
+    A, B, C = adapter.A, adapter.B, adapter.C
+    like = ub if g is None else g
+    tensors = (
+        g,
+        x if needs_A else None,
+        u if needs_B or needs_C else None,
+        ub,
+        A,
+        B,
+        C,
+        gx,
+        adapter.seed if needs_A or gx is not None else None,
+    )
+    plan = _prepare(
+        adapter.geometry,
+        like.shape[0],
+        (needs_A, needs_B, needs_C),
+        add_gx,
+        like.device,
+        may_use_tf32(like.dtype),
+        forms(tensors),
+    )
+    if plan is None:
+        return _by_slices(adapter, g, x, u, ub, gx, (needs_A, needs_B, needs_C))
+    partial = like.new_empty(plan.partial_shape, dtype=torch.float32)
+    *before, seed = tensors
+    plan.launch((*before, partial, seed), (adapter.dropout_p, adapter.scaling))
+    if plan.sum is None:
+        return None, None, None
+    return sum_partials(
+        plan.sum, partial, A if needs_A else None, B if needs_B else None, C if needs_C else None
+    )
+
+
+def _by_slices(
+    adapter: Adapter,
+    g: Tensor | None,
+    x: Tensor | None,
+    u: Tensor | None,
+    ub: Tensor | None,
+    gx: Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> _Grads:
+    """`backward` of an adapter that takes more than one launch."""
+    needs_A, needs_B, needs_C = needs
     parts = []
     for part, columns in slices(adapter, (ub if g is None else g).dtype):
         parts.append(
-            _launch(
+            backward(
                 part,
-                g,
-                x if needs_A else None,
-                _part(u, columns) if needs_B or needs_C else None,
-                _part(ub, columns),
-                gx,
-                (needs_A, needs_B, needs_C),
+                g=g,
+                x=x,
+                u=None if u is None else u.flatten(1)[:, columns],
+                ub=None if ub is None else ub[:, columns],
+                gx=gx,
+                needs_A=needs_A,
+                needs_B=needs_B,
+                needs_C=needs_C,
                 add_gx=bool(parts),
             )
         )
-    if len(parts) == 1:
-        return parts[0]
     grads_A, grads_B, grads_C = zip(*parts, strict=True)
     return (
         torch.cat(grads_A) if needs_A else None,
@@ -352,72 +400,42 @@ def backward(
     )
 
 
-def _part(u: Tensor | None, columns: slice | None) -> Tensor | None:
-    """Some columns of a tensor, if there is one; all of them for None."""
-    return u if u is None or columns is None else u[:, columns]
+class _Plan(NamedTuple):
+    """The launches of a backward pass."""
 
-
-def _launch(
-    adapter: Adapter,
-    g: Tensor | None,
-    x: Tensor | None,
-    u: Tensor | None,
-    ub: Tensor | None,
-    gx: Tensor | None,
-    needs: tuple[bool, bool, bool],
-    *,
-    add_gx: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`backward` of an adapter that one launch holds; `add_gx` to what `gx` holds."""
-    needs_A, needs_B, needs_C = needs
-    like_A = adapter.A if needs_A else None
-    like_B = adapter.B if needs_B else None
-    like_C = adapter.C if needs_C else None
-    sizes = tuple([0 if like is None else like.numel() for like in (like_A, like_B, like_C)])
-    geometry = adapter.geometry
-    like = ub if g is None else g
-    tokens, device, dtype = like.shape[0], like.device, like.dtype
-    tile = lookup(
-        architecture(device), "backward", dtype.itemsize, layout_of(geometry).columns
-    ).for_tokens(tokens, device)
-    programs = min(triton.cdiv(tokens, tile.tokens), tile.programs * multiprocessors(device))
-    partial = torch.empty((programs, sum(sizes)), dtype=torch.float32, device=device)
-    seed = adapter.seed if needs_A or gx is not None else None
-    tensors = (g, x, u, ub, adapter.A, adapter.B, adapter.C, gx, partial, seed)
-    launch = _prepare(
-        tile,
-        geometry,
-        tokens,
-        programs,
-        sizes,
-        add_gx,
-        device,
-        dot_precision(dtype, device),
-        forms(tensors),
-    )
-    launch(tensors, (adapter.dropout_p, adapter.scaling))
-    return sum_partials(partial, like_A, like_B, like_C)
+    launch: Launch
+    partial_shape: tuple[int, int]
+    sum: Launch | None  # None where there is nothing to sum
 
 
 @prepared
 def _prepare(
-    tile: Tile,
     geometry: Geometry,
     tokens: int,
-    programs: int,
-    sizes: tuple[int, int, int],
+    needs: tuple[bool, bool, bool],
     add_gx: bool,
     device: torch.device,
-    precision: str,
+    tf32: bool,
     tensors: tuple[Form, ...],
-) -> Launch:
-    """The launch for factors' gradients of these sizes, none where zero, and tensors' forms.
+) -> _Plan | None:
+    """The launches for tensors of these forms: `g`, `x`, `U`, `Ub`, `A`, `B`, `C`, `gx`, seed.
 
-    They are of `g`, `x`, `U`, `Ub`, `A`, `B`, `C`, `gx`, `partial` and the seed.
+    None for more ranks than a launch holds.
     """
-    g, x, u, ub, A, B, C, gx, partial, seed = tensors
+    g, x, u, ub, A, B, C, gx, seed = tensors
+    itemsize = itemsize_of(ub if g is None else g)
+    if not fit_one_launch(geometry, itemsize):
+        return None
     inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
-    return Launch(
+    tile = lookup(architecture(device), "backward", itemsize, layout.columns)
+    tile = tile.for_tokens(tokens, device)
+    programs = min(triton.cdiv(tokens, tile.tokens), tile.programs * multiprocessors(device))
+    needs_A, needs_B, needs_C = needs
+    size_A = geometry.rank * inputs.windows if needs_A else 0
+    size_B = geometry.rank * outputs.windows if needs_B else 0
+    size_C = inputs.width * outputs.width if needs_C else 0
+    total = size_A + size_B + size_C
+    launch = Launch(
         _backward_kernel,
         programs,
         device,
@@ -430,7 +448,7 @@ def _prepare(
             TENSOR, *strides(B, 2)[::-1],
             TENSOR, *strides(C, 2),
             TENSOR, *strides(gx, 2),
-            TENSOR, strides(partial, 2)[0], sizes[0], sizes[0] + sizes[1],
+            TENSOR, max(1, total), size_A, size_A + size_B,
             TENSOR, NUMBER, NUMBER,
             tokens, inputs.size, outputs.size, inputs.windows, outputs.windows,
         ],
@@ -443,6 +461,8 @@ def _prepare(
         GROUP=layout.GROUP, BLOCK_T=tile.tokens,
         READ_G=g is not None, WRITE_UB=g is not None and ub is not None,
         WRITE_GX=gx is not None, ADD_GX=add_gx and gx is not None,
-        NEED_A=sizes[0] > 0, NEED_B=sizes[1] > 0, NEED_C=sizes[2] > 0,
-        HAS_DROPOUT=seed is not None, PRECISION=precision,
+        NEED_A=needs_A, NEED_B=needs_B, NEED_C=needs_C,
+        HAS_DROPOUT=seed is not None, PRECISION=dot_precision(device, tf32),
     )  # fmt: skip
+    adds = prepare_sum(programs, (size_A, size_B, size_C), device) if total > 0 else None
+    return _Plan(launch, (programs, total), adds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -12,13 +11,14 @@ from torch import Tensor
 
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.geometry import Geometry, Side
-from dcft_kernels.triton.backward import sum_partials
+from dcft_kernels.triton.backward import prepare_sum, sum_partials
 from dcft_kernels.triton.launching import (
     NUMBER,
     TENSOR,
     Form,
     Launch,
     forms,
+    itemsize_of,
     prepared,
     strides,
 )
@@ -195,25 +195,18 @@ def expand(
         seed: int64 scalar on `out`'s device, to round stochastically to a 16-bit `out`; the same
             seed draws the same bits on every device and for every tile. None: to nearest.
     """
-    device = out.device
-    columns = layout_of(adapter.geometry).columns
     tensors = (weight, out, adapter.A, adapter.B, adapter.C, seed)
-    launch = _prepare(
-        lookup(architecture(device), "expand", out.itemsize, columns),
-        adapter.geometry,
-        device,
-        forms(tensors),
-    )
+    launch = _prepare(adapter.geometry, out.device, forms(tensors))
     launch(tensors, (adapter.scaling,))
 
 
 @prepared
-def _prepare(
-    tile: Tile, geometry: Geometry, device: torch.device, tensors: tuple[Form, ...]
-) -> Launch:
+def _prepare(geometry: Geometry, device: torch.device, tensors: tuple[Form, ...]) -> Launch:
     """The launch for tensors of these forms: weight, out, `A`, `B`, `C`, seed."""
     weight, out, A, B, C, seed = tensors
     inputs, outputs = geometry.inputs, geometry.outputs
+    itemsize = itemsize_of(out)
+    tile = lookup(architecture(device), "expand", itemsize, layout_of(geometry).columns)
     windowed = (
         geometry.rank >= _WINDOWED_RANK
         and _holds_windows(tile.tokens, outputs)
@@ -237,7 +230,7 @@ def _prepare(
         W_OUT=outputs.width, S_OUT=outputs.stride, W_IN=inputs.width, S_IN=inputs.stride,
         BLOCK_M=tile.tokens, BLOCK_N=tile.outputs,
         WINDOWED=windowed, HAS_WEIGHT=weight is not None,
-        HAS_SEED=seed is not None and out is not None and out[0].itemsize == 2,
+        HAS_SEED=seed is not None and itemsize == 2,
     )  # fmt: skip
 
 
@@ -387,25 +380,17 @@ def expand_backward(
     """
     if not (needs_A or needs_B or needs_C):
         return None, None, None
-    geometry, device = adapter.geometry, grad.device
-    columns = layout_of(geometry).columns
-    tile = lookup(architecture(device), "expand_backward", grad.itemsize, columns)
-    block = _backward_block(tile, geometry)
-    blocks = triton.cdiv(geometry.outputs.windows, block.windows_out)
-    programs = min(blocks, tile.programs * multiprocessors(device))
-    like_A = adapter.A if needs_A else None
-    like_C = adapter.C if needs_C else None
-    size_A, size_C = (0 if like is None else like.numel() for like in (like_A, like_C))
-    partial = torch.empty((programs, size_A + size_C), dtype=torch.float32, device=device)
-    grad_B = None
-    if needs_B:
-        grad_B = torch.empty_like(adapter.B, memory_format=torch.contiguous_format)
-    tensors = (grad, adapter.A, adapter.B, adapter.C, grad_B, partial)
-    launch = _prepare_backward(
-        tile, block, geometry, programs, (size_A, size_C), device, forms(tensors)
+    A, B, C = adapter.A, adapter.B, adapter.C
+    grad_B = B.new_empty(B.shape) if needs_B else None
+    tensors = (grad, A, B, C, grad_B)
+    plan = _prepare_backward(adapter.geometry, needs_A, needs_C, grad.device, forms(tensors))
+    partial = grad.new_empty(plan.partial_shape, dtype=torch.float32)
+    plan.launch((*tensors, partial), (adapter.scaling,))
+    if plan.sum is None:
+        return None, grad_B, None
+    grad_A, _, grad_C = sum_partials(
+        plan.sum, partial, A if needs_A else None, None, C if needs_C else None
     )
-    launch(tensors, (adapter.scaling,))
-    grad_A, _, grad_C = sum_partials(partial, like_A, None, like_C)
     return grad_A, grad_B, grad_C
 
 
@@ -422,7 +407,6 @@ class _Block(NamedTuple):
 _MOST_PRODUCTS = 4096
 
 
-@functools.cache
 def _backward_block(tile: Tile, geometry: Geometry) -> _Block:
     """A block of about `tile.tokens * tile.features` elements, and factors that are no larger."""
     ranks = triton.next_power_of_2(geometry.rank)
@@ -437,23 +421,34 @@ def _backward_block(tile: Tile, geometry: Geometry) -> _Block:
     return _Block(windows_out, max(least, windows_in), ranks, as_dot)
 
 
+class _BackwardPlan(NamedTuple):
+    """The launches of `expand_backward`."""
+
+    launch: Launch
+    partial_shape: tuple[int, int]
+    sum: Launch | None  # None where there is nothing to sum
+
+
 @prepared
 def _prepare_backward(
-    tile: Tile,
-    block: _Block,
     geometry: Geometry,
-    programs: int,
-    sizes: tuple[int, int],
+    needs_A: bool,
+    needs_C: bool,
     device: torch.device,
     tensors: tuple[Form, ...],
-) -> Launch:
-    """The launch for gradients of `A` and `C` of these sizes, none where zero, and tensors' forms.
-
-    They are of the gradient, `A`, `B`, `C`, the gradient of `B` and `partial`.
-    """
-    grad, A, B, C, grad_B, partial = tensors
+) -> _BackwardPlan:
+    """The launches for tensors of these forms: `grad`, `A`, `B`, `C`, the gradient of `B`."""
+    grad, A, B, C, grad_B = tensors
     inputs, outputs = geometry.inputs, geometry.outputs
-    return Launch(
+    columns = layout_of(geometry).columns
+    tile = lookup(architecture(device), "expand_backward", itemsize_of(grad), columns)
+    block = _backward_block(tile, geometry)
+    blocks = triton.cdiv(outputs.windows, block.windows_out)
+    programs = min(blocks, tile.programs * multiprocessors(device))
+    size_A = geometry.rank * inputs.windows if needs_A else 0
+    size_C = outputs.width * inputs.width if needs_C else 0
+    total = size_A + size_C
+    launch = Launch(
         _expand_backward_kernel,
         programs,
         device,
@@ -463,7 +458,7 @@ def _prepare_backward(
             TENSOR, *strides(B, 2),
             TENSOR, *strides(C, 2),
             TENSOR,
-            TENSOR, strides(partial, 2)[0], sizes[0],
+            TENSOR, max(1, total), size_A,
             NUMBER,
             outputs.size, inputs.size, outputs.windows, inputs.windows,
         ],
@@ -473,6 +468,8 @@ def _prepare_backward(
         WP_OUT=triton.next_power_of_2(outputs.width), BLOCK_J=block.windows_out,
         W_IN=inputs.width, S_IN=inputs.stride,
         WP_IN=triton.next_power_of_2(inputs.width), BLOCK_I=block.windows_in,
-        NEED_A=sizes[0] > 0, NEED_B=grad_B is not None, NEED_C=sizes[1] > 0,
+        NEED_A=needs_A, NEED_B=grad_B is not None, NEED_C=needs_C,
         AS_DOT=block.as_dot, STAGES=tile.stages,
     )  # fmt: skip
+    adds = prepare_sum(programs, (size_A, 0, size_C), device) if total > 0 else None
+    return _BackwardPlan(launch, (programs, total), adds)

@@ -23,12 +23,14 @@ from dcft_kernels.triton.launching import (
     Launch,
     dot_precision,
     forms,
+    itemsize_of,
+    may_use_tf32,
     prepared,
     strides,
 )
 from dcft_kernels.triton.layout import layout_of, windows_per_tile
 from dcft_kernels.triton.philox import keep
-from dcft_kernels.triton.tiles import Tile, architecture, lookup, multiprocessors
+from dcft_kernels.triton.tiles import architecture, lookup, multiprocessors
 from dcft_kernels.triton.windows import (
     expand_features,
     expand_matrix,
@@ -224,29 +226,22 @@ def fused_linear(
         u: `[T, K*d_in]`, written with `U`; None to drop it.
         grad_input: whether this is the way back.
     """
-    device = z.device
-    columns = layout_of(adapter.geometry).columns
-    tensors = (z, weight, adapter.A, adapter.B, adapter.C, bias, u, out, adapter.seed)
+    factors = (adapter.B, adapter.A) if grad_input else (adapter.A, adapter.B)
+    tensors = (z, weight, *factors, adapter.C, bias, u, out, adapter.seed)
     plan = _prepare(
-        lookup(architecture(device), "fused_linear", z.itemsize, columns),
         adapter.geometry,
         grad_input,
         z.shape[0],
         (z.data_ptr() | weight.data_ptr()) % _DESCRIPTOR_ALIGNMENT == 0,
-        multiprocessors(device),
-        device,
-        dot_precision(z.dtype, device),
+        z.device,
+        may_use_tf32(z.dtype),
         forms(tensors),
     )
-    factors = (adapter.B, adapter.A) if grad_input else (adapter.A, adapter.B)
     handles: tuple[TensorDescriptor, ...] = ()
     if plan.blocks is not None:
         stored = weight.t() if plan.stored_transposed else weight
         handles = (_describe(z, plan.blocks[0]), _describe(stored, plan.blocks[1]))
-    plan.launch(
-        (z, weight, *factors, adapter.C, bias, u, out, adapter.seed),
-        (*handles, adapter.dropout_p, adapter.scaling),
-    )
+    plan.launch(tensors, (*handles, adapter.dropout_p, adapter.scaling))
 
 
 class _Plan(NamedTuple):
@@ -259,27 +254,30 @@ class _Plan(NamedTuple):
 
 @prepared
 def _prepare(
-    tile: Tile,
     geometry: Geometry,
     grad_input: bool,
     tokens: int,
     aligned: bool,
-    multiprocessors: int,
     device: torch.device,
-    precision: str,
+    tf32: bool,
     tensors: tuple[Form, ...],
 ) -> _Plan:
-    """The launch for tensors of these forms: `z`, `weight`, `A`, `B`, `C`, bias, `U`, out, seed."""
-    z, weight, A, B, C, bias, u, out, seed = tensors
+    """The launch for tensors of these forms: `z`, `weight`, factors, `C`, bias, `U`, out, seed.
+
+    The factors are `A` and `B`, that of the contracted side first; `aligned` are `z` and `weight`.
+    """
+    z, weight, factor_in, factor_out, C, bias, u, out, seed = tensors
     inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
-    # `weight` is `[m, n]`, and the kernel's `W` what is multiplied from the right.
+    tile = lookup(architecture(device), "fused_linear", itemsize_of(z), layout.columns)
+    # `weight` is `[m, n]`, and the kernel's `W` what is multiplied from the right; `B` is `[J, k]`,
+    # and the kernel's factors are `[k, windows]`.
     strides_w, strides_c = strides(weight, 2), strides(C, 2)
-    strides_in, strides_out = strides(A, 2), strides(B, 2)[::-1]
+    strides_in, strides_out = strides(factor_in, 2), strides(factor_out, 2)
     if grad_input:
         inputs, outputs, layout = outputs, inputs, layout.reversed()
-        strides_in, strides_out = strides_out, strides_in
+        strides_in = strides_in[::-1]
     else:
-        strides_w, strides_c = strides_w[::-1], strides_c[::-1]
+        strides_w, strides_c, strides_out = strides_w[::-1], strides_c[::-1], strides_out[::-1]
     if (inputs.width, outputs.width) != (layout.WP_IN, layout.WP_OUT):
         # Addresses of padded windows take registers, which fewer rows leave.
         tile = tile._replace(tokens=max(16, tile.tokens // 2))
@@ -291,7 +289,7 @@ def _prepare(
     block_out = windows_out * layout.WP_OUT
     programs = triton.cdiv(tokens, tile.tokens) * blocks_out
     if tile.programs:
-        programs = min(programs, tile.programs * multiprocessors)
+        programs = min(programs, tile.programs * multiprocessors(device))
     windows_in = windows_per_tile(tile.features, layout.WP_IN)
     block_in = windows_in * layout.WP_IN
     is_transposed = strides_w[1] != 1
@@ -329,7 +327,7 @@ def _prepare(
         HAS_BIAS=bias is not None, WRITE_U=u is not None,
         DROPOUT_IN=seed is not None and not grad_input,
         DROPOUT_OUT=seed is not None and grad_input,
-        PRECISION=precision,
+        PRECISION=dot_precision(device, tf32),
         DESCRIPTORS=descriptors, W_IS_TRANSPOSED=is_transposed,
         PERSISTENT=tile.programs > 0,
     )  # fmt: skip

@@ -3,9 +3,10 @@
 To find the compiled kernel of a call, Triton looks at every argument: its dtype, whether it is one,
 whether it is divisible by 16. That takes longer than a small kernel runs. All of it follows from
 what a `Launch` is prepared for, but for the alignment of tensors, which is looked at in each call.
-So a launcher keeps its launches (`prepared`), by all that their arguments are made of:
+So a launcher keeps its launches (`prepared`), by all that their arguments and their tile follow
+from:
 
-    launch = _prepare(tile, geometry, ..., forms(tensors))
+    launch = _prepare(geometry, tokens, device, ..., forms(tensors))
     launch(tensors, numbers)
 
 `python -m benchmarks.host` measures what of a call is the processor's.
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dcft_kernels.precision import tf32_is_allowed
-from dcft_kernels.triton.tiles import architecture
+from dcft_kernels.triton.tiles import architecture, when_changed
 
 # Of an optional tensor, all that a kernel is compiled for but its alignment: dtype and strides.
 Form: TypeAlias = tuple[torch.dtype, tuple[int, ...]] | None
@@ -56,9 +57,12 @@ def prepared(prepare: _Prepare) -> _Prepare:
 
 
 def forget() -> None:
-    """Drop every prepared launch: Triton compiles for another driver from now on."""
+    """Drop every prepared launch: other tiles are looked up from now on."""
     for cache in _caches:
         cache.cache_clear()
+
+
+when_changed(forget)
 
 
 def forms(tensors: Sequence[Tensor | None]) -> tuple[Form, ...]:
@@ -159,20 +163,30 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
-    """`input_precision` of products of float32, for tokens in `dtype`.
+def may_use_tf32(dtype: torch.dtype) -> bool:
+    """Whether products of tokens in `dtype` are of float32, and PyTorch lets them run in tf32."""
+    return dtype == torch.float32 and tf32_is_allowed()
 
-    `tf32` only for float32 tokens and if PyTorch allows it. Otherwise float32's own precision: on
-    NVIDIA GPUs as three tf32 products of the operands' halves, which the matrix units compute;
-    ordinary instructions, which take whole rows of operands in registers, spill them.
+
+def dot_precision(device: torch.device, tf32: bool) -> str:
+    """`input_precision` of products of float32.
+
+    `tf32` only where `may_use_tf32`. Otherwise float32's own precision: on NVIDIA GPUs as three
+    tf32 products of the operands' halves, which the matrix units compute; ordinary instructions,
+    which take whole rows of operands in registers, spill them.
     """
     if architecture(device).startswith("gfx"):
         return "ieee"
-    if dtype == torch.float32 and tf32_is_allowed():
-        return "tf32"
-    return "tf32x3"
+    return "tf32" if tf32 else "tf32x3"
 
 
 def strides(form: Form, dimensions: int) -> tuple[int, ...]:
     """The strides of an optional tensor argument, zeros where there is none."""
     return (0,) * dimensions if form is None else form[1]
+
+
+def itemsize_of(form: Form) -> int:
+    """Bytes an element of a tensor that there is."""
+    if form is None:
+        raise TypeError("form: expected a tensor's, got None")
+    return form[0].itemsize

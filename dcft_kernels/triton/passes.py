@@ -31,21 +31,21 @@ def linear(
     u = _empty_u(x, adapter)
     if strategy == "scratch":
         shrink_expand(x, adapter, u=u)
-        return F.linear(x, merge(weight, adapter), bias), _by_rank(u, adapter)
+        return F.linear(x, merge(weight, adapter), bias), u
     y = x.new_empty(x.shape[0], weight.shape[0])
     if strategy == "fused":
         fused_linear(x, weight, adapter, y, bias=bias, u=u)
     else:
         shrink_expand(x, adapter, u=u, bias=bias, y=y)
         y.addmm_(x, weight.t())
-    return y, _by_rank(u, adapter)
+    return y, u
 
 
 def update(y: Tensor, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
     """A new `y + dropout(x) DW^T` `[T, m]`, and `U [T, k, d_in]` for the backward."""
     u, out = _empty_u(x, adapter), torch.empty_like(y, memory_format=torch.contiguous_format)
     shrink_expand(x, adapter, u=u, base=y, y=out)
-    return out, _by_rank(u, adapter)
+    return out, u
 
 
 def backward(
@@ -72,7 +72,7 @@ def backward(
             adapter,
             g=g,
             x=saved(x) if needs.A else None,
-            u=saved(U).flatten(1) if needs.B or needs.C else None,
+            u=saved(U) if needs.B or needs.C else None,
             gx=beside,
             needs_A=needs.A,
             needs_B=needs.B,
@@ -119,10 +119,5 @@ def merge(
 
 
 def _empty_u(x: Tensor, adapter: Adapter) -> Tensor:
-    """`[T, k*d_in]`, the columns of `U` as kernels see them."""
-    return x.new_empty(x.shape[0], adapter.geometry.rank * adapter.geometry.inputs.width)
-
-
-def _by_rank(u: Tensor, adapter: Adapter) -> Tensor:
-    """The columns of `U` as `[T, k, d_in]`."""
-    return u.unflatten(1, (adapter.geometry.rank, adapter.geometry.inputs.width))
+    """`[T, k, d_in]`, uninitialised."""
+    return x.new_empty(x.shape[0], adapter.geometry.rank, adapter.geometry.inputs.width)

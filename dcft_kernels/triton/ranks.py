@@ -7,30 +7,32 @@ are sums, `U`, `gA` and `gB` lie side by side. A launch holds the columns that i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.cost_model import ranks_of_a_launch
+from dcft_kernels.geometry import Geometry
 
 
 class Slice(NamedTuple):
     """Some of an adapter's ranks, as an adapter of its own."""
 
     adapter: Adapter
-    columns: slice | None  # of `U [T, k*d_in]` and `Ub`; None: all of them
+    columns: slice  # of `U [T, k*d_in]` and `Ub`
 
 
-def slices(adapter: Adapter, dtype: torch.dtype) -> Sequence[Slice]:
+def fit_one_launch(geometry: Geometry, itemsize: int) -> bool:
+    """Whether one launch takes all ranks of an adapter."""
+    return ranks_of_a_launch(geometry, itemsize) == geometry.rank
+
+
+def slices(adapter: Adapter, dtype: torch.dtype) -> list[Slice]:
     """The adapter in as few slices as it takes for each to fit, of about equal rank."""
-    geometry = adapter.geometry
-    size = ranks_of_a_launch(geometry, dtype.itemsize)
-    if size == geometry.rank:
-        return (Slice(adapter, None),)
-    starts = range(0, geometry.rank, size)
-    return [_slice(adapter, start, min(start + size, geometry.rank)) for start in starts]
+    rank = adapter.geometry.rank
+    size = ranks_of_a_launch(adapter.geometry, dtype.itemsize)
+    return [_slice(adapter, start, min(start + size, rank)) for start in range(0, rank, size)]
 
 
 def _slice(adapter: Adapter, start: int, stop: int) -> Slice:

@@ -16,13 +16,15 @@ from dcft_kernels.triton.launching import (
     Launch,
     dot_precision,
     forms,
+    itemsize_of,
+    may_use_tf32,
     prepared,
     strides,
 )
 from dcft_kernels.triton.layout import layout_of, windows_per_tile
 from dcft_kernels.triton.philox import keep
-from dcft_kernels.triton.ranks import slices
-from dcft_kernels.triton.tiles import Tile, architecture, lookup
+from dcft_kernels.triton.ranks import fit_one_launch, slices
+from dcft_kernels.triton.tiles import architecture, lookup
 from dcft_kernels.triton.windows import (
     expand_matrix,
     expand_tiles,
@@ -129,53 +131,43 @@ def shrink_expand(
     Args:
         x: `[T, n]`, or None to read `u` instead of computing it.
         adapter: its `seed`, if any, on `x`'s device.
-        u: `[T, K*d_in]`, columns contiguous; written if `x` is given, else read.
+        u: `[T, K*d_in]` or `[T, K, d_in]`, each token's contiguous; written if `x` is given, else
+            read.
         bias: `[m]`, added to `y`.
         base: `[T, m]`, added to `y`; may be `y` itself.
         y: `[T, m]`, written; None to compute `U` only.
     """
+    tensors = (
+        x, u, adapter.A, adapter.B, adapter.C, bias, base, y, None if x is None else adapter.seed
+    )  # fmt: skip
+    launch = _prepare(adapter.geometry, u.shape[0], u.device, may_use_tf32(u.dtype), forms(tensors))
+    if launch is not None:
+        launch(tensors, (adapter.dropout_p, adapter.scaling))
+        return
     for part, columns in slices(adapter, u.dtype):
-        _launch(x, part, u if columns is None else u[:, columns], bias, base, y)
+        shrink_expand(x, part, u=u.flatten(1)[:, columns], bias=bias, base=base, y=y)
         bias, base = None, y  # what further ranks are added to
-
-
-def _launch(
-    x: Tensor | None,
-    adapter: Adapter,
-    u: Tensor,
-    bias: Tensor | None,
-    base: Tensor | None,
-    y: Tensor | None,
-) -> None:
-    """`shrink_expand` of an adapter that one launch holds."""
-    geometry, device = adapter.geometry, u.device
-    columns = layout_of(geometry).columns
-    tile = lookup(architecture(device), "shrink_expand", u.itemsize, columns)
-    seed = None if x is None else adapter.seed
-    tensors = (x, u, adapter.A, adapter.B, adapter.C, bias, base, y, seed)
-    launch = _prepare(
-        tile.for_tokens(u.shape[0], device),
-        geometry,
-        u.shape[0],
-        device,
-        dot_precision(u.dtype, device),
-        forms(tensors),
-    )
-    launch(tensors, (adapter.dropout_p, adapter.scaling))
 
 
 @prepared
 def _prepare(
-    tile: Tile,
     geometry: Geometry,
     tokens: int,
     device: torch.device,
-    precision: str,
+    tf32: bool,
     tensors: tuple[Form, ...],
-) -> Launch:
-    """The launch for tensors of these forms: `x`, `U`, `A`, `B`, `C`, bias, base, `y`, seed."""
+) -> Launch | None:
+    """The launch for tensors of these forms: `x`, `U`, `A`, `B`, `C`, bias, base, `y`, seed.
+
+    None for more ranks than a launch holds.
+    """
     x, u, A, B, C, bias, base, y, seed = tensors
+    itemsize = itemsize_of(u)
+    if not fit_one_launch(geometry, itemsize):
+        return None
     inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
+    tile = lookup(architecture(device), "shrink_expand", itemsize, layout.columns)
+    tile = tile.for_tokens(tokens, device)
     return Launch(
         _shrink_expand_kernel,
         triton.cdiv(tokens, tile.tokens),
@@ -201,5 +193,5 @@ def _prepare(
         GROUP=layout.GROUP, BLOCK_T=tile.tokens,
         SHRINK=x is not None, EXPAND=y is not None,
         HAS_BIAS=bias is not None, HAS_BASE=base is not None, HAS_DROPOUT=seed is not None,
-        PRECISION=precision,
+        PRECISION=dot_precision(device, tf32),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,19 +47,28 @@ class Tile(NamedTuple):
         program; and warps with them, so that a thread still has wide loads to do. At most three
         kernels are to be compiled for all numbers of tokens.
         """
-        return _for_tokens(self, tokens, multiprocessors(device))
+        rows, warps = self.tokens, self.warps
+        while rows > _FEWEST_ROWS and -(-tokens // rows) < multiprocessors(device):
+            rows, warps = rows // 2, max(_FEWEST_WARPS, warps // 2)
+        return self._replace(tokens=rows, warps=warps)
 
 
 _FEWEST_ROWS = 16
 _FEWEST_WARPS = 4
 
 
-@functools.lru_cache(maxsize=2048)
-def _for_tokens(tile: Tile, tokens: int, multiprocessors: int) -> Tile:
-    rows, warps = tile.tokens, tile.warps
-    while rows > _FEWEST_ROWS and -(-tokens // rows) < multiprocessors:
-        rows, warps = rows // 2, max(_FEWEST_WARPS, warps // 2)
-    return tile._replace(tokens=rows, warps=warps)
+# Whoever keeps what follows from a tile, to be told when others are to be looked up.
+_listeners: list[Callable[[], None]] = []
+
+
+def when_changed(forget: Callable[[], None]) -> None:
+    """Have `forget` called whenever `as_architecture` or `override` begins or ends."""
+    _listeners.append(forget)
+
+
+def _changed() -> None:
+    for forget in _listeners:
+        forget()
 
 
 # Set by `as_architecture`: what to look up instead of the device's own.
@@ -76,10 +85,12 @@ def as_architecture(name: str) -> Iterator[None]:
     if name not in architectures():
         raise ValueError(f"name: expected one of {', '.join(architectures())}, got {name!r}")
     before, _forced = _forced, name
+    _changed()
     try:
         yield
     finally:
         _forced = before
+        _changed()
 
 
 @contextlib.contextmanager
@@ -89,7 +100,7 @@ def override(kernel: str, tile: Tile) -> Iterator[None]:
         raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
     before = _overrides.get(kernel)
     _overrides[kernel] = tile
-    lookup.cache_clear()
+    _changed()
     try:
         yield
     finally:
@@ -97,7 +108,7 @@ def override(kernel: str, tile: Tile) -> Iterator[None]:
             del _overrides[kernel]
         else:
             _overrides[kernel] = before
-        lookup.cache_clear()
+        _changed()
 
 
 @functools.lru_cache(maxsize=1)
@@ -145,7 +156,6 @@ def entries(arch: str, kernel: str, itemsize: int) -> dict[int, Tile]:
     return {int(columns): Tile(*rows[columns]) for columns in sorted(rows, key=int)}
 
 
-@functools.cache
 def lookup(arch: str, kernel: str, itemsize: int, columns: int) -> Tile:
     """The tile for a call whose tokens are shrunk to `columns`."""
     if kernel in _overrides:
