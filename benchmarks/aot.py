@@ -53,30 +53,21 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.absent_gpu import TARGETS, AbsentDriver, driver_of
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.cost_model import ranks_of_a_launch
 from dcft_kernels.geometry import Geometry, Pair, Side
-from dcft_kernels.triton import launching
 from dcft_kernels.triton.backward import backward
 from dcft_kernels.triton.expand import expand, expand_backward
 from dcft_kernels.triton.fused_linear import fused_linear
 from dcft_kernels.triton.layout import layout_of
 from dcft_kernels.triton.ranks import slices
 from dcft_kernels.triton.shrink_expand import shrink_expand
-from dcft_kernels.triton.tiles import KERNELS, as_architecture, lookup
+from dcft_kernels.triton.tiles import KERNELS, lookup
 
 RESULTS = Path(__file__).with_name("results") / "aot_resources.csv"
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 
 # Most bytes of shared memory (LDS) that a block can ask for.
 SHARED_LIMITS = {
@@ -377,22 +368,6 @@ class Launch(NamedTuple):
         return triton.compile(source, target=TARGETS[self.architecture], options=self.options)
 
 
-class _AbsentDriver:
-    """As much of a driver as Triton asks before it compiles."""
-
-    def __init__(self, architecture: str) -> None:
-        self._architecture = architecture
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self._architecture]
-
-    def get_current_device(self) -> str:
-        return f"absent {self._architecture}"  # the key of Triton's caches: no real device's
-
-    def get_current_stream(self, device: object) -> int:
-        return 0
-
-
 @contextlib.contextmanager
 def recording(architecture: str) -> Iterator[list[Launch]]:
     """Record what kernels would be compiled for an architecture; launch and compile nothing.
@@ -400,8 +375,6 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
     Yields:
         The launches, in order, filled in as they happen.
     """
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET: expected unset, got 1, under which nothing compiles")
     launches: list[Launch] = []
 
     def hook(*, fn: Any, **event: Any) -> bool:
@@ -420,18 +393,13 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
         )
         return True  # taken care of: Triton neither compiles nor launches
 
-    config = triton.runtime.driver
-    driver, knob = config._active, triton.knobs.runtime.jit_cache_hook
-    launching.forget()
-    config.set_active(_AbsentDriver(architecture))
-    triton.knobs.runtime.jit_cache_hook = hook
-    try:
-        with as_architecture(architecture):
+    with driver_of(AbsentDriver(architecture), architecture):
+        knob = triton.knobs.runtime.jit_cache_hook
+        triton.knobs.runtime.jit_cache_hook = hook
+        try:
             yield launches
-    finally:
-        launching.forget()
-        config._active = driver
-        triton.knobs.runtime.jit_cache_hook = knob
+        finally:
+            triton.knobs.runtime.jit_cache_hook = knob
 
 
 @functools.cache

@@ -189,6 +189,11 @@ def _select(
 _selected = functools.lru_cache(maxsize=4096)(_select)
 
 
+def forget() -> None:
+    """Ask again who can run what, after a change of what can."""
+    _selected.cache_clear()
+
+
 def select_nonlinear(nonlinearity: str, backend: str, strategy: str = "auto") -> _Nonlinear:
     """Who runs a call with a nonlinearity between its factors: PyTorch.
 

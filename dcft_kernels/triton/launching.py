@@ -14,13 +14,15 @@ from:
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import torch
+import triton
 from torch import Tensor
 
 from dcft_kernels.precision import tf32_is_allowed
@@ -74,7 +76,8 @@ class Launch:
     """A kernel, its grid and its arguments, complete but for the tensors and numbers of a call.
 
     Triton's own way into the kernel is taken until it has once been through with aligned tensors,
-    and for tensors that are not. It is the only one under the interpreter.
+    for tensors that are not, and while a profiler's hooks are set. It is the only one under the
+    interpreter.
     """
 
     def __init__(
@@ -107,15 +110,27 @@ class Launch:
                 f"{', '.join(constants)}"
             )
         self._kernel = kernel
-        self._grid = (programs,)
-        self._device = device
-        self._tensors = [i for i, argument in enumerate(arguments) if argument is TENSOR]
-        self._numbers = [i for i, argument in enumerate(arguments) if argument is NUMBER]
-        self._arguments = [None if isinstance(a, Varying) else a for a in arguments]
-        self._constants = constants
+        self._programs = programs
+        self._index = device.index  # None on the CPU, where only the interpreter runs
         self._options = options
-        # What runs the compiled kernel, given all arguments, and pointers as integers.
-        self._run: Callable[..., object] | None = None
+        # All arguments are picked from a call's tensors, its numbers, and then these.
+        everything = [*arguments, *constants.values()]
+        self._fixed = [each for each in everything if not isinstance(each, Varying)]
+        tensors, numbers = arguments.count(TENSOR), arguments.count(NUMBER)
+        next_tensor = itertools.count(0)
+        next_number = itertools.count(tensors)
+        next_fixed = itertools.count(tensors + numbers)
+        self._order = operator.itemgetter(
+            *(
+                next(
+                    next_tensor if each is TENSOR
+                    else next_number if each is NUMBER
+                    else next_fixed
+                )
+                for each in everything
+            )
+        )  # fmt: skip
+        self._compiled: _Compiled | None = None
 
     def __call__(self, tensors: Sequence[Tensor | None], numbers: Sequence[Any] = ()) -> None:
         """Launch on the current stream.
@@ -124,43 +139,60 @@ class Launch:
             tensors: for each `TENSOR` in turn, of the form that the launch was prepared for.
             numbers: for each `NUMBER` in turn.
         """
-        arguments = self._arguments.copy()
-        for where, number in zip(self._numbers, numbers, strict=True):
-            arguments[where] = number
-        if self._run is None:
-            self._through_triton(arguments, tensors)
+        index = self._index
+        if index is not None and index != torch.cuda.current_device():
+            # Triton launches on the current device: make it the tensors'.
+            with torch.cuda.device(index):
+                self(tensors, numbers)
             return
-        bits = 0
-        for where, tensor in zip(self._tensors, tensors, strict=True):
-            if tensor is not None:
-                pointer = tensor.data_ptr()
-                bits |= pointer
-                arguments[where] = pointer
-        if bits % _ALIGNMENT:
-            self._through_triton(arguments, tensors)
+        # Triton leaves out what it was told is None, so that 0 does as well as any other number.
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        aligned = functools.reduce(operator.or_, pointers) % _ALIGNMENT == 0
+        compiled = self._compiled
+        if compiled is None or not aligned or _hooks_are_set():
+            found = self._kernel[(self._programs,)](
+                *self._order((*tensors, *numbers, *self._fixed)), **self._options
+            )
+            if aligned:
+                self._compiled = _compiled(found)
             return
-        with _on(self._device):
-            self._run(*arguments, *self._constants.values())
-
-    def _through_triton(self, arguments: list[Any], tensors: Sequence[Tensor | None]) -> None:
-        """Launch as Triton does, and keep the kernel that it compiled or found."""
-        for where, tensor in zip(self._tensors, tensors, strict=True):
-            arguments[where] = tensor
-        with _on(self._device):
-            compiled = self._kernel[self._grid](*arguments, **self._constants, **self._options)
-        # The interpreter compiles nothing, nor does somebody who only records what would be.
-        # For AMD, Triton also asks how large a tensor's memory is.
-        if compiled is None or torch.version.hip is not None:
-            return
-        if all(t is None or t.data_ptr() % _ALIGNMENT == 0 for t in tensors):
-            self._run = compiled[(*self._grid, 1, 1)]
+        compiled.run(
+            self._programs, 1, 1,
+            compiled.stream_of(index), compiled.function, compiled.metadata, None, None, None,
+            *self._order((*pointers, *numbers, *self._fixed)),
+        )  # fmt: skip
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensors'."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+class _Compiled(NamedTuple):
+    """What it takes to launch a compiled kernel as Triton itself does, in versions tried."""
+
+    run: Callable[..., object]
+    function: object
+    metadata: object
+    stream_of: Callable[[int | None], int]
+
+
+def _compiled(kernel: Any) -> _Compiled | None:
+    """What launches a compiled kernel; None where every launch is to go through Triton.
+
+    The interpreter compiles nothing, nor does somebody who only records what would be. For AMD,
+    Triton also looks at how large a tensor's memory is.
+    """
+    if kernel is None or not _IS_TRIED or kernel.metadata.target.backend != "cuda":
+        return None
+    stream_of = triton.runtime.driver.active.get_current_stream
+    return _Compiled(kernel.run, kernel.function, kernel.packed_metadata, stream_of)
+
+
+# Versions of Triton whose compiled kernels are known to be launched like this. Others look at the
+# arguments of every launch.
+_IS_TRIED = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
+
+
+def _hooks_are_set() -> bool:
+    """Whether a profiler wants to be told of launches."""
+    runtime = triton.knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 def may_use_tf32(dtype: torch.dtype) -> bool:

@@ -1,0 +1,276 @@
+"""A launch that was prepared is the one that Triton would have made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels that are interpreted are not launched", allow_module_level=True)
+triton = pytest.importorskip("triton")
+
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+
+from benchmarks import absent_gpu  # noqa: E402
+from benchmarks.absent_gpu import Dropped  # noqa: E402
+from dcft_kernels import DCFTLinear, dispatch  # noqa: E402
+from dcft_kernels.adapter import Adapter  # noqa: E402
+from dcft_kernels.geometry import Geometry  # noqa: E402
+from dcft_kernels.triton import launching, tiles  # noqa: E402
+from dcft_kernels.triton.backward import backward  # noqa: E402
+from dcft_kernels.triton.expand import expand, expand_backward  # noqa: E402
+from dcft_kernels.triton.fused_linear import fused_linear  # noqa: E402
+from dcft_kernels.triton.shrink_expand import shrink_expand  # noqa: E402
+
+N, M = 64, 32
+
+
+def tokens(count: int, features: int, *, offset: int = 0) -> Tensor:
+    """bfloat16 `[count, features]`, `offset` elements behind an aligned address."""
+    return torch.zeros(count * features + offset, dtype=torch.bfloat16)[offset:].view(
+        count, features
+    )
+
+
+def adapter(rank: int = 1, scaling: float = 0.5) -> Adapter:
+    geometry = Geometry.build(N, M, rank, (8, 8), (8, 8))
+    A, B, C = (torch.zeros(s) for s in (geometry.shape_A, geometry.shape_B, geometry.shape_C))
+    return Adapter(A, B, C, scaling, geometry)
+
+
+def forward(count: int = 20, offset: int = 0, **kind: Any) -> None:
+    x, u, y = tokens(count, N, offset=offset), tokens(count, 8), tokens(count, M)
+    shrink_expand(x, adapter(**kind), u=u, bias=tokens(1, M)[0], y=y)
+
+
+def gradients(**kind: Any) -> None:
+    backward(
+        adapter(**kind), g=tokens(20, M), x=tokens(20, N), u=tokens(20, 8), gx=tokens(20, N),
+        needs_A=True, needs_B=True, needs_C=True,
+    )  # fmt: skip
+
+
+def gradient_of_x(**kind: Any) -> None:
+    backward(adapter(**kind), g=tokens(20, M), gx=tokens(20, N))
+
+
+def fused(**kind: Any) -> None:
+    fused_linear(tokens(20, N), tokens(M, N), adapter(**kind), tokens(20, M), u=tokens(20, 8))
+
+
+def fused_gradient(**kind: Any) -> None:
+    fused_linear(tokens(20, M), tokens(M, N), adapter(**kind), tokens(20, N), grad_input=True)
+
+
+def merge(**kind: Any) -> None:
+    weight = tokens(M, N)
+    expand(adapter(**kind), out=weight, weight=weight)
+
+
+def merge_gradient(**kind: Any) -> None:
+    expand_backward(tokens(M, N), adapter(**kind), True, True, True)
+
+
+LAUNCHERS: list[Callable[..., None]] = [
+    forward, gradients, gradient_of_x, fused, fused_gradient, merge, merge_gradient,
+]  # fmt: skip
+
+
+def launched(call: Callable[[], object]) -> list[Dropped]:
+    """What a call launches on an H100 that is not there."""
+    dropped: list[Dropped] = []
+    with absent_gpu.dropping("sm_90", dropped.append):
+        call()
+    return dropped
+
+
+def kinds(launch: Dropped) -> list[object]:
+    """The arguments, but for addresses and descriptors of tensors, which every call has anew."""
+    return [kind(a) for a in launch.arguments if not isinstance(a, TensorDescriptor)]
+
+
+def kind(argument: object) -> object:
+    address = argument.data_ptr() if isinstance(argument, Tensor) else argument
+    return "address" if isinstance(address, int) and address > 1 << 32 else address
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda launcher: launcher.__name__)
+def test_the_second_launch_is_the_first_without_a_look_at_its_arguments(
+    launcher: Callable[..., None],
+) -> None:
+    ways: list[bool] = []
+    inside = launching._compiled
+
+    def calls() -> None:
+        for _ in range(3):
+            launcher()
+
+    def compiled(kernel: Any) -> Any:
+        ways.append(True)
+        return inside(kernel)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launching, "_compiled", compiled)
+        dropped = launched(calls)
+    count = len(dropped) // 3
+    assert count * 3 == len(dropped) > 0
+    assert len(ways) == count  # through Triton once for each launch, and never again
+    for first, second, third in zip(
+        dropped[:count], dropped[count : 2 * count], dropped[2 * count :], strict=True
+    ):
+        assert first.kernel == second.kernel == third.kernel
+        assert first.grid == second.grid == third.grid
+        # What is None to Triton is no argument of the compiled kernel.
+        same = [a if a is not None else b for a, b in zip(kinds(first), kinds(second), strict=True)]
+        assert same == kinds(second) == kinds(third)
+        assert any(isinstance(a, Tensor) for a in first.arguments)
+        assert not any(isinstance(a, Tensor) for a in second.arguments)
+
+
+def test_pointers_and_numbers_are_this_call_s() -> None:
+    x, y = [tokens(20, N) for _ in range(2)], [tokens(20, M) for _ in range(2)]
+    u = tokens(20, 8)
+
+    def calls() -> None:
+        for i in (0, 0, 1):
+            shrink_expand(x[i], adapter(scaling=2.5 + i), u=u, y=y[i])
+
+    _, second, third = launched(calls)
+    assert second.arguments[0] == x[0].data_ptr()
+    assert third.arguments[0] == x[1].data_ptr()
+    assert y[0].data_ptr() in second.arguments
+    assert y[1].data_ptr() in third.arguments
+    assert u.data_ptr() in third.arguments
+    assert (2.5 in second.arguments, 3.5 in second.arguments) == (True, False)
+    assert (2.5 in third.arguments, 3.5 in third.arguments) == (False, True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: forward(offset=1),
+        lambda: forward(count=5000),
+        lambda: forward(rank=2),
+        lambda: shrink_expand(
+            tokens(20, 2 * N)[:, ::2], adapter(), u=tokens(20, 8), bias=tokens(1, M)[0],
+            y=tokens(20, M),
+        ),
+        lambda: shrink_expand(
+            tokens(20, N).float(), adapter(), u=tokens(20, 8).float(), y=tokens(20, M).float()
+        ),
+        lambda: shrink_expand(tokens(20, N), adapter(), u=tokens(20, 8), y=tokens(20, M)),
+    ],
+    ids=["unaligned", "more tokens", "another rank", "strided", "float32", "no bias"],
+)  # fmt: skip
+def test_another_kind_of_call_is_another_kernel(other: Callable[[], object]) -> None:
+    def calls() -> None:
+        forward()
+        forward()
+        other()
+        forward()
+
+    first, second, third, fourth = launched(calls)
+    assert first.kernel == second.kernel == fourth.kernel != third.kernel
+    assert first.grid == fourth.grid
+
+
+def test_unaligned_tensors_go_through_triton_every_time() -> None:
+    first, second = launched(lambda: [forward(offset=1) for _ in range(2)])
+    assert first.kernel == second.kernel
+    assert all(isinstance(launch.arguments[0], Tensor) for launch in (first, second))
+
+
+def test_a_profiler_s_hooks_are_called() -> None:
+    entered: list[str] = []
+
+    def calls() -> None:
+        forward()
+        forward()
+        hook = triton.knobs.runtime.launch_enter_hook
+        note = entered.append
+        hook.add(lambda metadata: note(metadata.get()["name"]))
+        try:
+            forward()
+        finally:
+            hook.calls.clear()
+        forward()
+
+    dropped = launched(calls)
+    assert entered == ["_shrink_expand_kernel"]
+    through_triton = [isinstance(launch.arguments[0], Tensor) for launch in dropped]
+    assert through_triton == [True, False, True, False]
+
+
+def test_untried_versions_of_triton_look_at_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "_IS_TRIED", False)
+    dropped = launched(lambda: [forward() for _ in range(3)])
+    assert all(isinstance(launch.arguments[0], Tensor) for launch in dropped)
+
+
+def test_this_version_is_one_that_was_tried() -> None:
+    """Or what is asked of Triton here has to be looked at again, and the version be added."""
+    assert launching._IS_TRIED
+
+
+def test_other_tiles_are_other_launches() -> None:
+    grids: list[tuple[int, int, int]] = []
+
+    def calls() -> None:
+        forward(count=512)
+        forward(count=512)
+        tile = tiles.lookup("sm_90", "shrink_expand", 2, 16)
+        with tiles.override("shrink_expand", tile._replace(tokens=128, warps=8)):
+            forward(count=512)
+        forward(count=512)
+
+    grids = [launch.grid for launch in launched(calls)]
+    assert grids[0] == grids[1] == grids[3]
+    assert grids[2] == (4, 1, 1) != grids[0]
+
+
+def test_constants_out_of_order_are_an_error() -> None:
+    class Kernel:
+        arg_names = ("x_ptr", "BLOCK", "FLAG")
+
+    with pytest.raises(TypeError, match="constants: expected BLOCK, FLAG in this order, got FLAG"):
+        launching.Launch(
+            Kernel(), 1, torch.device("cpu"), [launching.TENSOR], {}, FLAG=True, BLOCK=16
+        )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "forwards", "backwards"), [("row_block", 1, 2), ("fused", 1, 3)]
+)
+def test_a_layer_launches_what_its_strategy_says(
+    strategy: str, forwards: int, backwards: int
+) -> None:
+    """And the same again for the same input."""
+    layer = DCFTLinear.from_linear(torch.nn.Linear(N, M, dtype=torch.bfloat16), strategy=strategy)
+    x = tokens(20, N).requires_grad_()
+    dropped: list[Dropped] = []
+    seen: list[int] = []
+    with absent_gpu.dropping("sm_90", dropped.append):
+        for _ in range(2):
+            y = layer(x)
+            seen.append(len(dropped))
+            y.backward(torch.zeros_like(y))
+            seen.append(len(dropped))
+    total = forwards + backwards
+    assert seen == [forwards, total, total + forwards, 2 * total]
+
+
+def test_nothing_is_left_behind() -> None:
+    layer = DCFTLinear(N, M, device="cpu")
+    with absent_gpu.dropping("sm_90"):
+        with torch.no_grad():
+            layer(torch.zeros(4, N))
+        assert dispatch.why_not_triton(adapter(), torch.float32) is None
+    assert dispatch.why_not_triton(adapter(), torch.float32) is not None
+    x = torch.ones(4, N)
+    dense = layer.weight + layer.delta_weight()
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, dense, layer.bias))
