@@ -316,6 +316,9 @@ def _with_times(contender: _Contender, baseline: Sequence[Sample]) -> Row:
     samples, row = contender.samples, contender.row
     values: dict[str, Any] = {"rounds": len(samples)}
     values |= _times("wall", [s.wall for s in samples], [s.wall for s in baseline])
+    on_host = [s.host for s in samples if s.host is not None]
+    if on_host:
+        values |= _times("host", on_host, [s.host for s in baseline if s.host is not None])
     many = row.launches is not None and row.launches > LAUNCHES_QUEUED
     on_device = [s.device for s in samples if s.device is not None]
     if on_device and not many:

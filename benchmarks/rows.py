@@ -48,9 +48,13 @@ class Row:
     graph_ms_p20: float | None = None  # the step as a CUDA graph, device time
     graph_ms_p50: float | None = None
     graph_ms_p80: float | None = None
+    host_ms_p20: float | None = None  # of a GPU: the processor's, to put the step into the queue
+    host_ms_p50: float | None = None
+    host_ms_p80: float | None = None
     ratio_to_frozen_device: float | None = None  # median of the ratios within each round
     ratio_to_frozen_wall: float | None = None
     ratio_to_frozen_graph: float | None = None
+    ratio_to_frozen_host: float | None = None
     peak_bytes: int | None = None  # above what was held before the step
     saved_bytes: int | None = None  # for the backward pass, parameters not counted
     launches: int | None = None

@@ -22,6 +22,7 @@ _CLOCKS = {
     "device": "Device time",
     "wall": "Wall time",
     "graph": "Device time of the step as a CUDA graph",
+    "host": "Processor's time to put the step into the GPU's queue",
 }
 _PASSES = {
     "fwd+bwd": "forward + backward",

@@ -13,6 +13,9 @@ from benchmarks.rows import Row
 
 ROWS = rows.FILE
 
+# Of a GPU, the usual one first; see benchmarks/README.md.
+CLOCKS = ("device", "wall", "graph", "host")
+
 # Sweeps of single cases that are compared with each other, as against the points of a curve.
 COMPARED = ("main", "asked")
 
@@ -67,7 +70,7 @@ class Group:
 
 
 def ratio(row: Row | None, clock: str | None = None) -> float | None:
-    """The ratio to the frozen layer by a clock, `device`, `wall` or `graph`, or the usual one."""
+    """The ratio to the frozen layer by a clock of `CLOCKS`, or the usual one."""
     if row is None:
         return None
     value: float | None = row.ratio if clock is None else getattr(row, f"ratio_to_frozen_{clock}")
@@ -102,7 +105,7 @@ class Stored:
     @property
     def clocks(self) -> tuple[str, ...]:
         """The clocks that ratios are told by, the usual one first."""
-        return ("device", "wall", "graph") if self.gpu else ("wall",)
+        return CLOCKS if self.gpu else ("wall",)
 
     def groups(
         self,

@@ -5,17 +5,18 @@ alike, and a provider's ratio to the baseline is the median of the ratios within
 order rotates, and is reversed in every second round, so that nobody always runs first or always
 after the same neighbour.
 
-On a GPU a sample has two clocks, each a run of its own:
+On a GPU a sample has three clocks; `device` is a run of its own:
 
 | clock | starts | ends | says |
 | --- | --- | --- | --- |
 | `wall` | the GPU is idle | it is idle again | what an eager caller waits |
+| `host` | the GPU is idle | all launches are queued | what the processor works |
 | `device` | all launches are queued | the last one ends | what the GPU works |
 
 For `device`, a step is queued behind a sleep that outlasts the processor, so that no launch is
 waited for, and behind a read of other memory, so that it finds none of its input in a cache. That
 holds as far as the GPU's queue does: a step of more than LAUNCHES_QUEUED has no `device` time. A
-third time, of the step as a CUDA graph, is the `device` time of a replay (`Replay`).
+fourth time, of the step as a CUDA graph, is the `device` time of a replay (`Replay`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Sample(NamedTuple):
 
     wall: float
     device: float | None = None
+    host: float | None = None  # until the processor has put the step into the device's queue
 
 
 class Step(Protocol):
@@ -100,7 +102,7 @@ class CudaStopwatch:
         step.run()
         end.record()
         torch.cuda.synchronize(self._device)
-        return Sample(wall, begin.elapsed_time(end) / 1e3)
+        return Sample(wall, begin.elapsed_time(end) / 1e3, queueing)
 
 
 def warm_up(step: Step) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ triton = pytest.importorskip("triton")
 
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from benchmarks import absent_gpu  # noqa: E402
+from benchmarks import absent_gpu, host  # noqa: E402
 from benchmarks.absent_gpu import Dropped  # noqa: E402
 from dcft_kernels import DCFTLinear, dispatch  # noqa: E402
 from dcft_kernels.adapter import Adapter  # noqa: E402
@@ -274,3 +276,31 @@ def test_nothing_is_left_behind() -> None:
     x = torch.ones(4, N)
     dense = layer.weight + layer.delta_weight()
     torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, dense, layer.bias))
+
+
+def test_the_processor_s_share_is_measured_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    providers = ("frozen", "dcft_row_block")
+    arguments = ["--out", str(tmp_path), "--rounds", "1", "--providers", *providers]
+    assert host.main(arguments) == 0
+    rows = [json.loads(line) for line in (tmp_path / host.FILE).read_text().splitlines()]
+    assert [row["provider"] for row in rows] == list(providers) * 6
+    assert {row["direction"] for row in rows} == set(host.DIRECTIONS)
+    assert all(row["microseconds"] > 0 and row["architecture"] == "sm_90" for row in rows)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in providers)
+    assert torch.get_num_threads() > 0
+
+
+def test_the_processor_s_share_is_the_least_of_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 2.0, 2.0, 5.0, 5.0, 6.0, 6.0, 10.0])  # a 2, b 3, then b 1, a 4
+    monkeypatch.setattr(host.time, "process_time", lambda: next(now))
+    monkeypatch.setattr(host, "_CALLS", 1)
+    assert host.seconds({"a": lambda: None, "b": lambda: None}, 2) == {"a": 2.0, "b": 1.0}
+
+
+def test_no_rounds_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        host.main(["--rounds", "0"])
+    assert "--rounds: expected at least 1, got 0" in capsys.readouterr().err
