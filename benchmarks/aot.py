@@ -61,11 +61,12 @@ from dcft_kernels.cost_model import ranks_of_a_launch
 from dcft_kernels.geometry import Geometry, Pair, Side
 from dcft_kernels.triton.backward import backward
 from dcft_kernels.triton.expand import expand, expand_backward
+from dcft_kernels.triton.fused_backward import fused_backward
 from dcft_kernels.triton.fused_linear import fused_linear
 from dcft_kernels.triton.layout import layout_of
 from dcft_kernels.triton.ranks import slices
 from dcft_kernels.triton.shrink_expand import shrink_expand
-from dcft_kernels.triton.tiles import KERNELS, lookup
+from dcft_kernels.triton.tiles import KERNELS, find, lookup
 
 RESULTS = Path(__file__).with_name("results") / "aot_resources.csv"
 
@@ -165,13 +166,17 @@ class Case(NamedTuple):
     def runs_on(self, architecture: str, dtype: str) -> bool:
         """Whether there is such a variant; tf32 is a matter of NVIDIA GPUs.
 
-        The fused kernel takes no adapter that has to be sliced. In float16, whose instructions are
-        those of bfloat16 but for a letter, every tile is compiled once.
+        The fused kernels take no adapter that has to be sliced, and the backward one what there
+        are tiles for. In float16, whose instructions are those of bfloat16 but for a letter, every
+        tile is compiled once.
         """
         most = ranks_of_a_launch(self.geometry, DTYPES[dtype].itemsize)
         if dtype == "fp16" and self.name.removeprefix("gx-") not in (*_COLUMNS, "stochastic"):
             return False
-        fits = self.kernel != "fused_linear" or self.geometry.rank <= most
+        fits = self.kernel not in _FUSED or self.geometry.rank <= most
+        columns = layout_of(self.geometry).columns
+        if find(architecture, self.kernel, DTYPES[dtype].itemsize, columns) is None:
+            return False
         return fits and dtype in self.dtypes and (not self.tf32 or architecture.startswith("sm_"))
 
     def adapter_dtypes(self, dtype: str) -> list[str]:
@@ -250,6 +255,23 @@ def _fused_gx(s: Setting) -> None:
     fused_linear(s.y, s.weight, s.adapter, s.x, grad_input=True)
 
 
+def _fused_backward(needs: str) -> Callable[[Setting], object]:
+    def launch(s: Setting) -> object:
+        return fused_backward(
+            s.y,
+            s.x if "A" in needs else None,
+            s.u if "B" in needs or "C" in needs else None,
+            s.weight,
+            s.adapter,
+            s.x,
+            needs_A="A" in needs,
+            needs_B="B" in needs,
+            needs_C="C" in needs,
+        )
+
+    return launch
+
+
 def _expand(s: Setting) -> None:
     weight = s.weight
     expand(s.adapter, out=weight, weight=weight)
@@ -284,7 +306,10 @@ _LAYERS = (
     ("backward", _backward("ABC", gx=True), ""),
     ("fused_linear", _fused, ""),
     ("fused_linear", _fused_gx, "gx-"),
+    ("fused_backward", _fused_backward("ABC"), ""),
 )
+# Kernels that compute the base layer's product as well.
+_FUSED = ("fused_linear", "fused_backward")
 
 
 def _cases() -> Iterator[Case]:
@@ -306,10 +331,10 @@ def _cases() -> Iterator[Case]:
     for kernel, launch, prefix in _LAYERS:
         for width in (2, 4, 6, 12, 16):
             geometry = _geometry(width)
-            padded = kernel == "fused_linear" and not _is_contiguous(geometry.inputs)
+            padded = kernel in _FUSED and not _is_contiguous(geometry.inputs)
             yield Case(kernel, f"{prefix}width{width}", geometry, launch, extreme=padded)
         for name, geometry in _EXTREMES.items():
-            if kernel == "fused_linear" and name.endswith("overlap"):
+            if kernel in _FUSED and name.endswith("overlap"):
                 continue  # what is contracted must not overlap
             yield Case(kernel, prefix + name, geometry, launch, dtypes=("bf16",), extreme=True)
         widest = _COLUMNS["columns128"]
@@ -330,6 +355,8 @@ def _cases() -> Iterator[Case]:
     yield Case("backward", "needs-C", main, _backward("C", gx=False))
     yield Case("backward", "to-ub", main, _backward_to_ub)
     yield Case("backward", "from-ub", main, _backward_from_ub)
+    for needs in ("BC", "A", "B", "C"):
+        yield Case("fused_backward", f"needs-{needs}", main, _fused_backward(needs))
     # What is contracted must not overlap.
     yield Case("fused_linear", "overlap", _geometry(stride=(2, 8)), _fused)
     yield Case("fused_linear", "gx-overlap", _geometry(stride=(8, 2)), _fused_gx)

@@ -60,6 +60,26 @@ def _add_to_partial(
     tl.store(where, before + values, mask=mask)
 
 
+@triton.jit
+def store_mixing_gradient(
+    gC_ptr, ranks,
+    W_IN: tl.constexpr, W_OUT: tl.constexpr, WP_IN: tl.constexpr, WP_OUT: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of `C`, `[W_OUT, W_IN]`: the sum of the ranks' blocks on the diagonal.
+
+    `ranks [GROUP*WP_OUT, GROUP*WP_IN]` is `Vb^T U` of ranks that were multiplied side by side.
+    """
+    position_q = tl.arange(0, GROUP * WP_OUT)[:, None]
+    position_p = tl.arange(0, GROUP * WP_IN)[None, :]
+    same = position_q // WP_OUT == position_p // WP_IN
+    blocks = tl.reshape(tl.where(same, ranks, 0.0), [GROUP, WP_OUT, GROUP, WP_IN])
+    total = tl.sum(tl.sum(blocks, axis=2), axis=0)  # [WP_OUT, WP_IN]
+    q = tl.arange(0, WP_OUT)[:, None]
+    r = tl.arange(0, WP_IN)[None, :]
+    tl.store(gC_ptr + q * W_IN + r, total, mask=(q < W_OUT) & (r < W_IN))
+
+
 @triton.jit(do_not_specialize=["T"])
 def _backward_kernel(
     g_ptr, stride_gt, stride_gm,
@@ -204,14 +224,7 @@ def _backward_kernel(
         tl.debug_barrier()
 
     if NEED_C:
-        position_q = tl.arange(0, GROUP * WP_OUT)[:, None]
-        position_p = tl.arange(0, GROUP * WP_IN)[None, :]
-        same = position_q // WP_OUT == position_p // WP_IN
-        ranks = tl.reshape(tl.where(same, grad_C, 0.0), [GROUP, WP_OUT, GROUP, WP_IN])
-        total = tl.sum(tl.sum(ranks, axis=2), axis=0)  # [WP_OUT, WP_IN]
-        q = tl.arange(0, WP_OUT)[:, None]
-        r = tl.arange(0, WP_IN)[None, :]
-        tl.store(partial_ptr + offset_c + q * W_IN + r, total, mask=(q < W_OUT) & (r < W_IN))
+        store_mixing_gradient(partial_ptr + offset_c, grad_C, W_IN, W_OUT, WP_IN, WP_OUT, GROUP)
 
 
 @triton.jit(do_not_specialize=["programs"])

@@ -30,7 +30,7 @@ from dcft_kernels.triton.launching import (
 )
 from dcft_kernels.triton.layout import layout_of, windows_per_tile
 from dcft_kernels.triton.philox import keep
-from dcft_kernels.triton.tiles import architecture, lookup, multiprocessors
+from dcft_kernels.triton.tiles import Tile, architecture, lookup, multiprocessors
 from dcft_kernels.triton.windows import (
     expand_features,
     expand_matrix,
@@ -44,7 +44,46 @@ from dcft_kernels.triton.windows import (
 )
 
 # Row blocks that run side by side over the same columns of W, so that the caches hold both.
-_SWIZZLE = 8
+SWIZZLE = 8
+
+
+@triton.jit
+def swizzled(program, blocks_t, blocks_o, SWIZZLE: tl.constexpr):
+    """The row block and the column block of a program: SWIZZLE row blocks share columns of W."""
+    in_group = SWIZZLE * blocks_o
+    first_t = (program // in_group) * SWIZZLE
+    group_size = tl.minimum(blocks_t - first_t, SWIZZLE)
+    return first_t + (program % in_group) % group_size, (program % in_group) // group_size
+
+
+@triton.jit
+def operand_tiles(
+    z, z_ptr, stride_zt, stride_zf,
+    w, w_ptr, stride_wf, stride_wo,
+    block_t, tile, block_o, row, inside, features, valid, out_column, out_valid,
+    BLOCK_T: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, W_IS_TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """What a step of the product multiplies: `[BLOCK_T, BLOCK_IN]`, `[BLOCK_IN, BLOCK_OUT]`."""
+    if DESCRIPTORS:  # the copy engine checks bounds and fills in zeros
+        z_tile = z.load([block_t * BLOCK_T, tile * BLOCK_IN])
+        if W_IS_TRANSPOSED:
+            w_tile = tl.trans(w.load([block_o * BLOCK_OUT, tile * BLOCK_IN]))
+        else:
+            w_tile = w.load([tile * BLOCK_IN, block_o * BLOCK_OUT])
+    else:
+        column = features.to(tl.int64)
+        z_tile = tl.load(
+            z_ptr + row * stride_zt + column[None, :] * stride_zf,
+            mask=inside & valid[None, :],
+            other=0.0,
+        )
+        w_tile = tl.load(
+            w_ptr + column[:, None] * stride_wf + out_column * stride_wo,
+            mask=valid[:, None] & out_valid[None, :],
+            other=0.0,
+        )
+    return z_tile, w_tile
 
 
 @triton.jit
@@ -72,13 +111,7 @@ def _fused_tile(
     BLOCK_IN: tl.constexpr = L_IN * WP_IN
     BLOCK_OUT: tl.constexpr = L_OUT * WP_OUT
     CONTIGUOUS_IN: tl.constexpr = W_IN == WP_IN and BLOCK_IN % 4 == 0
-    # An order that keeps a block of columns of W in the caches for SWIZZLE row blocks.
-    in_group = SWIZZLE * blocks_o
-    first_t = (program // in_group) * SWIZZLE
-    group_size = tl.minimum(blocks_t - first_t, SWIZZLE)
-    block_t = first_t + (program % in_group) % group_size
-    block_o = (program % in_group) // group_size
-
+    block_t, block_o = swizzled(program, blocks_t, blocks_o, SWIZZLE)
     t = tl.cast(block_t, tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = t[:, None]
     inside = row < T
@@ -92,24 +125,12 @@ def _fused_tile(
     out = tl.zeros([BLOCK_T, BLOCK_OUT], tl.float32)
     for tile in range(tl.cdiv(windows_in, L_IN)):
         features, valid = window_features(tile, windows_in, size_in, W_IN, W_IN, WP_IN, L_IN)
-        if DESCRIPTORS:  # the copy engine checks bounds and fills in zeros
-            z_tile = z.load([block_t * BLOCK_T, tile * BLOCK_IN])
-            if W_IS_TRANSPOSED:
-                w_tile = tl.trans(w.load([block_o * BLOCK_OUT, tile * BLOCK_IN]))
-            else:
-                w_tile = w.load([tile * BLOCK_IN, block_o * BLOCK_OUT])
-        else:
-            column = features.to(tl.int64)
-            z_tile = tl.load(
-                z_ptr + row * stride_zt + column[None, :] * stride_zf,
-                mask=inside & valid[None, :],
-                other=0.0,
-            )  # [BLOCK_T, BLOCK_IN]
-            w_tile = tl.load(
-                w_ptr + column[:, None] * stride_wf + out_column * stride_wo,
-                mask=valid[:, None] & out_valid[None, :],
-                other=0.0,
-            )  # [BLOCK_IN, BLOCK_OUT]
+        z_tile, w_tile = operand_tiles(
+            z, z_ptr, stride_zt, stride_zf,
+            w, w_ptr, stride_wf, stride_wo,
+            block_t, tile, block_o, row, inside, features, valid, out_column, out_valid,
+            BLOCK_T, BLOCK_IN, BLOCK_OUT, DESCRIPTORS, W_IS_TRANSPOSED,
+        )  # fmt: skip
         out = tl.dot(z_tile, w_tile, out, input_precision=PRECISION)
         if DROPOUT_IN:
             kept = keep(tl.load(seed_ptr), p, t, features, CONTIGUOUS_IN, BLOCK_T, BLOCK_IN)
@@ -232,24 +253,92 @@ def fused_linear(
         adapter.geometry,
         grad_input,
         z.shape[0],
-        (z.data_ptr() | weight.data_ptr()) % _DESCRIPTOR_ALIGNMENT == 0,
+        are_aligned(z, weight),
         z.device,
         may_use_tf32(z.dtype),
         forms(tensors),
     )
-    handles: tuple[TensorDescriptor, ...] = ()
-    if plan.blocks is not None:
-        stored = weight.t() if plan.stored_transposed else weight
-        handles = (_describe(z, plan.blocks[0]), _describe(stored, plan.blocks[1]))
+    handles = plan.product.handles(z, weight)
     plan.launch(tensors, (*handles, adapter.dropout_p, adapter.scaling))
 
 
-class _Plan(NamedTuple):
-    """A launch, and what it takes besides tensors."""
+class Product(NamedTuple):
+    """How a product `z W` is cut into tiles; `W` is `weight` or its transpose."""
 
-    launch: Launch
-    blocks: tuple[Pair, Pair] | None  # tiles of the descriptors of `z` and `weight`, if any
+    tile: Tile
+    windows_in: int  # of a tile, along what is contracted
+    windows_out: int  # along the result's columns
+    blocks_out: int  # tiles along the result's columns
+    strides: tuple[int, ...]  # of `W`
+    is_transposed: bool  # whether the transpose of `W` is what has contiguous rows
+    # Tiles of `z` and `W` as the copy engine loads them; None where it does not.
+    blocks: tuple[Pair, Pair] | None
     stored_transposed: bool  # whether the transpose of `weight` is what has contiguous rows
+
+    def handles(self, z: Tensor, weight: Tensor) -> tuple[TensorDescriptor, ...]:
+        """Descriptors of `z` and `weight`, if the copy engine loads them."""
+        if self.blocks is None:
+            return ()
+        stored = weight.t() if self.stored_transposed else weight
+        block_z, block_w = self.blocks
+        return (
+            TensorDescriptor.from_tensor(z, list(block_z)),
+            TensorDescriptor.from_tensor(stored, list(block_w)),
+        )
+
+
+def plan_product(
+    tile: Tile, geometry: Geometry, z: Form, weight: Form, *, aligned: bool, grad_input: bool
+) -> Product:
+    """Cut `x weight^T`, or `g weight` for `grad_input`, into tiles.
+
+    Args:
+        tile: of the kernel's table.
+        geometry: of the adapter.
+        z: the form of `x` or `g`.
+        weight: that of `weight [m, n]`.
+        aligned: whether both begin where the copy engine can load them.
+        grad_input: whether this is the way back.
+    """
+    inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
+    strides_w = strides(weight, 2)
+    if grad_input:
+        inputs, outputs, layout = outputs, inputs, layout.reversed()
+    else:
+        strides_w = strides_w[::-1]
+    if (inputs.width, outputs.width) != (layout.WP_IN, layout.WP_OUT):
+        # Addresses of padded windows take registers, which fewer rows leave.
+        tile = tile._replace(tokens=max(16, tile.tokens // 2))
+    windows_out = windows_per_tile(tile.outputs, layout.WP_OUT)
+    if outputs.stride == outputs.width:
+        blocks_out = triton.cdiv(outputs.windows, windows_out)
+    else:
+        blocks_out = triton.cdiv(outputs.size, windows_out * layout.WP_OUT)
+    windows_in = windows_per_tile(tile.features, layout.WP_IN)
+    block_in, block_out = windows_in * layout.WP_IN, windows_out * layout.WP_OUT
+    is_transposed = strides_w[1] != 1
+    rows_w = strides_w[::-1] if is_transposed else strides_w
+    blocks = None
+    # Descriptors are of whole tiles of features, with no window padded between them.
+    if (
+        tile.descriptors
+        and aligned
+        and inputs.width == layout.WP_IN
+        and (outputs.width == layout.WP_OUT or outputs.stride != outputs.width)
+        and _is_describable(z, strides(z, 2))
+        and _is_describable(weight, rows_w)
+    ):
+        block_w = (block_out, block_in) if is_transposed else (block_in, block_out)
+        blocks = ((tile.tokens, block_in), block_w)
+    return Product(
+        tile, windows_in, windows_out, blocks_out, strides_w, is_transposed, blocks,
+        is_transposed == grad_input,
+    )  # fmt: skip
+
+
+class _Plan(NamedTuple):
+    launch: Launch
+    product: Product
 
 
 @prepared
@@ -269,39 +358,20 @@ def _prepare(
     z, weight, factor_in, factor_out, C, bias, u, out, seed = tensors
     inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
     tile = lookup(architecture(device), "fused_linear", itemsize_of(z), layout.columns)
-    # `weight` is `[m, n]`, and the kernel's `W` what is multiplied from the right; `B` is `[J, k]`,
-    # and the kernel's factors are `[k, windows]`.
-    strides_w, strides_c = strides(weight, 2), strides(C, 2)
+    product = plan_product(tile, geometry, z, weight, aligned=aligned, grad_input=grad_input)
+    tile = product.tile
+    # `B` is `[J, k]`, and the kernel's factors are `[k, windows]`.
     strides_in, strides_out = strides(factor_in, 2), strides(factor_out, 2)
+    strides_c = strides(C, 2)
     if grad_input:
         inputs, outputs, layout = outputs, inputs, layout.reversed()
         strides_in = strides_in[::-1]
     else:
-        strides_w, strides_c, strides_out = strides_w[::-1], strides_c[::-1], strides_out[::-1]
-    if (inputs.width, outputs.width) != (layout.WP_IN, layout.WP_OUT):
-        # Addresses of padded windows take registers, which fewer rows leave.
-        tile = tile._replace(tokens=max(16, tile.tokens // 2))
-    windows_out = windows_per_tile(tile.outputs, layout.WP_OUT)
-    if outputs.stride == outputs.width:
-        blocks_out = triton.cdiv(outputs.windows, windows_out)
-    else:
-        blocks_out = triton.cdiv(outputs.size, windows_out * layout.WP_OUT)
-    block_out = windows_out * layout.WP_OUT
-    programs = triton.cdiv(tokens, tile.tokens) * blocks_out
+        strides_c, strides_out = strides_c[::-1], strides_out[::-1]
+    programs = triton.cdiv(tokens, tile.tokens) * product.blocks_out
     if tile.programs:
         programs = min(programs, tile.programs * multiprocessors(device))
-    windows_in = windows_per_tile(tile.features, layout.WP_IN)
-    block_in = windows_in * layout.WP_IN
-    is_transposed = strides_w[1] != 1
-    rows_z, rows_w = strides(z, 2), strides_w[::-1] if is_transposed else strides_w
-    # Descriptors are of whole tiles of features, with no window padded between them.
-    descriptors = (
-        bool(tile.descriptors)
-        and aligned
-        and inputs.width == layout.WP_IN
-        and (outputs.width == layout.WP_OUT or outputs.stride != outputs.width)
-        and all(_is_describable(form, rows) for form, rows in ((z, rows_z), (weight, rows_w)))
-    )
+    descriptors = product.blocks is not None
     handle = NUMBER if descriptors else None
     launch = Launch(
         _fused_linear_kernel,
@@ -309,7 +379,7 @@ def _prepare(
         device,
         [
             handle, TENSOR, *strides(z, 2),
-            handle, TENSOR, *strides_w,
+            handle, TENSOR, *product.strides,
             TENSOR, *strides_in,
             TENSOR, *strides_out,
             TENSOR, *strides_c,
@@ -321,21 +391,23 @@ def _prepare(
         ],
         {"num_warps": tile.warps, "num_stages": tile.stages},
         K=geometry.rank, KP=layout.KP,
-        W_IN=inputs.width, WP_IN=layout.WP_IN, L_IN=windows_in,
-        W_OUT=outputs.width, S_OUT=outputs.stride, WP_OUT=layout.WP_OUT, L_OUT=windows_out,
-        GROUP=layout.GROUP, BLOCK_T=tile.tokens, SWIZZLE=_SWIZZLE,
+        W_IN=inputs.width, WP_IN=layout.WP_IN, L_IN=product.windows_in,
+        W_OUT=outputs.width, S_OUT=outputs.stride, WP_OUT=layout.WP_OUT,
+        L_OUT=product.windows_out,
+        GROUP=layout.GROUP, BLOCK_T=tile.tokens, SWIZZLE=SWIZZLE,
         HAS_BIAS=bias is not None, WRITE_U=u is not None,
         DROPOUT_IN=seed is not None and not grad_input,
         DROPOUT_OUT=seed is not None and grad_input,
         PRECISION=dot_precision(device, tf32),
-        DESCRIPTORS=descriptors, W_IS_TRANSPOSED=is_transposed,
+        DESCRIPTORS=descriptors, W_IS_TRANSPOSED=product.is_transposed,
         PERSISTENT=tile.programs > 0,
     )  # fmt: skip
-    blocks = None
-    if descriptors:
-        of_w = (block_out, block_in) if is_transposed else (block_in, block_out)
-        blocks = ((tile.tokens, block_in), of_w)
-    return _Plan(launch, blocks, is_transposed == grad_input)
+    return _Plan(launch, product)
+
+
+def are_aligned(z: Tensor, weight: Tensor) -> bool:
+    """Whether both begin where the copy engine can load them."""
+    return (z.data_ptr() | weight.data_ptr()) % _DESCRIPTOR_ALIGNMENT == 0
 
 
 # In bytes, of a matrix and of each of its rows: what the copy engine takes.
@@ -344,12 +416,4 @@ _DESCRIPTOR_ALIGNMENT = 16
 
 def _is_describable(form: Form, rows: tuple[int, ...]) -> bool:
     """Whether the copy engine takes an aligned matrix: of contiguous rows, aligned as well."""
-    return (
-        form is not None
-        and rows[1] == 1
-        and rows[0] * form[0].itemsize % _DESCRIPTOR_ALIGNMENT == 0
-    )
-
-
-def _describe(matrix: Tensor, block: Pair) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(matrix, list(block))
+    return rows[1] == 1 and rows[0] * itemsize_of(form) % _DESCRIPTOR_ALIGNMENT == 0

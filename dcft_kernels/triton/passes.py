@@ -3,7 +3,7 @@
 | strategy | forward | backward |
 | --- | --- | --- |
 | `row_block` | shrink and expand to `y`, then `y += x W^T` | gradients and `gx`, then `gx += g W` |
-| `fused` | all in one product | `gx` in one product, then the gradients |
+| `fused` | all in one product | all in one product, or `gx` in one and then the gradients |
 | `scratch` | `W' = W + scaling * DW`, `x W'^T`, and a shrink | `W'` again, `g W'`, the gradients |
 
 `+=` is the matrix product's own addition (`addmm_`), which rounds once more than a single product
@@ -20,6 +20,7 @@ from dcft_kernels.adapter import Adapter
 from dcft_kernels.gradients import Gradients, Needs, saved
 from dcft_kernels.triton import backward as backward_kernels
 from dcft_kernels.triton.expand import expand, expand_backward
+from dcft_kernels.triton.fused_backward import fused_backward
 from dcft_kernels.triton.fused_linear import fused_linear
 from dcft_kernels.triton.shrink_expand import shrink_expand
 
@@ -59,24 +60,23 @@ def backward(
 ) -> Gradients:
     """The gradients that `needs` asks for; arguments as `torch_backend.backward`."""
     gx = g.new_empty(g.shape[0], adapter.geometry.inputs.size) if needs.x else None
+    x_or_none = saved(x) if needs.A else None
+    u_or_none = saved(U) if needs.B or needs.C else None
+    flags = {"needs_A": needs.A, "needs_B": needs.B, "needs_C": needs.C}
+    any_factor = needs.A or needs.B or needs.C
     beside = gx  # where the kernel of the factors' gradients writes the adapter's part of gx
+    grads: tuple[Tensor | None, ...] | None = None
     if gx is not None and weight is not None and strategy != "row_block":
         beside = None
-        if strategy == "fused":
+        if strategy == "fused" and any_factor:
+            grads = fused_backward(g, x_or_none, u_or_none, weight, adapter, gx, **flags)
+        if strategy == "fused" and grads is None:
             fused_linear(g, weight, adapter, gx, grad_input=True)
-        else:
+        elif strategy == "scratch":
             torch.mm(g, merge(weight, adapter), out=gx)
-    grads: tuple[Tensor | None, ...] = (None, None, None)
-    if beside is not None or needs.A or needs.B or needs.C:
+    if grads is None and (beside is not None or any_factor):
         grads = backward_kernels.backward(
-            adapter,
-            g=g,
-            x=saved(x) if needs.A else None,
-            u=saved(U) if needs.B or needs.C else None,
-            gx=beside,
-            needs_A=needs.A,
-            needs_B=needs.B,
-            needs_C=needs.C,
+            adapter, g=g, x=x_or_none, u=u_or_none, gx=beside, **flags
         )
     if beside is not None and weight is not None:
         beside.addmm_(g, weight)
@@ -84,7 +84,7 @@ def backward(
         gx,
         g.t() @ saved(x) if needs.weight else None,
         g.sum(0) if needs.bias else None,
-        *grads,
+        *(grads or ()),
     )
 
 

@@ -22,7 +22,14 @@ import torch
 
 TABLE = Path(__file__).with_name("tiles.json")
 
-KERNELS = ("shrink_expand", "backward", "fused_linear", "expand", "expand_backward")
+KERNELS = (
+    "shrink_expand",
+    "backward",
+    "fused_linear",
+    "fused_backward",
+    "expand",
+    "expand_backward",
+)
 
 
 class Tile(NamedTuple):
@@ -152,18 +159,28 @@ def architecture(device: torch.device) -> str:
 @functools.cache
 def entries(arch: str, kernel: str, itemsize: int) -> dict[int, Tile]:
     """The tiles of a kernel by number of columns, least first."""
-    rows = _table()[arch][kernel][str(itemsize)]
+    rows = _table()[arch][kernel].get(str(itemsize), {})
     return {int(columns): Tile(*rows[columns]) for columns in sorted(rows, key=int)}
 
 
 def lookup(arch: str, kernel: str, itemsize: int, columns: int) -> Tile:
-    """The tile for a call whose tokens are shrunk to `columns`."""
+    """The tile for a call whose tokens are shrunk to `columns`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    tile = find(arch, kernel, itemsize, columns)
+    if tile is None:
+        raise ValueError(f"columns: no tile of {kernel} on {arch} holds {columns}")
+    return tile
+
+
+def find(arch: str, kernel: str, itemsize: int, columns: int) -> Tile | None:
+    """`lookup`, None where there is no tile."""
     if kernel in _overrides:
         return _overrides[kernel]
-    for most, tile in entries(arch, kernel, itemsize).items():
-        if columns <= most:
-            return tile
-    raise ValueError(f"columns: no tile of {kernel} on {arch} holds {columns}")
+    tiles = entries(arch, kernel, itemsize).items()
+    return next((tile for most, tile in tiles if columns <= most), None)
 
 
 def multiprocessors(device: torch.device) -> int:
