@@ -16,6 +16,9 @@ Every variant is then compiled for its architecture, and its binary is read:
   leave to the system from sm_90 on, which the limits below do not count either.
 - Matrix instructions, which a kernel needs if it multiplies 16-bit tokens (or tf32). Products of
   float32 run on ordinary instructions on NVIDIA GPUs.
+- Products in flight. On sm_90 a product runs on while its loop goes on to load. Where a tile is an
+  operand of such a product and goes to registers as well, Triton 3.7 gives it one buffer too few:
+  the load after next writes over what the product still reads. No loop here may leave one running.
 - Wide loads. Loads of tokens (`TOKENS`) are found in Triton's IR by the argument that their
   pointer comes from; the line of source that they stand on leads to their instructions. A variant
   whose windows are contiguous and whose tensors are aligned to 16 bytes must load at least 128 bits
@@ -90,6 +93,7 @@ TOKENS = {
     "_shrink_expand_kernel": {"x_ptr"},
     "_backward_kernel": {"g_ptr", "x_ptr"},
     "_fused_linear_kernel": {"z_ptr", "w_ptr"},
+    "_fused_backward_kernel": {"g_ptr", "w_ptr", "x_ptr"},
     "_expand_kernel": {"weight_ptr"},
     "_expand_backward_kernel": {"g_ptr"},
 }
@@ -556,6 +560,7 @@ class Record(NamedTuple):
     tensor_memory: int
     products: int  # products of 16-bit or tf32 operands in the kernel
     matrix_instructions: int
+    in_flight: int  # products that a loop leaves running while it loads on
     may_spill: int  # 1 where spills are recorded, not refused: `Case.extreme`
     alignable: int  # 1 where loads of tokens have to be wide
     wide_loads: int  # instructions that load 128 bits or more of tokens
@@ -611,6 +616,7 @@ def measure(variant: Variant) -> Record:
         getattr(compiled.metadata, "tmem_size", None) or 0,
         matrix_products(ttir),
         binary.matrix_instructions,
+        products_in_flight(str(compiled.asm["ttgir"])),
         int(variant.extreme),
         int(variant.alignable and bool(places or widths)),
         widths.count(True),
@@ -636,6 +642,30 @@ def matrix_products(ttir: str) -> int:
 _DEFINITION = re.compile(r"\s*(%[\w$.-]+)(?::\d+)? = \S+ [^%]*(%[\w$.-]+)")
 _ITERATED = re.compile(r"(%[\w$.-]+) = (%[\w$.-]+)")
 _LOAD = re.compile(r" tt\.(?:load|descriptor_load) [^%]*(%[\w$.-]+).* loc\((#loc\d*)\)$")
+
+
+_WAIT = re.compile(r"warp_group_dot_wait .*\{pendings = (\d+)")
+
+
+def products_in_flight(ttgir: str) -> int:
+    """The most asynchronous products that a wait inside of a loop leaves running.
+
+    Args:
+        ttgir: Triton's GPU IR as text.
+    """
+    most, depth = 0, 0
+    loops: list[int] = []  # depths of the braces of the loops around a line
+    for line in ttgir.splitlines():
+        code = line.split(" loc(")[0]
+        wait = _WAIT.search(code)
+        if loops and wait is not None:
+            most = max(most, int(wait.group(1)))
+        depth += code.count("{") - code.count("}")
+        while loops and depth < loops[-1]:
+            loops.pop()
+        if "scf.for" in code:
+            loops.append(depth)
+    return most
 
 
 def token_loads(ttir: str, arguments: Sequence[str], tokens: set[str]) -> set[tuple[str, int]]:
@@ -824,7 +854,23 @@ def check_wide_loads(record: Record) -> str | None:
     return None
 
 
-CHECKS = (check_spills, check_shared_memory, check_matrix_instructions, check_wide_loads)
+def check_products_in_flight(record: Record) -> str | None:
+    """No loop loads on while a product may still read what is loaded over."""
+    if record.in_flight:
+        return (
+            f"products in flight: expected none when a loop goes on, got {record.in_flight}: look "
+            "in Triton's GPU IR whether their operands' buffers are loaded over meanwhile"
+        )
+    return None
+
+
+CHECKS = (
+    check_spills,
+    check_shared_memory,
+    check_matrix_instructions,
+    check_products_in_flight,
+    check_wide_loads,
+)
 
 
 def failures(record: Record) -> list[str]:

@@ -157,6 +157,40 @@ def _fused_linear(p: Problem) -> Work:
     return Work(copies, (y[0], gx[0], u[0]), launch, expected)
 
 
+def _fused_backward(p: Problem) -> Work:
+    from dcft_kernels.triton.backward import backward
+    from dcft_kernels.triton.fused_backward import fused_backward
+    from dcft_kernels.triton.fused_linear import fused_linear
+
+    copies = p.copies(p.T * (2 * p.n + p.m) + p.n * p.m)
+    columns = p.geometry.rank * p.geometry.inputs.width
+    x = [p.draw(p.T, p.n) for _ in range(copies)]
+    g = [p.draw(p.T, p.m) for _ in range(copies)]
+    weight = [p.draw(p.m, p.n) * p.n**-0.5 for _ in range(copies)]
+    u, gx = p.draw(p.T, columns), p.empty(copies, p.T, p.n)
+
+    def launch(i: int) -> Results:
+        grads = fused_backward(
+            g[i], x[i], u, weight[i], p.adapter, gx[i], needs_A=True, needs_B=True, needs_C=True
+        )
+        if grads is None:  # what stands in for it where the table has no tile
+            fused_linear(g[i], weight[i], p.adapter, gx[i], grad_input=True)
+            grads = backward(
+                p.adapter, g=g[i], x=x[i], u=u, needs_A=True, needs_B=True, needs_C=True
+            )
+        gA, gB, gC = grads
+        return _present({"gx": gx[i], "gA": gA, "gB": gB, "gC": gC})
+
+    def expected(dtype: torch.dtype) -> Results:
+        needs = Needs(x=True, weight=False, bias=False, A=True, B=True, C=True)
+        U = u.to(dtype).unflatten(1, (p.geometry.rank, p.geometry.inputs.width))
+        adapter, W = p.adapter_in(dtype), weight[0].to(dtype)
+        grads = torch_backend.backward(g[0].to(dtype), x[0].to(dtype), U, W, adapter, needs)
+        return _present({"gx": grads.x, "gA": grads.A, "gB": grads.B, "gC": grads.C})
+
+    return Work(copies, (gx[0],), launch, expected)
+
+
 def _expand(p: Problem) -> Work:
     from dcft_kernels.triton.expand import expand
 
@@ -199,6 +233,7 @@ KERNELS: dict[str, Callable[[Problem], Work]] = {
     "backward": _backward,
     "shrink_expand": _shrink_expand,
     "fused_linear": _fused_linear,
+    "fused_backward": _fused_backward,
     "expand": _expand,
     "expand_backward": _expand_backward,
 }

@@ -65,6 +65,7 @@ _FIELDS = {
         "stages",
         "descriptors",
     ),
+    "fused_backward": ("tokens", "features", "outputs", "warps", "stages", "descriptors"),
     "expand": ("tokens", "outputs", "warps"),
     "expand_backward": ("tokens", "features", "programs", "warps", "stages"),
 }
@@ -161,7 +162,7 @@ def jobs(
     """All entries to tune, the most valuable first: few columns, then 16 bit, then the layer."""
     found = []
     for kernel, dtype in itertools.product(kernels, dtypes):
-        row = table[architecture][kernel][str(dtype.itemsize)]
+        row = table[architecture][kernel].get(str(dtype.itemsize), {})
         least = 0
         for columns in sorted(map(int, row)):
             classes = tuple(c for c in ADAPTERS if least < c <= columns)
@@ -186,7 +187,7 @@ def neighbours(kernel: str, tile: Tile) -> list[Tile]:
             moved = value + sign if field in _COUNTED else value * 2 if sign > 0 else value // 2
             low, high = _BOUNDS[field]
             if field == "programs" and kernel != "fused_linear":
-                low = 1  # only the fused kernel has a program for every block
+                low = 1  # of these, only the fused product has a program for every block
             if not low <= moved <= high:
                 break
             candidate = candidate._replace(**{field: moved})
@@ -203,7 +204,7 @@ def fits(kernel: str, tile: Tile, itemsize: int, columns: int, shared_bytes: int
     if shared_bytes is None or kernel == "expand":
         return True
     staged = tile.tokens * tile.features
-    if kernel == "fused_linear":
+    if kernel in ("fused_linear", "fused_backward"):
         staged += tile.features * tile.outputs
     if kernel == "expand_backward":
         return tile.stages * staged * itemsize <= shared_bytes

@@ -32,6 +32,9 @@ _NARROW_COLUMNS = 32
 # Rows and columns of a tile of the fused matrix product.
 _FUSED_ROWS = 128
 _FUSED_COLUMNS_16_BIT, _FUSED_COLUMNS_MORE = 128, 64
+# Columns that a token is shrunk to, at most, where one product makes the whole backward pass: what
+# `tiles.json` has an entry of `fused_backward` for. In 16 bit only.
+_MERGED_COLUMNS = 32
 # Programs of the backward kernel, at most: about two to a multiprocessor, each with its own sums.
 _SLICES = 256
 # Share of the bandwidth that one multiprocessor can draw, over its fair share.
@@ -297,9 +300,11 @@ def _row_block(s: _Sizes) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
 
 
 def _fused(s: _Sizes) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
-    """One matrix product a direction with the adapter inside, and one kernel for the gradients.
+    """One matrix product a direction with the adapter inside.
 
-    Every tile of outputs shrinks its rows again: `columns / tile` more flops, and no more bytes.
+    The factors' gradients come out of that of the way back, if the adapter is narrow; if not, there
+    is one kernel more for them. Every tile of outputs shrinks its rows again: `columns / tile` more
+    flops, and no more bytes.
     """
     narrow = s.call.dtype.itemsize == 2 and s.columns < _FUSED_COLUMNS_16_BIT
     tile = _FUSED_COLUMNS_16_BIT if narrow else _FUSED_COLUMNS_MORE
@@ -312,6 +317,19 @@ def _fused(s: _Sizes) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
         + s.expand_flops(s.outputs),
         s.gemm_programs(s.outputs.size, tile),
     )
+    if s.call.dtype.itemsize == 2 and s.columns <= _MERGED_COLUMNS:
+        partial = -(-s.T // _FUSED_ROWS) * s.factor_elements * _FLOAT32_BYTES
+        gradient = Kernel(
+            "fused gradients",
+            s.y + s.W + s.x + s.x + s.U + s.factors + partial,
+            s.gemm_flops
+            + -(-s.inputs.size // tile) * s.shrink_flops(s.outputs)
+            + s.expand_flops(s.inputs)
+            + s.shrink_flops(s.outputs)
+            + s.shrink_flops(s.inputs),
+            s.gemm_programs(s.inputs.size, tile),
+        )
+        return (forward,), (gradient, Kernel("sums of gradients", partial + s.factors))
     grad_input = Kernel(
         "fused gradient",
         s.y + s.W + s.x + s.factors,

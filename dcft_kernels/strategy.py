@@ -3,7 +3,7 @@
 | strategy | forward | backward |
 | --- | --- | --- |
 | `row_block` | one kernel over rows of `x`, then `y += x W^T` | one over rows of `g`, `gx += g W` |
-| `fused` | one matrix product, adapter inside | the same for `gx`, one kernel for gradients |
+| `fused` | one matrix product, adapter inside | the same, and gradients in it or in one more |
 | `scratch` | `W + s DW` to a buffer, then a product | likewise, and one kernel for gradients |
 | `torch` | the factored identity as PyTorch operators | likewise |
 

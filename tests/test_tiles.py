@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dcft_kernels import precision
+from dcft_kernels import cost_model, precision
 from dcft_kernels.triton import tiles
 from dcft_kernels.triton.tiles import Tile, as_architecture, entries, lookup, override
 
@@ -25,6 +25,14 @@ def test_every_architecture_has_a_complete_table() -> None:
                     assert all(size & (size - 1) == 0 for size in (*sizes, columns)), tile
                     assert tile.tokens >= 16, tile
                     assert tile.stages >= 1, tile
+
+
+def test_adapters_that_one_product_has_room_for_are_those_of_the_cost_model() -> None:
+    for architecture in GPUS:
+        assert max(entries(architecture, "fused_backward", 2)) == cost_model._MERGED_COLUMNS
+        assert not entries(architecture, "fused_backward", 4)
+        assert tiles.find(architecture, "fused_backward", 4, 16) is None
+        assert tiles.find(architecture, "fused_backward", 2, 64) is None
 
 
 def test_a_call_takes_the_entry_of_the_least_columns_that_hold_it() -> None:

@@ -88,7 +88,7 @@ def test_measured_rates_are_found_by_the_full_name(
 def test_valuable_entries_come_first() -> None:
     table = tune.read_table(tiles.TABLE)
     found = tune.jobs(table, "sm_90", list(tune.KERNELS), list(tune.DTYPES.values()))
-    assert len(found) == len(set(found)) == 3 * (4 + 3) + 2 + 4
+    assert len(found) == len(set(found)) == 3 * (4 + 3) + 2 + 2 + 4
     assert [str(job) for job in found[:3]] == [
         "backward bfloat16 16",
         "shrink_expand bfloat16 16",

@@ -198,6 +198,10 @@ _COUNTS: dict[str, _Count] = {
         _bytes(p, "x", "W", "y", "U", "y", "W", "x"),
         4 * p.T * p.n * p.m + _flops(p, p.n, p.m, p.m, p.n),
     ),
+    "fused_backward": lambda p: (
+        _bytes(p, "y", "W", "x", "U", "x"),
+        2 * p.T * p.n * p.m + _flops(p, p.m, p.m, p.n, p.n),
+    ),
     "expand": lambda p: (_bytes(p, "W", "W"), 2 * p.n * p.m),
     "expand_backward": lambda p: (_bytes(p, "W"), 6 * p.n * p.m),
 }

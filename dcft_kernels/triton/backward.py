@@ -267,7 +267,8 @@ _SUM_BLOCK, _SUM_BLOCK_P = 32, 32
 
 # Elements of the gradients of `A`, `B` and `C`; 0 for one that nobody asked for.
 Sizes = tuple[int, int, int]
-_Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+# Those of `A`, `B` and `C`; None where not asked for.
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def prepare_sum(programs: int, sizes: Sizes, device: torch.device) -> Launch:
@@ -291,7 +292,7 @@ def prepare_sum(programs: int, sizes: Sizes, device: torch.device) -> Launch:
 def sum_partials(
     launch: Launch, partial: Tensor, like_A: Tensor | None, like_B: Tensor | None,
     like_C: Tensor | None,
-) -> _Grads:  # fmt: skip
+) -> Grads:  # fmt: skip
     """Sum per-program gradients.
 
     Args:
@@ -326,7 +327,7 @@ def backward(
     needs_B: bool = False,
     needs_C: bool = False,
     add_gx: bool = False,
-) -> _Grads:
+) -> Grads:
     """The gradients of the factors that are needed, and the adapter's part of `gx`.
 
     Args:
@@ -386,7 +387,7 @@ def _by_slices(
     ub: Tensor | None,
     gx: Tensor | None,
     needs: tuple[bool, bool, bool],
-) -> _Grads:
+) -> Grads:
     """`backward` of an adapter that takes more than one launch."""
     needs_A, needs_B, needs_C = needs
     parts = []

@@ -23,7 +23,12 @@ from torch import Tensor
 
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.geometry import Geometry
-from dcft_kernels.triton.backward import prepare_sum, store_mixing_gradient, sum_partials
+from dcft_kernels.triton.backward import (
+    Grads,
+    prepare_sum,
+    store_mixing_gradient,
+    sum_partials,
+)
 from dcft_kernels.triton.fused_linear import (
     SWIZZLE,
     Product,
@@ -185,9 +190,6 @@ def _fused_backward_kernel(
             store_mixing_gradient(partial_ptr + offset_c, ranks, W_IN, W_OUT, WP_IN, WP_OUT, GROUP)
 
 
-_Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
 def fused_backward(
     g: Tensor,
     x: Tensor | None,
@@ -199,7 +201,7 @@ def fused_backward(
     needs_A: bool,
     needs_B: bool,
     needs_C: bool,
-) -> _Grads | None:
+) -> Grads | None:
     """Write the layer's `gx`, and return the gradients of the factors that are needed.
 
     Args:

@@ -12,6 +12,8 @@ does. `scratch` drops what of the update is below half a unit in the last place 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch import Tensor
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.gradients import Gradients, Needs, saved
 from dcft_kernels.triton import backward as backward_kernels
+from dcft_kernels.triton.backward import Grads
 from dcft_kernels.triton.expand import expand, expand_backward
 from dcft_kernels.triton.fused_backward import fused_backward
 from dcft_kernels.triton.fused_linear import fused_linear
@@ -60,32 +63,68 @@ def backward(
 ) -> Gradients:
     """The gradients that `needs` asks for; arguments as `torch_backend.backward`."""
     gx = g.new_empty(g.shape[0], adapter.geometry.inputs.size) if needs.x else None
-    x_or_none = saved(x) if needs.A else None
-    u_or_none = saved(U) if needs.B or needs.C else None
-    flags = {"needs_A": needs.A, "needs_B": needs.B, "needs_C": needs.C}
-    any_factor = needs.A or needs.B or needs.C
-    beside = gx  # where the kernel of the factors' gradients writes the adapter's part of gx
-    grads: tuple[Tensor | None, ...] | None = None
-    if gx is not None and weight is not None and strategy != "row_block":
-        beside = None
-        if strategy == "fused" and any_factor:
-            grads = fused_backward(g, x_or_none, u_or_none, weight, adapter, gx, **flags)
-        if strategy == "fused" and grads is None:
-            fused_linear(g, weight, adapter, gx, grad_input=True)
-        elif strategy == "scratch":
-            torch.mm(g, merge(weight, adapter), out=gx)
-    if grads is None and (beside is not None or any_factor):
-        grads = backward_kernels.backward(
-            adapter, g=g, x=x_or_none, u=u_or_none, gx=beside, **flags
-        )
-    if beside is not None and weight is not None:
-        beside.addmm_(g, weight)
+    call = _Backward(
+        g,
+        saved(x) if needs.A else None,
+        saved(U) if needs.B or needs.C else None,
+        adapter,
+        needs,
+    )
+    if gx is None or weight is None:
+        grads = call.factors(gx)
+    elif strategy == "fused":
+        grads = call.fused(weight, gx)
+    elif strategy == "scratch":
+        torch.mm(g, merge(weight, adapter), out=gx)
+        grads = call.factors(None)
+    else:
+        grads = call.factors(gx)
+        gx.addmm_(g, weight)
     return Gradients(
         gx,
         g.t() @ saved(x) if needs.weight else None,
         g.sum(0) if needs.bias else None,
-        *(grads or ()),
+        *grads,
     )
+
+
+class _Backward(NamedTuple):
+    """What the kernels of a backward pass read besides the weight."""
+
+    g: Tensor
+    x: Tensor | None
+    u: Tensor | None
+    adapter: Adapter
+    needs: Needs
+
+    def factors(self, gx: Tensor | None) -> Grads:
+        """The factors' gradients, and the adapter's part of `gx` in it if there is one."""
+        needs = self.needs
+        if gx is None and not (needs.A or needs.B or needs.C):
+            return None, None, None
+        return backward_kernels.backward(
+            self.adapter,
+            g=self.g,
+            x=self.x,
+            u=self.u,
+            gx=gx,
+            needs_A=needs.A,
+            needs_B=needs.B,
+            needs_C=needs.C,
+        )
+
+    def fused(self, weight: Tensor, gx: Tensor) -> Grads:
+        """The factors' gradients, and all of `gx` in it: in one product if there is a tile."""
+        g, x, u, adapter, needs = self
+        if needs.A or needs.B or needs.C:
+            grads = fused_backward(
+                g, x, u, weight, adapter, gx,
+                needs_A=needs.A, needs_B=needs.B, needs_C=needs.C,
+            )  # fmt: skip
+            if grads is not None:
+                return grads
+        fused_linear(g, weight, adapter, gx, grad_input=True)
+        return self.factors(None)
 
 
 def delta_weight(adapter: Adapter) -> Tensor:

@@ -481,7 +481,7 @@ def compiled_kernels() -> dict[str, int]:
     import importlib
 
     counts = {}
-    for module in ("shrink_expand", "backward", "fused_linear", "expand"):
+    for module in ("shrink_expand", "backward", "fused_linear", "fused_backward", "expand"):
         for name, kernel in vars(importlib.import_module(f"dcft_kernels.triton.{module}")).items():
             if name.endswith("_kernel"):
                 caches = getattr(kernel, "device_caches", None)

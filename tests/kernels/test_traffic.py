@@ -18,8 +18,10 @@ from torch import Tensor
 
 from dcft_kernels.cost_model import Call, kernels
 from dcft_kernels.gradients import Needs
+from dcft_kernels.triton import fused_backward as fused_backward_kernels
 from dcft_kernels.triton.backward import backward
 from dcft_kernels.triton.expand import expand, expand_backward
+from dcft_kernels.triton.fused_backward import fused_backward
 from dcft_kernels.triton.fused_linear import fused_linear
 from dcft_kernels.triton.group import linear_group, linear_group_backward
 from dcft_kernels.triton.shrink_expand import shrink_expand
@@ -174,6 +176,72 @@ def test_fused_writes_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert never(accesses.reads(layer.y))
 
 
+def partial_sums(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The buffers of the programs' sums, as they come; each starts as NaN, which would show."""
+    buffers = []
+    adds = fused_backward_kernels.sum_partials
+    empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *size, **options) -> Tensor:
+        return empty(self, *size, **options).fill_(float("nan"))
+
+    def kept(launch, partial: Tensor, *rest):
+        buffers.append(partial)
+        return adds(launch, partial, *rest)
+
+    monkeypatch.setattr(fused_backward_kernels, "sum_partials", kept)
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    return buffers
+
+
+@pytest.mark.parametrize("case", TILING, ids=str)
+def test_fused_backward(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer(case)
+    buffers = partial_sums(monkeypatch)
+    with recording(monkeypatch) as accesses:
+        grads = fused_backward(
+            layer.g, layer.x, layer.u, layer.weight, layer.adapter, layer.gx,
+            needs_A=True, needs_B=True, needs_C=True,
+        )  # fmt: skip
+    assert grads is not None
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    assert once(accesses.reads(layer.x))
+    assert once(accesses.writes(layer.gx))
+    assert never(accesses.reads(layer.gx))
+    (partial,) = buffers
+    assert partial.shape[0] == -(-TOKENS // 16)  # one to a block of rows
+    assert once(accesses.writes(partial))
+    # A product reads its left side once for every block of columns, and no more for the sums.
+    reads = accesses.reads(layer.g)
+    assert reads.min() == reads.max() == accesses.reads(layer.u).max()
+    for tensor in (layer.g, layer.x, layer.u, layer.weight, *layer.factors):
+        assert never(accesses.writes(tensor))
+
+
+@pytest.mark.parametrize("needed", ["A", "B", "C", "AB", "AC", "BC"])
+def test_fused_backward_reads_only_what_is_needed(
+    needed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Layer(CASES[0])
+    buffers = partial_sums(monkeypatch)
+    needs = {f"needs_{name}": name in needed for name in "ABC"}
+    x, u = layer.x if "A" in needed else None, layer.u if needed != "A" else None
+    with recording(monkeypatch) as accesses:
+        grads = fused_backward(layer.g, x, u, layer.weight, layer.adapter, layer.gx, **needs)
+    assert grads is not None
+    assert [grad is not None for grad in grads] == list(needs.values())
+    assert never(accesses.reads(layer.x)) == ("A" not in needed)
+    assert never(accesses.reads(layer.u)) == (needed == "A")
+    assert once(accesses.writes(layer.gx))
+    assert once(accesses.writes(buffers[0]))
+    whole = backward(
+        layer.adapter, g=layer.g, x=layer.x, u=layer.u, needs_A=True, needs_B=True, needs_C=True
+    )
+    for grad, expected in zip(grads, whole, strict=True):
+        if grad is not None:
+            torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[5]], ids=str)
 def test_merge(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer(case)
@@ -231,3 +299,26 @@ def test_the_cost_model_counts_these_bytes(case: Case, monkeypatch: pytest.Monke
     # The buffer of partial sums is as large as there are programs: on this device, two.
     factors = sum(factor.numel() * factor.itemsize for factor in layer.factors)
     assert bytes_of(accesses) == gradients.bytes - (sums.bytes - factors)
+
+
+@pytest.mark.parametrize("case", TILING, ids=str)
+def test_the_cost_model_counts_the_fused_backward_s_bytes(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tensor once, as caches keep what a product reads again."""
+    layer = Layer(case)
+    call = Call(TOKENS, case.geometry, torch.bfloat16, torch.float32, "sm_90")
+    _, backward_kernels = kernels("fused", call)
+    if len(backward_kernels) > 2:
+        pytest.skip("more columns than one product has room for")
+    gradients, sums = backward_kernels
+    with recording(monkeypatch) as accesses:
+        fused_backward(
+            layer.g, layer.x, layer.u, layer.weight, layer.adapter, layer.gx,
+            needs_A=True, needs_B=True, needs_C=True,
+        )  # fmt: skip
+    tokens = (layer.x, layer.g, layer.u, layer.weight, layer.gx)
+    touched = [(accesses.reads(t) > 0).sum() + (accesses.writes(t) > 0).sum() for t in tokens]
+    factors = sum(factor.numel() * factor.itemsize for factor in layer.factors)
+    # Tokens are of two bytes there; the buffer of sums is as large as there are blocks of rows.
+    assert 2 * int(sum(touched)) + factors == gradients.bytes - (sums.bytes - factors)
