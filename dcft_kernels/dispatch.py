@@ -185,15 +185,6 @@ def _select(
     return _Operators("torch")
 
 
-# A training step asks the same over and over.
-_selected = functools.lru_cache(maxsize=4096)(_select)
-
-
-def forget() -> None:
-    """Ask again who can run what, after a change of what can."""
-    _selected.cache_clear()
-
-
 def select_nonlinear(nonlinearity: str, backend: str, strategy: str = "auto") -> _Nonlinear:
     """Who runs a call with a nonlinearity between its factors: PyTorch.
 
@@ -219,7 +210,8 @@ def select_nonlinear(nonlinearity: str, backend: str, strategy: str = "auto") ->
 def why_not_triton(adapter: Adapter, dtype: torch.dtype) -> str | None:
     """The reason why `"auto"` runs PyTorch for this call, or None if it runs the kernels."""
     factors = (adapter.A.dtype, adapter.B.dtype, adapter.C.dtype)
-    return _why_not_triton(adapter.geometry, adapter.A.device, dtype, factors)
+    asked = (adapter.geometry, adapter.A.device, dtype, factors)
+    return _why_not_triton(*asked) if torch.compiler.is_compiling() else _reason(*asked)
 
 
 def _why_not_triton(
@@ -260,3 +252,14 @@ def takes_group(backend: str, x: Tensor, adapters: Sequence[Adapter]) -> bool:
         for adapter in adapters
         for geometry in (adapter.geometry, joint)
     )
+
+
+# A training step asks the same over and over.
+_selected = functools.lru_cache(maxsize=4096)(_select)
+_reason = functools.lru_cache(maxsize=4096)(_why_not_triton)
+
+
+def forget() -> None:
+    """Ask again who can run what, after a change of what can."""
+    _selected.cache_clear()
+    _reason.cache_clear()

@@ -11,7 +11,7 @@ from torch import Tensor
 from dcft_kernels import autocast, torch_backend
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.gradients import Gradients, Needs
-from dcft_kernels.ops.library import LIBRARY, unflatten
+from dcft_kernels.ops.library import LIBRARY, needs_dispatcher, records, unflatten
 
 # `biases` are those there are: of lists with a None among the tensors, PyTorch's autograd for
 # operators sees none. `stride` has a pair (out, in) for each layer.
@@ -43,6 +43,12 @@ def linear_group(
         biases: `[m_i]` or None each.
         adapters: with one input geometry, one seed, and a sum of ranks that the kernels take.
     """
+    if not needs_dispatcher(x):
+        if not records():
+            return _run_group(x, weights, biases, adapters)[0]
+        factors = [factor for name in "ABC" for factor in (getattr(a, name) for a in adapters)]
+        *outputs, _ = _EagerGroup.apply(x, adapters, *weights, *biases, *factors)
+        return outputs
     first = adapters[0]
     sides = [(each.geometry.outputs, each.geometry.inputs) for each in adapters]
     outputs, _ = torch.ops.dcft_kernels.linear_group(
@@ -83,11 +89,21 @@ def _by_layer(biases: Sequence[Any], has_bias: Sequence[bool]) -> list[Any]:
 def _group_kernel(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], has_bias: list[bool], *arguments: Any
 ) -> tuple[list[Tensor], Tensor]:
+    adapters = _adapters(arguments, x.shape[1], weights)
+    return _run_group(x, weights, _by_layer(biases, has_bias), adapters)
+
+
+def _run_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    adapters: list[Adapter],
+) -> tuple[list[Tensor], Tensor]:
+    """Every layer's `y`, and all their `U`."""
     from dcft_kernels.triton import group
 
-    adapters = _adapters(arguments, x.shape[1], weights)
     with autocast.suspended(x):
-        return group.linear_group(x, weights, _by_layer(biases, has_bias), adapters)
+        return group.linear_group(x, weights, biases, adapters)
 
 
 @torch.library.register_fake("dcft_kernels::linear_group", lib=LIBRARY)
@@ -108,19 +124,32 @@ def _group_backward_kernel(
     weights: list[Tensor],
     *arguments: Any,
 ) -> list[Tensor]:
-    from dcft_kernels.triton import group
-
     *adapter_arguments, in_features, flags = arguments
     adapters = _adapters(adapter_arguments, in_features, weights)
     like = next(g for g in gs if g is not None)
-    with autocast.suspended(like):
-        layers = group.linear_group_backward(gs, x, u, weights, adapters, _needs(flags))
-    # An operator returns tensors only: an empty one stands for a gradient that there is none of.
+    layers = _run_group_backward(gs, x, u, weights, adapters, _needs(flags))
+    # An operator returns tensors only, each in memory of its own: those of `A` are parts of one
+    # tensor, and an empty one stands for a gradient that there is none of.
+    own = [layer._replace(A=None if layer.A is None else layer.A.clone()) for layer in layers]
     return [
-        like.new_empty(0) if grad is None else grad.contiguous()
-        for layer in layers
-        for grad in layer
+        like.new_empty(0) if grad is None else grad.contiguous() for layer in own for grad in layer
     ]
+
+
+def _run_group_backward(
+    gs: Sequence[Tensor | None],
+    x: Tensor | None,
+    u: Tensor | None,
+    weights: Sequence[Tensor | None],
+    adapters: list[Adapter],
+    needs: Sequence[Needs],
+) -> list[Gradients]:
+    """Every layer's gradients, where there is a `g`."""
+    from dcft_kernels.triton import group
+
+    like = next(g for g in gs if g is not None)
+    with autocast.suspended(like):
+        return group.linear_group_backward(gs, x, u, weights, adapters, needs)
 
 
 @torch.library.register_fake("dcft_kernels::linear_group_backward", lib=LIBRARY)
@@ -244,9 +273,9 @@ def _differentiable(
     grad_u: Tensor | None,
     x: Tensor | None,
     u: Tensor | None,
-    weights: list[Tensor],
+    weights: Sequence[Tensor | None],
     adapters: list[Adapter],
-    needs: list[Needs],
+    needs: Sequence[Needs],
 ) -> list[Gradients]:
     """`linear_group_backward` in PyTorch operations, with a gradient of `U` too."""
     layers: list[Gradients] = []
@@ -259,7 +288,7 @@ def _differentiable(
             if grad_u is None:
                 layers.append(Gradients())
                 continue
-            g = grad_u.new_zeros(grad_u.shape[0], weight.shape[0])
+            g = grad_u.new_zeros(grad_u.shape[0], adapter.geometry.outputs.size)
         with autocast.suspended(g):
             gradients = torch_backend.backward(
                 g,
@@ -279,3 +308,56 @@ def _differentiable(
 torch.library.register_autograd(
     "dcft_kernels::linear_group", _group_autograd, setup_context=_group_setup, lib=LIBRARY
 )
+
+
+class _EagerGroup(torch.autograd.Function):
+    """`linear_group` outside of a compiler: the same passes, without the dispatcher.
+
+    The tensors are weights, biases (None for none), and the adapters' `A`, `B` and `C`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, adapters: list[Adapter], *tensors: Any) -> tuple[Tensor, ...]:
+        count = len(adapters)
+        weights, biases, *factors = _chunks(tensors, count)
+        outputs, u = _run_group(x, weights, biases, adapters)
+        need_x, _, *flags = ctx.needs_input_grad
+        ctx.needs = [
+            Needs(need_x, *of_layer) for of_layer in zip(*_chunks(flags, count), strict=True)
+        ]
+        ctx.numbers = [adapter[3:6] for adapter in adapters]
+        ctx.set_materialize_grads(False)
+        keep_x = any(needs.A or needs.weight for needs in ctx.needs)
+        keep_u = any(needs.B or needs.C for needs in ctx.needs)
+        ctx.save_for_backward(
+            x if keep_x else None,
+            u if keep_u else None,
+            adapters[0].seed,
+            *(weights if need_x else [None] * count),
+            *(factor for of_name in factors for factor in of_name),
+        )
+        return (*outputs, u)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        *gs, grad_u = grads
+        x, u, seed, *tensors = ctx.saved_tensors
+        weights, As, Bs, Cs = _chunks(tensors, len(gs))
+        adapters = [
+            Adapter(A, B, C, scaling, geometry, dropout_p, seed)
+            for A, B, C, (scaling, geometry, dropout_p) in zip(As, Bs, Cs, ctx.numbers, strict=True)
+        ]
+        if torch.is_grad_enabled() or grad_u is not None:
+            # A double backward: every layer for itself, as differentiable operations.
+            layers = _differentiable(gs, grad_u, x, u, weights, adapters, ctx.needs)
+        elif all(g is None for g in gs):
+            layers = [Gradients()] * len(gs)
+        else:
+            layers = _run_group_backward(gs, x, u, weights, adapters, ctx.needs)
+        _, *others = zip(*layers, strict=True)
+        return (layers[0].x, None, *(grad for of_name in others for grad in of_name))
+
+
+def _chunks(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Values in runs of `size`."""
+    return [values[start : start + size] for start in range(0, len(values), size)]

@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from dcft_kernels import autocast, torch_backend
 from dcft_kernels.adapter import Adapter
@@ -27,6 +25,8 @@ from dcft_kernels.ops.library import (
     ADAPTER_SCHEMA,
     LIBRARY,
     flatten,
+    needs_dispatcher,
+    records,
     resolve,
     unflatten,
 )
@@ -49,11 +49,11 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, strategy: str
 ) -> Tensor:
     """`x W^T + b + dropout(x) DW^T`; `x [T, n]`, result `[T, m]`."""
-    if _needs_dispatcher(x):
+    if needs_dispatcher(x):
         y, _ = torch.ops.dcft_kernels.linear(x, weight, bias, *flatten(adapter, strategy))
     else:
         strategy = resolve(strategy, x, adapter)
-        if _records():
+        if records():
             A, B, C = adapter[:3]
             y, _ = _EagerLinear.apply(x, weight, bias, A, B, C, adapter, strategy)
         else:
@@ -63,26 +63,16 @@ def linear(
 
 def update(y: Tensor, x: Tensor, adapter: Adapter, strategy: str) -> Tensor:
     """`y + dropout(x) DW^T`; `y [T, m]`, `x [T, n]`."""
-    if _needs_dispatcher(x):
+    if needs_dispatcher(x):
         out, _ = torch.ops.dcft_kernels.update(y, x, *flatten(adapter, strategy))
     else:
         strategy = resolve(strategy, x, adapter, base=False)
-        if _records():
+        if records():
             A, B, C = adapter[:3]
             out, _ = _EagerUpdate.apply(y, x, A, B, C, adapter, strategy)
         else:
             out, _ = _run_update(y, x, adapter, strategy)
     return out
-
-
-def _needs_dispatcher(x: Tensor) -> bool:
-    """Whether somebody looks on for whom the operators are meant: a compiler, a fake tensor."""
-    return torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter)
-
-
-def _records() -> bool:
-    """Whether autograd looks on: backward, or forward, which the layer has no formula for."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 @torch.library.impl(LIBRARY, "linear", "CompositeExplicitAutograd")

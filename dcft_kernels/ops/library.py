@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.geometry import Geometry
@@ -31,6 +33,16 @@ ADAPTER_ARGUMENTS = 8
 
 # The strategy of an operator that may choose, but among the kernels': `backend="triton"`.
 KERNELS = "kernels"
+
+
+def needs_dispatcher(x: Tensor) -> bool:
+    """Whether somebody looks on for whom the operators are meant: a compiler, a fake tensor."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter)
+
+
+def records() -> bool:
+    """Whether autograd looks on: backward, or forward, which the layer has no formula for."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def flatten(adapter: Adapter, strategy: str) -> tuple[Any, ...]:

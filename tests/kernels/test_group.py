@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dcft_kernels import GroupMember, dcft_linear, dcft_linear_group, ops
 from dcft_kernels.dropout import draw_seed, drop
+from dcft_kernels.ops import group as group_ops
 from tests.adapter_cases import Case, random_inputs
 from tests.error_budget import assert_within_budget
 
@@ -466,10 +468,33 @@ def op_arguments(layers: Layers, seed: Tensor | None) -> tuple[Any, ...]:
                 captured.append(args)
             return func(*args, **(kwargs or {}))
 
-    with Capture():
+    with as_operators(), Capture():
         grouped(layers, 0.0 if seed is None else 0.3)
     (arguments,) = captured
     return arguments
+
+
+@contextlib.contextmanager
+def as_operators() -> Iterator[None]:
+    """Calls go by the operators, as they do for a compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group_ops, "needs_dispatcher", lambda x: True)
+        yield
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["ragged", "overlap"])
+def test_operators_and_eager_calls_are_the_same_to_the_bit(
+    device, name: str, dropout_p: float
+) -> None:
+    layers = layers_of(GROUPS[name], device, torch.bfloat16, torch.float32)
+    some = layers.requiring()
+    eager = differentiate(some, grouped(some, dropout_p))
+    with as_operators():
+        some = layers.requiring()
+        operators = differentiate(some, grouped(some, dropout_p))
+    assert len(eager) == len(operators)
+    assert all(map(torch.equal, eager, operators))
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
