@@ -119,31 +119,38 @@ def driver_of(driver: AbsentDriver, architecture: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def dropping(
-    architecture: str, record: Callable[[Dropped], object] | None = None
-) -> Iterator[None]:
-    """Take CPU tensors for such a GPU's: kernels are compiled, and their launches dropped.
-
-    What kernels would have written holds whatever it held.
-
-    Args:
-        architecture: one of `TARGETS`.
-        record: told of every launch.
-    """
+def standing_in(driver: AbsentDriver, architecture: str) -> Iterator[None]:
+    """Take CPU tensors for such a GPU's: kernels are compiled, and launched on the driver."""
 
     def none(device: torch.device) -> None:
         return None
 
     before = dcft_triton.why_unavailable
-    recorders = [] if record is None else [record]
     dispatch.forget()
     dcft_triton.why_unavailable = none
+    try:
+        with driver_of(driver, architecture):
+            yield
+    finally:
+        dcft_triton.why_unavailable = before
+        dispatch.forget()
+
+
+@contextlib.contextmanager
+def dropping(
+    architecture: str, record: Callable[[Dropped], object] | None = None
+) -> Iterator[None]:
+    """`standing_in` with launches that are dropped: what kernels write to holds what it held.
+
+    Args:
+        architecture: one of `TARGETS`.
+        record: told of every launch.
+    """
+    recorders = [] if record is None else [record]
     _recorders.extend(recorders)
     try:
-        with driver_of(_DroppingDriver(architecture), architecture):
+        with standing_in(_DroppingDriver(architecture), architecture):
             yield
     finally:
         for each in recorders:
             _recorders.remove(each)
-        dcft_triton.why_unavailable = before
-        dispatch.forget()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,6 +288,31 @@ def test_nothing_is_left_behind() -> None:
     x = torch.ones(4, N)
     dense = layer.weight + layer.delta_weight()
     torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, dense, layer.bias))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would load in place of the real driver")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="compiles a driver to stand in: needs gcc")
+def test_the_driver_gets_the_same_words(tmp_path: Path) -> None:
+    """Through Triton's own compiled launcher: which takes pointers as integers, and None as 0."""
+    library = tmp_path / "libcuda.so.1"
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    source = Path(__file__).with_name("stand_in_driver.c")
+    build = ["gcc", "-shared", "-fPIC", f"-I{include}", str(source), "-o", str(library)]
+    subprocess.run(build, check=True)
+    (tmp_path / "libcuda.so").symlink_to(library)
+    places = {name: str(tmp_path) for name in ("LD_LIBRARY_PATH", "TRITON_LIBCUDA_PATH")}
+    compared = subprocess.run(
+        [sys.executable, "-m", "tests.launched_words", str(tmp_path)],
+        env={**os.environ, **places, "TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(compared.stdout, compared.stderr)
+    assert compared.returncode == 0
+    assert compared.stdout.count("the same") == len(LAUNCHERS)
 
 
 def test_the_processor_s_share_is_measured_and_kept(
