@@ -22,11 +22,9 @@ from torch import Tensor, nn
 
 from benchmarks import adapters, environment
 from benchmarks.absent_gpu import TARGETS, dropping
+from benchmarks.host_rows import FILE
 from benchmarks.rows import append_line
 from benchmarks.timing import order
-
-FILE = "host.jsonl"
-"""In the folder of a device."""
 
 PROVIDERS = (
     "frozen", "lora_autograd", "lora_r8", "dcft_row_block", "dcft_fused", "dcft_torch",

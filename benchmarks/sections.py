@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks import goals, paper, plots, roofline, tables
+from benchmarks import goals, host_rows, paper, plots, roofline, tables
 from benchmarks.rows import Row
 from benchmarks.stored import COMPARED, ROWS, Stored, provenance
 
@@ -52,6 +52,12 @@ _CEILING = (
 )
 
 
+_SHARE = (
+    "Least microseconds of a call over all rounds, by the clock of the process. Launches go all the"
+    " way but for the driver's last step; PyTorch's own products are computed, of tiny tensors."
+)
+
+
 @dataclass(frozen=True)
 class _Section:
     """A part of a report; left out without a body."""
@@ -80,6 +86,10 @@ def report(stored: Stored, drawn: Collection[str] = ()) -> str:
         body = [paragraph for paragraph in section.body if paragraph]
         if body:
             parts += [f"## {section.title}", source(section.rows), *body]
+    share = host_rows.latest(stored.folder)
+    if share:
+        parts += ["## The processor in a call", host_rows.source(share), _SHARE]
+        parts.append(host_rows.table(share))
     return "\n\n".join(parts) + "\n"
 
 

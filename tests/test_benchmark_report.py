@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import (
     goals,
+    host_rows,
     paper,
     plots,
     report,
@@ -518,3 +519,26 @@ def test_plots_show_providers_that_exist() -> None:
     names = {kind.name for kind in ADAPTERS} - {BASELINE}
     assert set(plots.COLOURS) <= names
     assert set(tables.STRATEGIES) <= names
+
+
+def test_the_processor_s_share_is_told_where_it_was_measured(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, layer_rows())
+    assert "The processor in a call" not in sections.report(stored.load(folder))
+    one = {
+        "provider": "dcft_fused", "direction": "forward", "x": "16x64", "microseconds": 98.7,
+        "device": "some device", "torch": "2.0", "triton": "3.7", "peft": None, "commit": "abc",
+        "time": "2026-01-01T00:00:00",
+    }  # fmt: skip
+    newer = {"time": "2026-02-02T00:00:00", "commit": "def"}
+    for values in (
+        one,
+        {**one, **newer, "microseconds": 12.3},
+        {**one, **newer, "provider": "somebody", "microseconds": 45.6},
+    ):
+        rows.append_line(folder / host_rows.FILE, values)
+    text = sections.report(stored.load(folder))
+    assert "| provider | forward, x 16x64 |" in text
+    assert "| DCFT, fused | 12 |" in text
+    assert "| somebody | 46 |" in text
+    assert "99" not in text.split("The processor in a call")[1]
+    assert "commit def; 2026-02-02." in text

@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from benchmarks import absent_gpu, host  # noqa: E402
+from benchmarks import absent_gpu, host, host_rows  # noqa: E402
 from benchmarks.absent_gpu import Dropped  # noqa: E402
 from dcft_kernels import DCFTLinear, dispatch  # noqa: E402
 from dcft_kernels.adapter import Adapter  # noqa: E402
@@ -321,7 +321,7 @@ def test_the_processor_s_share_is_measured_and_kept(
     providers = ("frozen", "dcft_row_block")
     arguments = ["--out", str(tmp_path), "--rounds", "1", "--providers", *providers]
     assert host.main(arguments) == 0
-    rows = [json.loads(line) for line in (tmp_path / host.FILE).read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / host_rows.FILE).read_text().splitlines()]
     assert [row["provider"] for row in rows] == list(providers) * 6
     assert {row["direction"] for row in rows} == set(host.DIRECTIONS)
     assert all(row["microseconds"] > 0 and row["architecture"] == "sm_90" for row in rows)
