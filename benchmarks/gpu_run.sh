@@ -102,15 +102,25 @@ measure() {
 }
 
 # warm LIMIT COMMAND...: have a command compile its kernels while something else is measured, which
-# hardly touches the GPU; Triton keeps them on disk. `warmed` waits for it.
+# hardly touches the GPU; Triton keeps them on disk. `warmed` ends it.
 warming=
 warm() {
-    [ -z "$dry" ] || return 0
-    timeout --kill-after=5 "$@" > /dev/null 2>&1 &
+    local limit=$1 left=$((BUDGET - KEPT_FOR_SUMMARY - (SECONDS - start)))
+    shift
+    [ "$limit" -le "$left" ] || limit=$left
+    [ -z "$dry" ] && [ "$limit" -gt 5 ] || return 0
+    timeout --kill-after=5 "$limit" "$@" > /dev/null 2>&1 &
     warming=$!
 }
+
+# warmed [SECONDS]: go on, with what was compiled by then.
 warmed() {
-    [ -z "$warming" ] || wait "$warming"
+    local waited=0
+    while [ -n "$warming" ] && kill -0 "$warming" 2> /dev/null && [ "$waited" -lt "${1-0}" ]; do
+        sleep 1
+        waited=$((waited + 1))
+    done
+    [ -z "$warming" ] || kill "$warming" 2> /dev/null
     warming=
 }
 
@@ -130,7 +140,7 @@ models="dcft dcft_grouped lora_r8 lora_r8_16bit lora_r1 lora_autograd published"
 # 1. The headline: what is compared most, at the goals' shapes first.
 warm 40 "$PYTHON" -m benchmarks.launch_once
 measure ceilings 20 --levels ceiling --case-budget 1
-warmed
+warmed 10
 if [ -n "$dry" ]; then
     measure headline 0 --levels layer --sweeps main --providers $rivals dcft_row_block dcft_fused
 else

@@ -81,7 +81,7 @@ def dcft_linear(
         nonlinear = select_nonlinear(nonlinearity, backend, strategy)
         y = nonlinear.linear(tokens, weight, bias, with_seed(adapter, training, x.device))
     else:
-        dropout = training and dropout_p > 0.0
+        dropout = bool(training) and dropout_p > 0.0
         runs = select(backend, adapter, x.dtype, strategy, dropout=dropout)
         y = runs.linear(tokens, weight, bias, with_dropout(adapter, training, x.device))
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
@@ -321,11 +321,12 @@ def _looks(tensors: Sequence[Any], stride: Any) -> Any:
         else:
             return None
     shape = looks[0]
-    if type(stride) not in (type(None), int, tuple) or not shape:
+    steps = stride if type(stride) is tuple else (1 if stride is None else stride,)
+    # True equals 1, and 2.0 equals 2, but they are refused.
+    if not shape or not all(type(step) is int for step in steps):
         return None
     looks[0] = shape[-1]  # the number of tokens is no matter of the checks
-    # True, as a stride, equals 1 and is refused.
-    return (*looks, autocast.dtype_for(tensors[0]), type(stride), stride)
+    return (*looks, autocast.dtype_for(tensors[0]), stride)
 
 
 def _check_layer(

@@ -73,7 +73,7 @@ def dcft_linear_group(
             raise type(error)(f"members[{index}]: {error}") from error
     xs, weights, biases, adapters = map(list, zip(*layers, strict=True))
     x, leading = xs[0].reshape(-1, xs[0].shape[-1]), xs[0].shape[:-1]
-    dropout = training and dropout_p > 0.0
+    dropout = bool(training) and dropout_p > 0.0
     backends = [select(backend, adapter, x.dtype, dropout=dropout) for adapter in adapters]
     if dropout:
         seed = with_dropout(adapters[0], training, x.device).seed

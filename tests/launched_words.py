@@ -1,9 +1,10 @@
-"""What Triton's compiled launcher hands to the driver, word for word, on a machine without a GPU.
+"""What Triton's compiled launcher hands to the driver, on a machine without a GPU.
 
     python -m tests.launched_words FOLDER      # of stand_in_driver.c, compiled to libcuda.so.1
 
 Runs every launcher of `test_launching` three times on the same tensors: the first goes through
-Triton, the others are prepared. Prints, and returns as exit status, how many hand over other words.
+Triton, the others are prepared. What is compared is the kernel, its grid, and the lower word of
+every parameter. Prints, and returns as exit status, how many hand over other words.
 """
 
 from __future__ import annotations

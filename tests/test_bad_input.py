@@ -121,7 +121,11 @@ class Setting:
 
 @pytest.fixture
 def setting(tmp_path) -> Setting:
-    return Setting(tmp_path)
+    """Good calls have been made and are remembered, which must not let bad ones through."""
+    found = Setting(tmp_path)
+    for stride in (None, 8, (8, 8)):
+        found.linear(stride=stride)
+    return found
 
 
 def test_the_good_calls_are_good(setting):
@@ -251,6 +255,12 @@ TABLE = [
         r"^stride\[0\]: expected a positive int, got -1"),
     row("stride-float", lambda s: s.linear(stride=2.0), TypeError,
         r"^stride: expected an int or a pair \(out, in\) of ints, got 2\.0"),
+    row("stride-floats", lambda s: s.linear(stride=(8.0, 8.0)), TypeError,
+        r"^stride\[0\]: expected a positive int, got 8\.0"),
+    row("stride-numpy", lambda s: s.linear(stride=(np.int64(8), 8)), TypeError,
+        r"^stride\[0\]: expected a positive int, got "),
+    row("stride-list-inside", lambda s: s.linear(stride=([8], 8)), TypeError,
+        r"^stride\[0\]: expected a positive int, got \[8\]"),
     row("stride-triple", lambda s: s.linear(stride=(2, 2, 2)), ValueError,
         r"^stride: expected an int or a pair \(out, in\), got \(2, 2, 2\)"),
     row("scaling-nan", lambda s: s.linear(scaling=math.nan), ValueError,
@@ -632,3 +642,21 @@ def test_a_large_wrong_argument_does_not_flood_the_terminal(setting):
         setting.linear(x=[0.0] * 100_000)
     length = len(str(caught.value))
     assert length < 1000
+
+
+def test_a_list_of_strides_is_still_a_pair(setting):
+    assert torch.equal(setting.linear(stride=[8, 8]), setting.linear())
+
+
+def test_what_autocast_lets_through_is_not_remembered_without_it(setting):
+    half = setting.weight.half()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert setting.linear(weight=half).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match=r"^weight: expected torch\.float32, the dtype of x"):
+        setting.linear(weight=half)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert setting.linear(weight=half).dtype == torch.bfloat16
+
+
+def test_training_is_a_truth_value(setting):
+    assert torch.equal(setting.linear(training=[], dropout_p=0.5), setting.linear())

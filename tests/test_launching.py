@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -43,10 +44,10 @@ def tokens(count: int, features: int, *, offset: int = 0) -> Tensor:
     )
 
 
-def adapter(rank: int = 1, scaling: float = 0.5) -> Adapter:
+def adapter(rank: int = 1, scaling: float = 0.5, seed: Tensor | None = None) -> Adapter:
     geometry = Geometry.build(N, M, rank, (8, 8), (8, 8))
     A, B, C = (torch.zeros(s) for s in (geometry.shape_A, geometry.shape_B, geometry.shape_C))
-    return Adapter(A, B, C, scaling, geometry)
+    return Adapter(A, B, C, scaling, geometry, 0.5, seed)
 
 
 def forward(count: int = 20, offset: int = 0, **kind: Any) -> None:
@@ -54,9 +55,10 @@ def forward(count: int = 20, offset: int = 0, **kind: Any) -> None:
     shrink_expand(x, adapter(**kind), u=u, bias=tokens(1, M)[0], y=y)
 
 
-def gradients(**kind: Any) -> None:
+def gradients(count: int = 20, **kind: Any) -> None:
     backward(
-        adapter(**kind), g=tokens(20, M), x=tokens(20, N), u=tokens(20, 8), gx=tokens(20, N),
+        adapter(**kind), g=tokens(count, M), x=tokens(count, N), u=tokens(count, 8),
+        gx=tokens(count, N),
         needs_A=True, needs_B=True, needs_C=True,
     )  # fmt: skip
 
@@ -65,17 +67,19 @@ def gradient_of_x(**kind: Any) -> None:
     backward(adapter(**kind), g=tokens(20, M), gx=tokens(20, N))
 
 
-def fused(**kind: Any) -> None:
-    fused_linear(tokens(20, N), tokens(M, N), adapter(**kind), tokens(20, M), u=tokens(20, 8))
+def fused(count: int = 20, **kind: Any) -> None:
+    x, y = tokens(count, N), tokens(count, M)
+    fused_linear(x, tokens(M, N), adapter(**kind), y, u=tokens(count, 8))
 
 
 def fused_gradient(**kind: Any) -> None:
     fused_linear(tokens(20, M), tokens(M, N), adapter(**kind), tokens(20, N), grad_input=True)
 
 
-def fused_gradients(**kind: Any) -> None:
+def fused_gradients(count: int = 20, **kind: Any) -> None:
     fused_backward(
-        tokens(20, M), tokens(20, N), tokens(20, 8), tokens(M, N), adapter(**kind), tokens(20, N),
+        tokens(count, M), tokens(count, N), tokens(count, 8), tokens(M, N), adapter(**kind),
+        tokens(count, N),
         needs_A=True, needs_B=True, needs_C=True,
     )  # fmt: skip
 
@@ -178,8 +182,20 @@ def test_pointers_and_numbers_are_this_call_s() -> None:
             tokens(20, N).float(), adapter(), u=tokens(20, 8).float(), y=tokens(20, M).float()
         ),
         lambda: shrink_expand(tokens(20, N), adapter(), u=tokens(20, 8), y=tokens(20, M)),
+        lambda: shrink_expand(
+            tokens(20, N).half(), adapter(), u=tokens(20, 8).half(), bias=tokens(1, M)[0].half(),
+            y=tokens(20, M).half(),
+        ),
+        lambda: forward(seed=torch.tensor(3)),
+        lambda: shrink_expand(
+            tokens(20, N), adapter(), u=tokens(20, 8), bias=tokens(1, M)[0], base=tokens(20, M),
+            y=tokens(20, M),
+        ),
     ],
-    ids=["unaligned", "more tokens", "another rank", "strided", "float32", "no bias"],
+    ids=[
+        "unaligned", "more tokens", "another rank", "strided", "float32", "no bias", "float16",
+        "dropout", "base",
+    ],
 )  # fmt: skip
 def test_another_kind_of_call_is_another_kernel(other: Callable[[], object]) -> None:
     def calls() -> None:
@@ -191,6 +207,48 @@ def test_another_kind_of_call_is_another_kernel(other: Callable[[], object]) -> 
     first, second, third, fourth = launched(calls)
     assert first.kernel == second.kernel == fourth.kernel != third.kernel
     assert first.grid == fourth.grid
+
+
+def test_tf32_is_another_kernel() -> None:
+    def in_float32() -> None:
+        u, y = tokens(20, 8).float(), tokens(20, M).float()
+        shrink_expand(tokens(20, N).float(), adapter(), u=u, y=y)
+
+    def calls() -> None:
+        in_float32()
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            in_float32()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+        in_float32()
+
+    first, second, third = launched(calls)
+    assert first.kernel == third.kernel != second.kernel
+
+
+@pytest.mark.parametrize("launcher", [forward, gradients, fused, fused_gradients])
+def test_every_number_of_tokens_is_served_by_a_few_launches(launcher: Callable[..., None]) -> None:
+    """Triton looks at the arguments of a few, for the heights of tiles, and at no others."""
+    looked: list[bool] = []
+    inside = launching._compiled
+
+    def compiled(kernel: Any) -> Any:
+        looked.append(True)
+        return inside(kernel)
+
+    counts = [*range(1, 40), 100, 1000]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launching, "_compiled", compiled)
+        dropped = launched(lambda: [launcher(count) for count in counts])
+    of_each = len(dropped) // len(counts)
+    assert of_each * len(counts) == len(dropped)
+    assert len(looked) <= 5 * of_each
+    blocks = [launch.grid[0] for launch in dropped[::of_each]]
+    assert blocks == sorted(blocks)
+    for count, launch in zip(counts, dropped[::of_each], strict=True):
+        assert count in [argument for argument in launch.arguments if type(argument) is int]
 
 
 def test_unaligned_tensors_go_through_triton_every_time() -> None:
@@ -218,6 +276,24 @@ def test_a_profiler_s_hooks_are_called() -> None:
     assert entered == ["_shrink_expand_kernel"]
     through_triton = [isinstance(launch.arguments[0], Tensor) for launch in dropped]
     assert through_triton == [True, False, True, False]
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_hook_in_place_of_a_chain_is_called(monkeypatch: pytest.MonkeyPatch, hook: str) -> None:
+    called: list[object] = []
+
+    def calls() -> None:
+        forward()
+        monkeypatch.setattr(triton.knobs.runtime, hook, called.append)
+        forward()
+        monkeypatch.setattr(triton.knobs.runtime, hook, None)
+        forward()
+        monkeypatch.undo()
+
+    dropped = launched(calls)
+    assert len(called) == 1
+    through_triton = [isinstance(launch.arguments[0], Tensor) for launch in dropped]
+    assert through_triton == [True, True, False]
 
 
 def test_untried_versions_of_triton_look_at_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,9 +328,7 @@ def test_constants_out_of_order_are_an_error() -> None:
         arg_names = ("x_ptr", "BLOCK", "FLAG")
 
     with pytest.raises(TypeError, match="constants: expected BLOCK, FLAG in this order, got FLAG"):
-        launching.Launch(
-            Kernel(), 1, torch.device("cpu"), [launching.TENSOR], {}, FLAG=True, BLOCK=16
-        )
+        launching.Launch(Kernel(), torch.device("cpu"), [launching.TENSOR], {}, FLAG=True, BLOCK=16)
 
 
 @pytest.mark.parametrize(
@@ -320,6 +394,7 @@ def test_the_processor_s_share_is_measured_and_kept(
 ) -> None:
     providers = ("frozen", "dcft_row_block")
     arguments = ["--out", str(tmp_path), "--rounds", "1", "--providers", *providers]
+    before = (torch.get_num_threads(), gc.isenabled())
     assert host.main(arguments) == 0
     rows = [json.loads(line) for line in (tmp_path / host_rows.FILE).read_text().splitlines()]
     assert [row["provider"] for row in rows] == list(providers) * 6
@@ -327,7 +402,7 @@ def test_the_processor_s_share_is_measured_and_kept(
     assert all(row["microseconds"] > 0 and row["architecture"] == "sm_90" for row in rows)
     printed = capsys.readouterr().out
     assert all(name in printed for name in providers)
-    assert torch.get_num_threads() > 0
+    assert (torch.get_num_threads(), gc.isenabled()) == before
 
 
 def test_the_processor_s_share_is_the_least_of_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from dcft_kernels import DCFTLinear, dcft_linear, dcft_update
 from dcft_kernels.dropout import draw_seed
 from dcft_kernels.gradients import Needs
+from dcft_kernels.ops import layer as layer_ops
 from dcft_kernels.torch_backend import passes
 from tests.adapter_cases import CASES, Case, adapter_of, every_case, random_inputs
 
@@ -205,3 +206,23 @@ def test_vmap_runs_on_the_reference() -> None:
     for backend in ("auto", "torch"):
         with pytest.raises(RuntimeError, match=r"vmap.*use backend='reference'"):
             per_sample(inputs.A, inputs.x, backend)
+
+
+def test_no_node_where_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = random_inputs(SMALL[0], (3,)).requiring()
+    recorded = dcft_linear(*inputs.operands, stride=SMALL[0].stride)
+    assert "Eager" in type(recorded.grad_fn).__name__
+
+    def refused(*arguments: Any) -> Any:
+        raise AssertionError("a node was made")
+
+    monkeypatch.setattr(layer_ops._EagerLinear, "apply", refused)
+    monkeypatch.setattr(layer_ops._EagerUpdate, "apply", refused)
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            y = dcft_linear(*inputs.operands, stride=SMALL[0].stride)
+            out = dcft_update(
+                inputs.grad, inputs.x, inputs.A, inputs.B, inputs.C, stride=SMALL[0].stride
+            )
+        assert torch.equal(y, recorded)
+        assert (y.requires_grad, out.requires_grad) == (False, False)

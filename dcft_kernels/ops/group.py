@@ -354,6 +354,10 @@ class _EagerGroup(torch.autograd.Function):
             layers = [Gradients()] * len(gs)
         else:
             layers = _run_group_backward(gs, x, u, weights, adapters, ctx.needs)
+        # Those of `A` are parts of one tensor, and a parameter's gradient is one of its own.
+        layers = [
+            layer._replace(A=None if layer.A is None else layer.A.clone()) for layer in layers
+        ]
         _, *others = zip(*layers, strict=True)
         return (layers[0].x, None, *(grad for of_name in others for grad in of_name))
 

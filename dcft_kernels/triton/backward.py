@@ -31,7 +31,7 @@ from dcft_kernels.triton.launching import (
 from dcft_kernels.triton.layout import layout_of, windows_per_tile
 from dcft_kernels.triton.philox import keep
 from dcft_kernels.triton.ranks import fit_one_launch, slices
-from dcft_kernels.triton.tiles import architecture, lookup, multiprocessors
+from dcft_kernels.triton.tiles import Crowd, architecture, crowd_of, lookup, multiprocessors
 from dcft_kernels.triton.windows import (
     collapse,
     expand_matrix,
@@ -271,15 +271,14 @@ Sizes = tuple[int, int, int]
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def prepare_sum(programs: int, sizes: Sizes, device: torch.device) -> Launch:
+def prepare_sum(sizes: Sizes, device: torch.device) -> Launch:
     """The launch that sums per-program gradients, `partial`, into those of `A`, `B` and `C`."""
     total = sum(sizes)
     return Launch(
         _sum_partials_kernel,
-        triton.cdiv(total, _SUM_BLOCK),
         device,
         [
-            TENSOR, total, programs,
+            TENSOR, total, NUMBER,
             TENSOR, TENSOR, TENSOR,
             sizes[0], sizes[0] + sizes[1], total,
         ],
@@ -311,7 +310,8 @@ def sum_partials(
         None if like_B is None else like_B.new_empty(like_B.shape),
         None if like_C is None else like_C.new_empty(like_C.shape),
     )
-    launch((partial, *grads))
+    programs, total = partial.shape
+    launch(-(-total // _SUM_BLOCK), (partial, *grads), (programs,))
     return grads
 
 
@@ -358,20 +358,22 @@ def backward(
         gx,
         adapter.seed if needs_A or gx is not None else None,
     )
+    tokens, device = like.shape[0], like.device
     plan = _prepare(
         adapter.geometry,
-        like.shape[0],
+        crowd_of(tokens, device),
         (needs_A, needs_B, needs_C),
         add_gx,
-        like.device,
+        device,
         may_use_tf32(like.dtype),
         forms(tensors),
     )
     if plan is None:
-        return _by_slices(adapter, g, x, u, ub, gx, (needs_A, needs_B, needs_C))
-    partial = like.new_empty(plan.partial_shape, dtype=torch.float32)
+        return _by_slices(adapter, g, x, u, ub, gx, (needs_A, needs_B, needs_C), add_gx)
+    programs = min(-(-tokens // plan.rows), plan.most_programs)
+    partial = like.new_empty((programs, plan.columns), dtype=torch.float32)
     *before, seed = tensors
-    plan.launch((*before, partial, seed), (adapter.dropout_p, adapter.scaling))
+    plan.launch(programs, (*before, partial, seed), (adapter.dropout_p, adapter.scaling, tokens))
     if plan.sum is None:
         return None, None, None
     return sum_partials(
@@ -387,6 +389,7 @@ def _by_slices(
     ub: Tensor | None,
     gx: Tensor | None,
     needs: tuple[bool, bool, bool],
+    add_gx: bool,
 ) -> Grads:
     """`backward` of an adapter that takes more than one launch."""
     needs_A, needs_B, needs_C = needs
@@ -403,7 +406,7 @@ def _by_slices(
                 needs_A=needs_A,
                 needs_B=needs_B,
                 needs_C=needs_C,
-                add_gx=bool(parts),
+                add_gx=add_gx or bool(parts),
             )
         )
     grads_A, grads_B, grads_C = zip(*parts, strict=True)
@@ -418,14 +421,16 @@ class _Plan(NamedTuple):
     """The launches of a backward pass."""
 
     launch: Launch
-    partial_shape: tuple[int, int]
+    rows: int  # of a block that a program works on
+    most_programs: int
+    columns: int  # of what a program sums
     sum: Launch | None  # None where there is nothing to sum
 
 
 @prepared
 def _prepare(
     geometry: Geometry,
-    tokens: int,
+    crowd: Crowd,
     needs: tuple[bool, bool, bool],
     add_gx: bool,
     device: torch.device,
@@ -442,8 +447,7 @@ def _prepare(
         return None
     inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
     tile = lookup(architecture(device), "backward", itemsize, layout.columns)
-    tile = tile.for_tokens(tokens, device)
-    programs = min(triton.cdiv(tokens, tile.tokens), tile.programs * multiprocessors(device))
+    tile = tile.crowded(crowd.rows)
     needs_A, needs_B, needs_C = needs
     size_A = geometry.rank * inputs.windows if needs_A else 0
     size_B = geometry.rank * outputs.windows if needs_B else 0
@@ -451,7 +455,6 @@ def _prepare(
     total = size_A + size_B + size_C
     launch = Launch(
         _backward_kernel,
-        programs,
         device,
         [
             TENSOR, *strides(g, 2),
@@ -464,7 +467,7 @@ def _prepare(
             TENSOR, *strides(gx, 2),
             TENSOR, max(1, total), size_A, size_A + size_B,
             TENSOR, NUMBER, NUMBER,
-            tokens, inputs.size, outputs.size, inputs.windows, outputs.windows,
+            NUMBER, inputs.size, outputs.size, inputs.windows, outputs.windows,
         ],
         {"num_warps": tile.warps, "num_stages": tile.stages},
         K=geometry.rank, KP=layout.KP,
@@ -478,5 +481,5 @@ def _prepare(
         NEED_A=needs_A, NEED_B=needs_B, NEED_C=needs_C,
         HAS_DROPOUT=seed is not None, PRECISION=dot_precision(device, tf32),
     )  # fmt: skip
-    adds = prepare_sum(programs, (size_A, size_B, size_C), device) if total > 0 else None
-    return _Plan(launch, (programs, total), adds)
+    adds = prepare_sum((size_A, size_B, size_C), device) if total > 0 else None
+    return _Plan(launch, tile.tokens, tile.programs * multiprocessors(device), total, adds)

@@ -196,12 +196,17 @@ def expand(
             seed draws the same bits on every device and for every tile. None: to nearest.
     """
     tensors = (weight, out, adapter.A, adapter.B, adapter.C, seed)
-    launch = _prepare(adapter.geometry, out.device, forms(tensors))
-    launch(tensors, (adapter.scaling,))
+    plan = _prepare(adapter.geometry, out.device, forms(tensors))
+    plan.launch(plan.programs, tensors, (adapter.scaling,))
+
+
+class _Plan(NamedTuple):
+    launch: Launch
+    programs: int
 
 
 @prepared
-def _prepare(geometry: Geometry, device: torch.device, tensors: tuple[Form, ...]) -> Launch:
+def _prepare(geometry: Geometry, device: torch.device, tensors: tuple[Form, ...]) -> _Plan:
     """The launch for tensors of these forms: weight, out, `A`, `B`, `C`, seed."""
     weight, out, A, B, C, seed = tensors
     inputs, outputs = geometry.inputs, geometry.outputs
@@ -212,9 +217,8 @@ def _prepare(geometry: Geometry, device: torch.device, tensors: tuple[Form, ...]
         and _holds_windows(tile.tokens, outputs)
         and _holds_windows(tile.outputs, inputs)
     )
-    return Launch(
+    launch = Launch(
         _expand_kernel,
-        triton.cdiv(outputs.size, tile.tokens) * triton.cdiv(inputs.size, tile.outputs),
         device,
         [
             TENSOR, *strides(weight, 2),
@@ -232,6 +236,8 @@ def _prepare(geometry: Geometry, device: torch.device, tensors: tuple[Form, ...]
         WINDOWED=windowed, HAS_WEIGHT=weight is not None,
         HAS_SEED=seed is not None and itemsize == 2,
     )  # fmt: skip
+    blocks = triton.cdiv(outputs.size, tile.tokens) * triton.cdiv(inputs.size, tile.outputs)
+    return _Plan(launch, blocks)
 
 
 def _holds_windows(features: int, side: Side) -> bool:
@@ -384,8 +390,8 @@ def expand_backward(
     grad_B = B.new_empty(B.shape) if needs_B else None
     tensors = (grad, A, B, C, grad_B)
     plan = _prepare_backward(adapter.geometry, needs_A, needs_C, grad.device, forms(tensors))
-    partial = grad.new_empty(plan.partial_shape, dtype=torch.float32)
-    plan.launch((*tensors, partial), (adapter.scaling,))
+    partial = grad.new_empty((plan.programs, plan.columns), dtype=torch.float32)
+    plan.launch(plan.programs, (*tensors, partial), (adapter.scaling,))
     if plan.sum is None:
         return None, grad_B, None
     grad_A, _, grad_C = sum_partials(
@@ -425,7 +431,8 @@ class _BackwardPlan(NamedTuple):
     """The launches of `expand_backward`."""
 
     launch: Launch
-    partial_shape: tuple[int, int]
+    programs: int
+    columns: int  # of what a program sums
     sum: Launch | None  # None where there is nothing to sum
 
 
@@ -450,7 +457,6 @@ def _prepare_backward(
     total = size_A + size_C
     launch = Launch(
         _expand_backward_kernel,
-        programs,
         device,
         [
             TENSOR, *strides(grad, 2),
@@ -471,5 +477,5 @@ def _prepare_backward(
         NEED_A=needs_A, NEED_B=grad_B is not None, NEED_C=needs_C,
         AS_DOT=block.as_dot, STAGES=tile.stages,
     )  # fmt: skip
-    adds = prepare_sum(programs, (size_A, 0, size_C), device) if total > 0 else None
-    return _BackwardPlan(launch, (programs, total), adds)
+    adds = prepare_sum((size_A, 0, size_C), device) if total > 0 else None
+    return _BackwardPlan(launch, programs, total, adds)

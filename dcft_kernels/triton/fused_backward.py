@@ -51,7 +51,7 @@ from dcft_kernels.triton.launching import (
 )
 from dcft_kernels.triton.layout import layout_of
 from dcft_kernels.triton.philox import keep
-from dcft_kernels.triton.tiles import architecture, find
+from dcft_kernels.triton.tiles import architecture, crowd_of, find
 from dcft_kernels.triton.windows import (
     collapse,
     expand_matrix,
@@ -223,9 +223,10 @@ def fused_backward(
     before = (
         g, weight, x if needs_A else None, u if needs_B or needs_C else None, A, B, C, gx,
     )  # fmt: skip
+    tokens = g.shape[0]
     plan = _prepare(
         adapter.geometry,
-        g.shape[0],
+        crowd_of(tokens, g.device).wide,
         (needs_A, needs_B, needs_C),
         are_aligned(g, weight),
         g.device,
@@ -234,10 +235,13 @@ def fused_backward(
     )
     if plan is None:
         return None
-    partial = g.new_empty(plan.partial_shape, dtype=torch.float32)
+    product = plan.product
+    blocks_t = -(-tokens // product.tile.tokens)
+    partial = g.new_empty((blocks_t, plan.columns), dtype=torch.float32)
     plan.launch(
+        blocks_t * product.blocks_out,
         (*before, partial, adapter.seed),
-        (*plan.product.handles(g, weight), adapter.dropout_p, adapter.scaling),
+        (*product.handles(g, weight), adapter.dropout_p, adapter.scaling, tokens),
     )
     return sum_partials(
         plan.sum, partial, A if needs_A else None, B if needs_B else None, C if needs_C else None
@@ -247,14 +251,14 @@ def fused_backward(
 class _Plan(NamedTuple):
     launch: Launch
     product: Product
-    partial_shape: tuple[int, int]
+    columns: int  # of a block's sums
     sum: Launch
 
 
 @prepared
 def _prepare(
     geometry: Geometry,
-    tokens: int,
+    wide: bool,
     needs: tuple[bool, bool, bool],
     aligned: bool,
     device: torch.device,
@@ -263,7 +267,8 @@ def _prepare(
 ) -> _Plan | None:
     """The launches for tensors of these forms: `g`, `weight`, `x`, `U`, `A`, `B`, `C`, `gx`, seed.
 
-    None where there is no tile; `aligned` are `g` and `weight`.
+    None where there is no tile; `aligned` are `g` and `weight`; `wide` is what Triton depends
+    on of the number of tokens.
     """
     g, weight, x, u, A, B, C, gx, seed = tensors
     inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
@@ -272,7 +277,6 @@ def _prepare(
         return None
     product = plan_product(tile, geometry, g, weight, aligned=aligned, grad_input=True)
     tile = product.tile
-    blocks_t = triton.cdiv(tokens, tile.tokens)
     needs_A, needs_B, needs_C = needs
     size_A = geometry.rank * inputs.windows if needs_A else 0
     size_B = geometry.rank * outputs.windows if needs_B else 0
@@ -282,7 +286,6 @@ def _prepare(
     handle = NUMBER if descriptors else None
     launch = Launch(
         _fused_backward_kernel,
-        blocks_t * product.blocks_out,
         device,
         [
             handle, TENSOR, *strides(g, 2),
@@ -295,7 +298,7 @@ def _prepare(
             TENSOR, *strides(gx, 2),
             TENSOR, total, size_A, size_A + size_B,
             TENSOR, NUMBER, NUMBER,
-            tokens, inputs.size, outputs.size, inputs.windows, outputs.windows,
+            NUMBER, inputs.size, outputs.size, inputs.windows, outputs.windows,
         ],
         {"num_warps": tile.warps, "num_stages": tile.stages},
         K=geometry.rank, KP=layout.KP,
@@ -306,5 +309,4 @@ def _prepare(
         HAS_DROPOUT=seed is not None, PRECISION=dot_precision(device, tf32),
         DESCRIPTORS=descriptors, W_IS_TRANSPOSED=product.is_transposed,
     )  # fmt: skip
-    adds = prepare_sum(blocks_t, (size_A, size_B, size_C), device)
-    return _Plan(launch, product, (blocks_t, total), adds)
+    return _Plan(launch, product, total, prepare_sum((size_A, size_B, size_C), device))

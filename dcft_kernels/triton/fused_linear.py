@@ -30,7 +30,7 @@ from dcft_kernels.triton.launching import (
 )
 from dcft_kernels.triton.layout import layout_of, windows_per_tile
 from dcft_kernels.triton.philox import keep
-from dcft_kernels.triton.tiles import Tile, architecture, lookup, multiprocessors
+from dcft_kernels.triton.tiles import Tile, architecture, crowd_of, lookup, multiprocessors
 from dcft_kernels.triton.windows import (
     expand_features,
     expand_matrix,
@@ -249,17 +249,22 @@ def fused_linear(
     """
     factors = (adapter.B, adapter.A) if grad_input else (adapter.A, adapter.B)
     tensors = (z, weight, *factors, adapter.C, bias, u, out, adapter.seed)
+    tokens = z.shape[0]
     plan = _prepare(
         adapter.geometry,
         grad_input,
-        z.shape[0],
+        crowd_of(tokens, z.device).wide,
         are_aligned(z, weight),
         z.device,
         may_use_tf32(z.dtype),
         forms(tensors),
     )
-    handles = plan.product.handles(z, weight)
-    plan.launch(tensors, (*handles, adapter.dropout_p, adapter.scaling))
+    product = plan.product
+    programs = -(-tokens // product.tile.tokens) * product.blocks_out
+    if plan.most_programs is not None:
+        programs = min(programs, plan.most_programs)
+    handles = product.handles(z, weight)
+    plan.launch(programs, tensors, (*handles, adapter.dropout_p, adapter.scaling, tokens))
 
 
 class Product(NamedTuple):
@@ -339,13 +344,14 @@ def plan_product(
 class _Plan(NamedTuple):
     launch: Launch
     product: Product
+    most_programs: int | None
 
 
 @prepared
 def _prepare(
     geometry: Geometry,
     grad_input: bool,
-    tokens: int,
+    wide: bool,
     aligned: bool,
     device: torch.device,
     tf32: bool,
@@ -353,7 +359,8 @@ def _prepare(
 ) -> _Plan:
     """The launch for tensors of these forms: `z`, `weight`, factors, `C`, bias, `U`, out, seed.
 
-    The factors are `A` and `B`, that of the contracted side first; `aligned` are `z` and `weight`.
+    The factors are `A` and `B`, that of the contracted side first; `aligned` are `z` and `weight`;
+    `wide` is what Triton depends on of the number of tokens.
     """
     z, weight, factor_in, factor_out, C, bias, u, out, seed = tensors
     inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
@@ -368,14 +375,10 @@ def _prepare(
         strides_in = strides_in[::-1]
     else:
         strides_c, strides_out = strides_c[::-1], strides_out[::-1]
-    programs = triton.cdiv(tokens, tile.tokens) * product.blocks_out
-    if tile.programs:
-        programs = min(programs, tile.programs * multiprocessors(device))
     descriptors = product.blocks is not None
     handle = NUMBER if descriptors else None
     launch = Launch(
         _fused_linear_kernel,
-        programs,
         device,
         [
             handle, TENSOR, *strides(z, 2),
@@ -387,7 +390,7 @@ def _prepare(
             TENSOR, strides(u, 2)[0],
             TENSOR, *strides(out, 2),
             TENSOR, NUMBER, NUMBER,
-            tokens, inputs.size, outputs.size, inputs.windows, outputs.windows,
+            NUMBER, inputs.size, outputs.size, inputs.windows, outputs.windows,
         ],
         {"num_warps": tile.warps, "num_stages": tile.stages},
         K=geometry.rank, KP=layout.KP,
@@ -402,7 +405,8 @@ def _prepare(
         DESCRIPTORS=descriptors, W_IS_TRANSPOSED=product.is_transposed,
         PERSISTENT=tile.programs > 0,
     )  # fmt: skip
-    return _Plan(launch, product)
+    most = tile.programs * multiprocessors(device) if tile.programs else None
+    return _Plan(launch, product, most)
 
 
 def are_aligned(z: Tensor, weight: Tensor) -> bool:

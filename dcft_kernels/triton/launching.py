@@ -4,10 +4,10 @@ To find the compiled kernel of a call, Triton looks at every argument: its dtype
 whether it is divisible by 16. That takes longer than a small kernel runs. All of it follows from
 what a `Launch` is prepared for, but for the alignment of tensors, which is looked at in each call.
 So a launcher keeps its launches (`prepared`), by all that their arguments and their tile follow
-from:
+from; the number of tokens is not among it, or every new one would be prepared for:
 
-    launch = _prepare(geometry, tokens, device, ..., forms(tensors))
-    launch(tensors, numbers)
+    launch = _prepare(geometry, crowd(tokens, device), ..., forms(tensors))
+    launch(programs, tensors, numbers)
 
 `python -m benchmarks.host` measures what of a call is the processor's.
 """
@@ -36,7 +36,7 @@ class Varying(Enum):
     """What stands in a launch's arguments for something that every call passes anew."""
 
     TENSOR = 0
-    NUMBER = 1  # a float, or a tensor descriptor
+    NUMBER = 1  # a float, a tensor descriptor, or an integer that nothing is compiled for
 
 
 TENSOR: Final = Varying.TENSOR
@@ -73,17 +73,17 @@ def forms(tensors: Sequence[Tensor | None]) -> tuple[Form, ...]:
 
 
 class Launch:
-    """A kernel, its grid and its arguments, complete but for the tensors and numbers of a call.
+    """A kernel and its arguments, complete but for the tensors and numbers of a call.
 
     Triton's own way into the kernel is taken until it has once been through with aligned tensors,
     for tensors that are not, and while a profiler's hooks are set. It is the only one under the
-    interpreter.
+    interpreter. Other settings of Triton's that are made after a first launch (its debug mode, its
+    instrumentation) are not looked at again.
     """
 
     def __init__(
         self,
         kernel: Any,
-        programs: int,
         device: torch.device,
         arguments: Sequence[Any],
         options: dict[str, Any],
@@ -93,7 +93,6 @@ class Launch:
 
         Args:
             kernel: a `triton.jit` function.
-            programs: how many of them the grid is.
             device: that it runs on.
             arguments: in the kernel's order, up to its first constant; `TENSOR` and `NUMBER` stand
                 for what calls pass.
@@ -110,7 +109,6 @@ class Launch:
                 f"{', '.join(constants)}"
             )
         self._kernel = kernel
-        self._programs = programs
         self._index = device.index  # None on the CPU, where only the interpreter runs
         self._options = options
         # All arguments are picked from a call's tensors, its numbers, and then these.
@@ -132,10 +130,13 @@ class Launch:
         )  # fmt: skip
         self._compiled: _Compiled | None = None
 
-    def __call__(self, tensors: Sequence[Tensor | None], numbers: Sequence[Any] = ()) -> None:
+    def __call__(
+        self, programs: int, tensors: Sequence[Tensor | None], numbers: Sequence[Any] = ()
+    ) -> None:
         """Launch on the current stream.
 
         Args:
+            programs: how many of them the grid is.
             tensors: for each `TENSOR` in turn, of the form that the launch was prepared for.
             numbers: for each `NUMBER` in turn.
         """
@@ -143,21 +144,21 @@ class Launch:
         if index is not None and index != torch.cuda.current_device():
             # Triton launches on the current device: make it the tensors'.
             with torch.cuda.device(index):
-                self(tensors, numbers)
+                self(programs, tensors, numbers)
             return
         # Triton leaves out what it was told is None, so that 0 does as well as any other number.
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         aligned = functools.reduce(operator.or_, pointers) % _ALIGNMENT == 0
         compiled = self._compiled
         if compiled is None or not aligned or _hooks_are_set():
-            found = self._kernel[(self._programs,)](
+            found = self._kernel[(programs,)](
                 *self._order((*tensors, *numbers, *self._fixed)), **self._options
             )
             if aligned:
                 self._compiled = _compiled(found)
             return
         compiled.run(
-            self._programs, 1, 1,
+            programs, 1, 1,
             compiled.stream_of(index), compiled.function, compiled.metadata, None, None, None,
             *self._order((*pointers, *numbers, *self._fixed)),
         )  # fmt: skip
@@ -190,9 +191,10 @@ _IS_TRIED = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
 
 
 def _hooks_are_set() -> bool:
-    """Whether a profiler wants to be told of launches."""
+    """Whether a profiler wants to be told of launches: one in a chain, or in place of a chain."""
     runtime = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def may_use_tf32(dtype: torch.dtype) -> bool:

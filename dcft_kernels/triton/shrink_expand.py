@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ from dcft_kernels.triton.launching import (
 from dcft_kernels.triton.layout import layout_of, windows_per_tile
 from dcft_kernels.triton.philox import keep
 from dcft_kernels.triton.ranks import fit_one_launch, slices
-from dcft_kernels.triton.tiles import architecture, lookup
+from dcft_kernels.triton.tiles import Crowd, architecture, crowd_of, lookup
 from dcft_kernels.triton.windows import (
     expand_matrix,
     expand_tiles,
@@ -140,23 +142,36 @@ def shrink_expand(
     tensors = (
         x, u, adapter.A, adapter.B, adapter.C, bias, base, y, None if x is None else adapter.seed
     )  # fmt: skip
-    launch = _prepare(adapter.geometry, u.shape[0], u.device, may_use_tf32(u.dtype), forms(tensors))
-    if launch is not None:
-        launch(tensors, (adapter.dropout_p, adapter.scaling))
+    tokens, device = u.shape[0], u.device
+    plan = _prepare(
+        adapter.geometry,
+        crowd_of(tokens, device),
+        device,
+        may_use_tf32(u.dtype),
+        forms(tensors),
+    )
+    if plan is not None:
+        programs = -(-tokens // plan.rows)
+        plan.launch(programs, tensors, (adapter.dropout_p, adapter.scaling, tokens))
         return
     for part, columns in slices(adapter, u.dtype):
         shrink_expand(x, part, u=u.flatten(1)[:, columns], bias=bias, base=base, y=y)
         bias, base = None, y  # what further ranks are added to
 
 
+class _Plan(NamedTuple):
+    launch: Launch
+    rows: int  # of a program
+
+
 @prepared
 def _prepare(
     geometry: Geometry,
-    tokens: int,
+    crowd: Crowd,
     device: torch.device,
     tf32: bool,
     tensors: tuple[Form, ...],
-) -> Launch | None:
+) -> _Plan | None:
     """The launch for tensors of these forms: `x`, `U`, `A`, `B`, `C`, bias, base, `y`, seed.
 
     None for more ranks than a launch holds.
@@ -167,10 +182,9 @@ def _prepare(
         return None
     inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
     tile = lookup(architecture(device), "shrink_expand", itemsize, layout.columns)
-    tile = tile.for_tokens(tokens, device)
-    return Launch(
+    tile = tile.crowded(crowd.rows)
+    launch = Launch(
         _shrink_expand_kernel,
-        triton.cdiv(tokens, tile.tokens),
         device,
         [
             TENSOR, *strides(x, 2),
@@ -182,7 +196,7 @@ def _prepare(
             TENSOR, *strides(base, 2),
             TENSOR, *strides(y, 2),
             TENSOR, NUMBER, NUMBER,
-            tokens, inputs.size, outputs.size, inputs.windows, outputs.windows,
+            NUMBER, inputs.size, outputs.size, inputs.windows, outputs.windows,
         ],
         {"num_warps": tile.warps, "num_stages": tile.stages},
         K=geometry.rank, KP=layout.KP,
@@ -195,3 +209,4 @@ def _prepare(
         HAS_BIAS=bias is not None, HAS_BASE=base is not None, HAS_DROPOUT=seed is not None,
         PRECISION=dot_precision(device, tf32),
     )  # fmt: skip
+    return _Plan(launch, tile.tokens)

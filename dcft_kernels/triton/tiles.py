@@ -54,14 +54,41 @@ class Tile(NamedTuple):
         program; and warps with them, so that a thread still has wide loads to do. At most three
         kernels are to be compiled for all numbers of tokens.
         """
+        return self.crowded(crowd_of(tokens, device).rows)
+
+    def crowded(self, too_many: int) -> Tile:
+        """`for_tokens`, given the rows of a program that are too many: `Crowd.rows`."""
         rows, warps = self.tokens, self.warps
-        while rows > _FEWEST_ROWS and -(-tokens // rows) < multiprocessors(device):
+        while rows > _FEWEST_ROWS and rows >= too_many:
             rows, warps = rows // 2, max(_FEWEST_WARPS, warps // 2)
         return self._replace(tokens=rows, warps=warps)
 
 
-_FEWEST_ROWS = 16
+_FEWEST_ROWS, _MOST_ROWS = 16, 256
 _FEWEST_WARPS = 4
+
+
+class Crowd(NamedTuple):
+    """All that a launch depends on of the number of tokens: few values, for few launches."""
+
+    # From so many rows on, a tile leaves a multiprocessor without a program. Rounded up to a power
+    # of two, as tiles' rows are, from twice the fewest of them to twice the most.
+    rows: int
+    wide: bool  # whether the number takes 64 bits, which Triton compiles for
+
+
+def crowd_of(tokens: int, device: torch.device) -> Crowd:
+    """What of a number of tokens launches on a device depend on."""
+    return _crowd_of(tokens, multiprocessors(device))
+
+
+@functools.lru_cache(maxsize=4096)
+def _crowd_of(tokens: int, multiprocessors: int) -> Crowd:
+    others = multiprocessors - 1
+    rows = 2 * _MOST_ROWS
+    if tokens <= _MOST_ROWS * others:
+        rows = max(2 * _FEWEST_ROWS, 1 << max(0, -(-tokens // others) - 1).bit_length())
+    return Crowd(rows, tokens >= 1 << 31)
 
 
 # Whoever keeps what follows from a tile, to be told when others are to be looked up.

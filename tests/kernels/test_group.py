@@ -590,3 +590,10 @@ def test_repeats_to_the_bit(device) -> None:
     first = differentiate(layers, grouped(layers, 0.3))
     for _ in range(100 if device.type == "cuda" else 2):
         assert all(map(torch.equal, differentiate(layers, grouped(layers, 0.3)), first))
+
+
+def test_gradients_have_memory_of_their_own(device) -> None:
+    layers = layers_of(GROUPS["qkv"], device).requiring()
+    gradients = differentiate(layers, grouped(layers))[len(layers.members) :]
+    storages = [gradient.untyped_storage().data_ptr() for gradient in gradients]
+    assert len(set(storages)) == len(storages)

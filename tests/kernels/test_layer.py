@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dcft_kernels import DCFTLinear, add_delta_weight_, dcft_linear, dcft_update
 from dcft_kernels.cost_model import ranks_of_a_launch
 from dcft_kernels.strategy import why_kernels_cannot
-from tests.adapter_cases import CASES, Case, Inputs, random_inputs
+from tests.adapter_cases import CASES, Case, Inputs, adapter_of, random_inputs
 from tests.error_budget import assert_within_budget
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.parity import NAMES, check, run, to
@@ -353,3 +353,20 @@ def test_the_environment_names_a_strategy(device, name, monkeypatch) -> None:
     monkeypatch.setenv("DCFT_STRATEGY", "bogus")
     with pytest.raises(ValueError, match=r"^DCFT_STRATEGY: expected one of .*got 'bogus'"):
         add_delta_weight_(inputs.weight, inputs.A, inputs.B, inputs.C)
+
+
+def test_slices_of_ranks_add_to_what_there_is(device) -> None:
+    # Triton is imported by what runs on it only.
+    from dcft_kernels.triton.backward import backward
+
+    case = Case(64, 72, 16, (8, 8), (8, 8))
+    assert ranks_of_a_launch(case.geometry, 4) < case.rank
+    inputs = to(random_inputs(case, (18,), torch.float32), device)
+    adapter = adapter_of(inputs, case)
+    before = torch.randn(18, 64, device=device)
+    alone, added = torch.empty_like(before), before.clone()
+    backward(adapter, g=inputs.grad, gx=alone)
+    backward(adapter, g=inputs.grad, gx=added, add_gx=True)
+    # The same slices, added one after the other to something else: a rounding for each.
+    roundings = 4 * torch.finfo(torch.float32).eps * (before.abs() + alone.abs()).max()
+    assert (added - before - alone).abs().max() <= roundings

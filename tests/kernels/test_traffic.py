@@ -239,7 +239,10 @@ def test_fused_backward_reads_only_what_is_needed(
     )
     for grad, expected in zip(grads, whole, strict=True):
         if grad is not None:
-            torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-3)
+            # The same products in float32, summed in another order: an epsilon for every addition.
+            terms = TOKENS * max(layer.case.kernel_size)
+            bound = terms * torch.finfo(torch.float32).eps * expected.abs().max()
+            assert (grad - expected).abs().max() <= bound
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[5]], ids=str)
