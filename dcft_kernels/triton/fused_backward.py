@@ -76,6 +76,33 @@ def _store_partial(
     tl.store(where, values, mask=(window < L) & (kappa < K))
 
 
+@triton.jit
+def _contract(
+    tile, gx, vb,
+    g, g_ptr, stride_gt, stride_gm,
+    w, w_ptr, stride_wm, stride_wn,
+    B_ptr, stride_bk, stride_bl,
+    block_t, block_n, row, inside, in_column, in_valid, m, J,
+    K: tl.constexpr, KP: tl.constexpr,
+    W_OUT: tl.constexpr, WP_OUT: tl.constexpr, L_OUT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_IN: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, W_IS_TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Add what a tile of `g` contributes to `gx` and, but for `scaling`, to `Vb`; and the tile."""
+    features, valid = window_features(tile, J, m, W_OUT, W_OUT, WP_OUT, L_OUT)
+    g_tile, w_tile = operand_tiles(
+        g, g_ptr, stride_gt, stride_gm,
+        w, w_ptr, stride_wm, stride_wn,
+        block_t, tile, block_n, row, inside, features, valid, in_column, in_valid,
+        BLOCK_T, L_OUT * WP_OUT, BLOCK_IN, DESCRIPTORS, W_IS_TRANSPOSED,
+    )  # fmt: skip
+    gx = tl.dot(g_tile, w_tile, gx, input_precision=PRECISION)
+    values = factor_tile(B_ptr, stride_bk, stride_bl, tile, J, K, KP, L_OUT)
+    matrix = spread(values, WP_OUT, KP, L_OUT).to(g_ptr.dtype.element_ty)
+    vb = tl.dot(g_tile, matrix, vb, input_precision=PRECISION)
+    return gx, vb, g_tile
+
+
 @triton.jit(do_not_specialize=["T"])
 def _fused_backward_kernel(
     g, g_ptr, stride_gt, stride_gm,
@@ -118,7 +145,6 @@ def _fused_backward_kernel(
     rounded to the tokens' dtype for the matrix unit.
     """
     BLOCK_IN: tl.constexpr = L_IN * WP_IN
-    BLOCK_OUT: tl.constexpr = L_OUT * WP_OUT
     CONTIGUOUS: tl.constexpr = W_IN == WP_IN and BLOCK_IN % 4 == 0
     blocks_n = tl.cdiv(I, L_IN)
     block_t, block_n = swizzled(tl.program_id(0), tl.cdiv(T, BLOCK_T), blocks_n, SWIZZLE)
@@ -139,25 +165,43 @@ def _fused_backward_kernel(
 
     vb = tl.zeros([BLOCK_T, KP * WP_OUT], tl.float32)
     gx = tl.zeros([BLOCK_T, BLOCK_IN], tl.float32)
-    for tile in range(tl.cdiv(J, L_OUT)):
-        features, valid = window_features(tile, J, m, W_OUT, W_OUT, WP_OUT, L_OUT)
-        g_tile, w_tile = operand_tiles(
+    tiles = tl.cdiv(J, L_OUT)
+    # The programs of a row block take turns at the tiles of `g`. Two loops, not a condition in one:
+    # what is read under a condition, Triton 3.7 keeps for too short a time on sm_100.
+    own = 0
+    others = 1
+    if NEED_B:
+        own = tl.cdiv(tl.maximum(tiles - block_n, 0), blocks_n)
+        others = tl.maximum(blocks_n - 1, 1)
+        for number in range(own):
+            tile = block_n + number * blocks_n
+            gx, vb, g_tile = _contract(
+                tile, gx, vb,
+                g, g_ptr, stride_gt, stride_gm,
+                w, w_ptr, stride_wm, stride_wn,
+                B_ptr, stride_bk, stride_bl,
+                block_t, block_n, row, inside, in_column, in_valid, m, J,
+                K, KP, W_OUT, WP_OUT, L_OUT, BLOCK_T, BLOCK_IN, PRECISION,
+                DESCRIPTORS, W_IS_TRANSPOSED,
+            )  # fmt: skip
+            dense = tl.dot(tl.trans(g_tile), v, input_precision=PRECISION)
+            values = collapse(dense, WP_OUT, KP, L_OUT)
+            _store_partial(partial_ptr + offset_b, values, tile, J, K, 1, K, KP, L_OUT)
+    for number in range(tiles - own):
+        # One after the other, but for those that are this program's own.
+        tile = number
+        if NEED_B:
+            between = number % others
+            tile = number // others * blocks_n + between + (between >= block_n)
+        gx, vb, _ = _contract(
+            tile, gx, vb,
             g, g_ptr, stride_gt, stride_gm,
             w, w_ptr, stride_wm, stride_wn,
-            block_t, tile, block_n, row, inside, features, valid, in_column, in_valid,
-            BLOCK_T, BLOCK_OUT, BLOCK_IN, DESCRIPTORS, W_IS_TRANSPOSED,
+            B_ptr, stride_bk, stride_bl,
+            block_t, block_n, row, inside, in_column, in_valid, m, J,
+            K, KP, W_OUT, WP_OUT, L_OUT, BLOCK_T, BLOCK_IN, PRECISION,
+            DESCRIPTORS, W_IS_TRANSPOSED,
         )  # fmt: skip
-        gx = tl.dot(g_tile, w_tile, gx, input_precision=PRECISION)
-        values = factor_tile(B_ptr, stride_bk, stride_bl, tile, J, K, KP, L_OUT)
-        matrix = spread(values, WP_OUT, KP, L_OUT).to(dtype)
-        vb = tl.dot(g_tile, matrix, vb, input_precision=PRECISION)
-        if NEED_B:  # noqa: SIM102 - known to the compiler, the other is not
-            if tile % blocks_n == block_n:  # the programs of a row block take turns
-                dense = tl.dot(tl.trans(g_tile), v, input_precision=PRECISION)
-                _store_partial(
-                    partial_ptr + offset_b, collapse(dense, WP_OUT, KP, L_OUT),
-                    tile, J, K, 1, K, KP, L_OUT,
-                )  # fmt: skip
     vb *= scaling
 
     CT = mixing_matrix(C_ptr, stride_cq, stride_cp, 1.0, W_OUT, W_IN, WP_OUT, WP_IN, GROUP)
