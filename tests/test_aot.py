@@ -18,6 +18,7 @@ import triton.language as tl  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks import aot  # noqa: E402
+from benchmarks.absent_gpu import dropping  # noqa: E402
 from benchmarks.aot import CASES, FIRST, TARGETS, Case, Job, Key, Record, Variant  # noqa: E402
 from dcft_kernels.triton import tiles  # noqa: E402
 
@@ -225,6 +226,17 @@ def test_recording_launches_nothing_and_leaves_nothing_behind() -> None:
     assert u.eq(0).all()
     assert (config._active, knobs.jit_cache_hook) == before
     assert tiles.architecture(x.device) == "interpreter"
+
+
+def test_recording_sees_what_was_launched_elsewhere() -> None:
+    """Kernels that were compiled for launches to be dropped are not known to a recording."""
+    (case,) = (case for case in MAIN if case.kernel == "backward")
+    alone = [variant.launch.kernel for variant in aot.variants_of(case, "sm_90", "bf16", "fp32")]
+    with dropping("sm_90"):
+        case.launch(aot.Setting(case.geometry, torch.bfloat16, torch.float32, False, case.tokens))
+    again = [variant.launch.kernel for variant in aot.variants_of(case, "sm_90", "bf16", "fp32")]
+    assert again == alone
+    assert len(alone) == 2
 
 
 def test_recording_ends_on_an_error() -> None:
