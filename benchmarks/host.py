@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks import adapters, environment
 from benchmarks.absent_gpu import TARGETS, dropping
-from benchmarks.host_rows import FILE
+from benchmarks.host_rows import FILE, table
 from benchmarks.rows import append_line
 from benchmarks.timing import order
 
@@ -106,19 +106,6 @@ def measure(architecture: str, rounds: int, providers: Sequence[str]) -> list[di
                     }
                 )
     return rows
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows for a terminal: a line for each provider, a column for each case."""
-    cases = list(dict.fromkeys((row["direction"], row["x"]) for row in rows))
-    names = list(dict.fromkeys(row["provider"] for row in rows))
-    values = {(row["provider"], (row["direction"], row["x"])): row["microseconds"] for row in rows}
-    titles = [f"{direction}, x {shape}" for direction, shape in cases]
-    lines = [f"{'processor, us a call':<22}" + "".join(f"{title:>36}" for title in titles)]
-    lines += [
-        f"{name:<22}" + "".join(f"{values[name, case]:>36.1f}" for case in cases) for name in names
-    ]
-    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from dcft_kernels import cost_model, precision
 from dcft_kernels.triton import tiles
-from dcft_kernels.triton.tiles import Tile, as_architecture, entries, lookup, override
+from dcft_kernels.triton.tiles import Tile, as_architecture, crowd_of, entries, lookup, override
 
 CPU = torch.device("cpu")
 GPUS = ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"]
@@ -74,11 +74,14 @@ def test_a_gpu_takes_the_nearest_table_that_fits(
 def test_fewer_rows_until_every_multiprocessor_has_a_program(monkeypatch) -> None:
     monkeypatch.setattr(tiles, "multiprocessors", lambda device: 132)
     tile = Tile(64, 128, 0, 0, 4, 3)
-    rows = {tokens: tile.for_tokens(tokens, CPU).tokens for tokens in (1, 2048, 4096, 8448, 10**6)}
+    rows = {
+        tokens: tile.for_tokens(crowd_of(tokens, CPU)).tokens
+        for tokens in (1, 2048, 4096, 8448, 10**6)
+    }
     assert rows == {1: 16, 2048: 16, 4096: 16, 8448: 64, 10**6: 64}
-    assert tile.for_tokens(6000, CPU).tokens == 32
+    assert tile.for_tokens(crowd_of(6000, CPU)).tokens == 32
     # However many tokens: three kernels to compile, no more.
-    assert {tile.for_tokens(t, CPU).tokens for t in range(1, 20000, 7)} == {16, 32, 64}
+    assert {tile.for_tokens(crowd_of(t, CPU)).tokens for t in range(1, 20000, 7)} == {16, 32, 64}
 
 
 def test_overrides_end_with_their_block() -> None:

@@ -128,11 +128,11 @@ def _group_backward_kernel(
     adapters = _adapters(adapter_arguments, in_features, weights)
     like = next(g for g in gs if g is not None)
     layers = _run_group_backward(gs, x, u, weights, adapters, _needs(flags))
-    # An operator returns tensors only, each in memory of its own: those of `A` are parts of one
-    # tensor, and an empty one stands for a gradient that there is none of.
-    own = [layer._replace(A=None if layer.A is None else layer.A.clone()) for layer in layers]
+    # An operator returns tensors only: an empty one stands for a gradient that there is none of.
     return [
-        like.new_empty(0) if grad is None else grad.contiguous() for layer in own for grad in layer
+        like.new_empty(0) if grad is None else grad.contiguous()
+        for layer in layers
+        for grad in layer
     ]
 
 
@@ -354,10 +354,6 @@ class _EagerGroup(torch.autograd.Function):
             layers = [Gradients()] * len(gs)
         else:
             layers = _run_group_backward(gs, x, u, weights, adapters, ctx.needs)
-        # Those of `A` are parts of one tensor, and a parameter's gradient is one of its own.
-        layers = [
-            layer._replace(A=None if layer.A is None else layer.A.clone()) for layer in layers
-        ]
         _, *others = zip(*layers, strict=True)
         return (layers[0].x, None, *(grad for of_name in others for grad in of_name))
 

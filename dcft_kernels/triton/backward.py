@@ -265,54 +265,61 @@ def _sum_partials_kernel(
 # Columns and programs that a program of the reduction takes at a time.
 _SUM_BLOCK, _SUM_BLOCK_P = 32, 32
 
-# Elements of the gradients of `A`, `B` and `C`; 0 for one that nobody asked for.
-Sizes = tuple[int, int, int]
-# Those of `A`, `B` and `C`; None where not asked for.
+# Gradients of `A`, `B` and `C`; None where not asked for.
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def prepare_sum(sizes: Sizes, device: torch.device) -> Launch:
-    """The launch that sums per-program gradients, `partial`, into those of `A`, `B` and `C`."""
-    total = sum(sizes)
-    return Launch(
-        _sum_partials_kernel,
-        device,
-        [
-            TENSOR, total, NUMBER,
-            TENSOR, TENSOR, TENSOR,
-            sizes[0], sizes[0] + sizes[1], total,
-        ],
-        {"num_warps": 4, "num_stages": 1},
-        BLOCK=_SUM_BLOCK, BLOCK_P=_SUM_BLOCK_P,
-        NEED_A=sizes[0] > 0, NEED_B=sizes[1] > 0, NEED_C=sizes[2] > 0,
-    )  # fmt: skip
+class Sums(NamedTuple):
+    """How programs' own gradients of the factors become the factors' gradients."""
+
+    columns: int  # of what a program writes: flattened, those of A, of B and of C that are needed
+    offset_b: int  # where that of B begins, and that of C
+    offset_c: int
+    needs: tuple[bool, bool, bool]
+    launch: Launch | None  # None where nothing is needed
+
+    def total(self, partial: Tensor, adapter: Adapter) -> Grads:
+        """The gradients, contiguous, in their factors' dtypes.
+
+        Args:
+            partial: `[programs, columns]`, float32, contiguous.
+            adapter: for the factors' shapes and dtypes.
+        """
+        if self.launch is None:
+            return None, None, None
+        A, B, C, *_ = adapter
+        needs_A, needs_B, needs_C = self.needs
+        grads = (
+            A.new_empty(A.shape) if needs_A else None,
+            B.new_empty(B.shape) if needs_B else None,
+            C.new_empty(C.shape) if needs_C else None,
+        )
+        blocks = -(-self.columns // _SUM_BLOCK)
+        self.launch(blocks, (partial, *grads), (partial.shape[0],))
+        return grads
 
 
-def sum_partials(
-    launch: Launch, partial: Tensor, like_A: Tensor | None, like_B: Tensor | None,
-    like_C: Tensor | None,
-) -> Grads:  # fmt: skip
-    """Sum per-program gradients.
-
-    Args:
-        launch: of `prepare_sum`, for these very sizes and dtypes.
-        partial: `[programs, columns]`, float32, contiguous: side by side the flattened gradients of
-            those of the three factors that are not None.
-        like_A: the factor whose gradient comes first, for its shape and dtype; None to leave out.
-        like_B: likewise.
-        like_C: likewise.
-
-    Returns:
-        The gradients, contiguous, in their factors' dtypes; None for None.
-    """
-    grads = (
-        None if like_A is None else like_A.new_empty(like_A.shape),
-        None if like_B is None else like_B.new_empty(like_B.shape),
-        None if like_C is None else like_C.new_empty(like_C.shape),
-    )
-    programs, total = partial.shape
-    launch(-(-total // _SUM_BLOCK), (partial, *grads), (programs,))
-    return grads
+def prepare_sums(geometry: Geometry, needs: tuple[bool, bool, bool], device: torch.device) -> Sums:
+    """How to sum the gradients of those of `A`, `B` and `C` that are needed."""
+    needs_A, needs_B, needs_C = needs
+    offset_b = geometry.rank * geometry.inputs.windows if needs_A else 0
+    offset_c = offset_b + (geometry.rank * geometry.outputs.windows if needs_B else 0)
+    columns = offset_c + (geometry.inputs.width * geometry.outputs.width if needs_C else 0)
+    launch = None
+    if columns > 0:
+        launch = Launch(
+            _sum_partials_kernel,
+            device,
+            [
+                TENSOR, columns, NUMBER,
+                TENSOR, TENSOR, TENSOR,
+                offset_b, offset_c, columns,
+            ],
+            {"num_warps": 4, "num_stages": 1},
+            BLOCK=_SUM_BLOCK, BLOCK_P=_SUM_BLOCK_P,
+            NEED_A=needs_A, NEED_B=needs_B, NEED_C=needs_C,
+        )  # fmt: skip
+    return Sums(columns, offset_b, offset_c, needs, launch)
 
 
 def backward(
@@ -345,16 +352,15 @@ def backward(
     Returns:
         The gradients of `A`, `B` and `C` in their dtypes, None where not needed.
     """
-    A, B, C = adapter.A, adapter.B, adapter.C
     like = ub if g is None else g
     tensors = (
         g,
         x if needs_A else None,
         u if needs_B or needs_C else None,
         ub,
-        A,
-        B,
-        C,
+        adapter.A,
+        adapter.B,
+        adapter.C,
         gx,
         adapter.seed if needs_A or gx is not None else None,
     )
@@ -371,14 +377,10 @@ def backward(
     if plan is None:
         return _by_slices(adapter, g, x, u, ub, gx, (needs_A, needs_B, needs_C), add_gx)
     programs = min(-(-tokens // plan.rows), plan.most_programs)
-    partial = like.new_empty((programs, plan.columns), dtype=torch.float32)
+    partial = like.new_empty((programs, plan.sums.columns), dtype=torch.float32)
     *before, seed = tensors
     plan.launch(programs, (*before, partial, seed), (adapter.dropout_p, adapter.scaling, tokens))
-    if plan.sum is None:
-        return None, None, None
-    return sum_partials(
-        plan.sum, partial, A if needs_A else None, B if needs_B else None, C if needs_C else None
-    )
+    return plan.sums.total(partial, adapter)
 
 
 def _by_slices(
@@ -423,8 +425,7 @@ class _Plan(NamedTuple):
     launch: Launch
     rows: int  # of a block that a program works on
     most_programs: int
-    columns: int  # of what a program sums
-    sum: Launch | None  # None where there is nothing to sum
+    sums: Sums
 
 
 @prepared
@@ -447,12 +448,9 @@ def _prepare(
         return None
     inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
     tile = lookup(architecture(device), "backward", itemsize, layout.columns)
-    tile = tile.crowded(crowd.rows)
+    tile = tile.for_tokens(crowd)
     needs_A, needs_B, needs_C = needs
-    size_A = geometry.rank * inputs.windows if needs_A else 0
-    size_B = geometry.rank * outputs.windows if needs_B else 0
-    size_C = inputs.width * outputs.width if needs_C else 0
-    total = size_A + size_B + size_C
+    sums = prepare_sums(geometry, needs, device)
     launch = Launch(
         _backward_kernel,
         device,
@@ -465,7 +463,7 @@ def _prepare(
             TENSOR, *strides(B, 2)[::-1],
             TENSOR, *strides(C, 2),
             TENSOR, *strides(gx, 2),
-            TENSOR, max(1, total), size_A, size_A + size_B,
+            TENSOR, max(1, sums.columns), sums.offset_b, sums.offset_c,
             TENSOR, NUMBER, NUMBER,
             NUMBER, inputs.size, outputs.size, inputs.windows, outputs.windows,
         ],
@@ -481,5 +479,4 @@ def _prepare(
         NEED_A=needs_A, NEED_B=needs_B, NEED_C=needs_C,
         HAS_DROPOUT=seed is not None, PRECISION=dot_precision(device, tf32),
     )  # fmt: skip
-    adds = prepare_sum((size_A, size_B, size_C), device) if total > 0 else None
-    return _Plan(launch, tile.tokens, tile.programs * multiprocessors(device), total, adds)
+    return _Plan(launch, tile.tokens, tile.programs * multiprocessors(device), sums)

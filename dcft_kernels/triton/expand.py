@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.geometry import Geometry, Side
-from dcft_kernels.triton.backward import prepare_sum, sum_partials
+from dcft_kernels.triton.backward import Sums, prepare_sums
 from dcft_kernels.triton.launching import (
     NUMBER,
     TENSOR,
@@ -386,17 +386,12 @@ def expand_backward(
     """
     if not (needs_A or needs_B or needs_C):
         return None, None, None
-    A, B, C = adapter.A, adapter.B, adapter.C
-    grad_B = B.new_empty(B.shape) if needs_B else None
-    tensors = (grad, A, B, C, grad_B)
+    grad_B = adapter.B.new_empty(adapter.B.shape) if needs_B else None
+    tensors = (grad, adapter.A, adapter.B, adapter.C, grad_B)
     plan = _prepare_backward(adapter.geometry, needs_A, needs_C, grad.device, forms(tensors))
-    partial = grad.new_empty((plan.programs, plan.columns), dtype=torch.float32)
+    partial = grad.new_empty((plan.programs, plan.sums.columns), dtype=torch.float32)
     plan.launch(plan.programs, (*tensors, partial), (adapter.scaling,))
-    if plan.sum is None:
-        return None, grad_B, None
-    grad_A, _, grad_C = sum_partials(
-        plan.sum, partial, A if needs_A else None, None, C if needs_C else None
-    )
+    grad_A, _, grad_C = plan.sums.total(partial, adapter)
     return grad_A, grad_B, grad_C
 
 
@@ -432,8 +427,7 @@ class _BackwardPlan(NamedTuple):
 
     launch: Launch
     programs: int
-    columns: int  # of what a program sums
-    sum: Launch | None  # None where there is nothing to sum
+    sums: Sums
 
 
 @prepared
@@ -452,9 +446,8 @@ def _prepare_backward(
     block = _backward_block(tile, geometry)
     blocks = triton.cdiv(outputs.windows, block.windows_out)
     programs = min(blocks, tile.programs * multiprocessors(device))
-    size_A = geometry.rank * inputs.windows if needs_A else 0
-    size_C = outputs.width * inputs.width if needs_C else 0
-    total = size_A + size_C
+    # That of B is complete in one program.
+    sums = prepare_sums(geometry, (needs_A, False, needs_C), device)
     launch = Launch(
         _expand_backward_kernel,
         device,
@@ -464,7 +457,7 @@ def _prepare_backward(
             TENSOR, *strides(B, 2),
             TENSOR, *strides(C, 2),
             TENSOR,
-            TENSOR, max(1, total), size_A,
+            TENSOR, max(1, sums.columns), sums.offset_c,
             NUMBER,
             outputs.size, inputs.size, outputs.windows, inputs.windows,
         ],
@@ -477,5 +470,4 @@ def _prepare_backward(
         NEED_A=needs_A, NEED_B=grad_B is not None, NEED_C=needs_C,
         AS_DOT=block.as_dot, STAGES=tile.stages,
     )  # fmt: skip
-    adds = prepare_sum((size_A, 0, size_C), device) if total > 0 else None
-    return _BackwardPlan(launch, programs, total, adds)
+    return _BackwardPlan(launch, programs, sums)

@@ -25,9 +25,9 @@ from dcft_kernels.adapter import Adapter
 from dcft_kernels.geometry import Geometry
 from dcft_kernels.triton.backward import (
     Grads,
-    prepare_sum,
+    Sums,
+    prepare_sums,
     store_mixing_gradient,
-    sum_partials,
 )
 from dcft_kernels.triton.fused_linear import (
     SWIZZLE,
@@ -263,9 +263,9 @@ def fused_backward(
         The gradients of `A`, `B` and `C` in their dtypes, None where not needed. None in place of
         all three if there is no tile for such an adapter; nothing is done then.
     """
-    A, B, C = adapter.A, adapter.B, adapter.C
     before = (
-        g, weight, x if needs_A else None, u if needs_B or needs_C else None, A, B, C, gx,
+        g, weight, x if needs_A else None, u if needs_B or needs_C else None,
+        adapter.A, adapter.B, adapter.C, gx,
     )  # fmt: skip
     tokens = g.shape[0]
     plan = _prepare(
@@ -281,22 +281,19 @@ def fused_backward(
         return None
     product = plan.product
     blocks_t = -(-tokens // product.tile.tokens)
-    partial = g.new_empty((blocks_t, plan.columns), dtype=torch.float32)
+    partial = g.new_empty((blocks_t, plan.sums.columns), dtype=torch.float32)
     plan.launch(
         blocks_t * product.blocks_out,
         (*before, partial, adapter.seed),
         (*product.handles(g, weight), adapter.dropout_p, adapter.scaling, tokens),
     )
-    return sum_partials(
-        plan.sum, partial, A if needs_A else None, B if needs_B else None, C if needs_C else None
-    )
+    return plan.sums.total(partial, adapter)
 
 
 class _Plan(NamedTuple):
     launch: Launch
     product: Product
-    columns: int  # of a block's sums
-    sum: Launch
+    sums: Sums
 
 
 @prepared
@@ -322,10 +319,7 @@ def _prepare(
     product = plan_product(tile, geometry, g, weight, aligned=aligned, grad_input=True)
     tile = product.tile
     needs_A, needs_B, needs_C = needs
-    size_A = geometry.rank * inputs.windows if needs_A else 0
-    size_B = geometry.rank * outputs.windows if needs_B else 0
-    size_C = inputs.width * outputs.width if needs_C else 0
-    total = size_A + size_B + size_C
+    sums = prepare_sums(geometry, needs, device)
     descriptors = product.blocks is not None
     handle = NUMBER if descriptors else None
     launch = Launch(
@@ -340,7 +334,7 @@ def _prepare(
             TENSOR, *strides(B, 2)[::-1],
             TENSOR, *strides(C, 2),
             TENSOR, *strides(gx, 2),
-            TENSOR, total, size_A, size_A + size_B,
+            TENSOR, sums.columns, sums.offset_b, sums.offset_c,
             TENSOR, NUMBER, NUMBER,
             NUMBER, inputs.size, outputs.size, inputs.windows, outputs.windows,
         ],
@@ -353,4 +347,4 @@ def _prepare(
         HAS_DROPOUT=seed is not None, PRECISION=dot_precision(device, tf32),
         DESCRIPTORS=descriptors, W_IS_TRANSPOSED=product.is_transposed,
     )  # fmt: skip
-    return _Plan(launch, product, total, prepare_sum((size_A, size_B, size_C), device))
+    return _Plan(launch, product, sums)

@@ -52,8 +52,6 @@ def linear_group_backward(
 ) -> list[Gradients]:
     """Every layer's gradients; that of `x`, the sum over all layers, in the first's place.
 
-    Those of `A` are parts of one tensor.
-
     Args:
         gs: gradients of the outputs, `[T, m_i]` each; None for an output that nothing depends on.
         x: `[T, n]`; may be None unless an `A` or a weight needs its gradient.
@@ -100,7 +98,7 @@ def linear_group_backward(
         if grad_A is not None:
             parts = grad_A.split([adapter.geometry.rank for adapter in adapters])
             grads_A = [
-                part.to(adapter.A.dtype) if need.A else None
+                part.to(adapter.A.dtype).clone() if need.A else None
                 for part, adapter, need in zip(parts, adapters, needs, strict=True)
             ]
     if gx is not None:

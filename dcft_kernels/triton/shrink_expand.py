@@ -182,7 +182,7 @@ def _prepare(
         return None
     inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
     tile = lookup(architecture(device), "shrink_expand", itemsize, layout.columns)
-    tile = tile.crowded(crowd.rows)
+    tile = tile.for_tokens(crowd)
     launch = Launch(
         _shrink_expand_kernel,
         device,

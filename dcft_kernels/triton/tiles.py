@@ -47,19 +47,15 @@ class Tile(NamedTuple):
         """As it stands in the table."""
         return list(self if self.descriptors else self[:-1])
 
-    def for_tokens(self, tokens: int, device: torch.device) -> Tile:
+    def for_tokens(self, crowd: Crowd) -> Tile:
         """The same with fewer rows where there are not enough tokens to keep the GPU busy.
 
         Rows are halved, down to the 16 that a matrix unit takes, until every multiprocessor has a
         program; and warps with them, so that a thread still has wide loads to do. At most three
         kernels are to be compiled for all numbers of tokens.
         """
-        return self.crowded(crowd_of(tokens, device).rows)
-
-    def crowded(self, too_many: int) -> Tile:
-        """`for_tokens`, given the rows of a program that are too many: `Crowd.rows`."""
         rows, warps = self.tokens, self.warps
-        while rows > _FEWEST_ROWS and rows >= too_many:
+        while rows > _FEWEST_ROWS and rows >= crowd.rows:
             rows, warps = rows // 2, max(_FEWEST_WARPS, warps // 2)
         return self._replace(tokens=rows, warps=warps)
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dcft_kernels.adapter import Adapter
 from dcft_kernels.cost_model import Call, kernels
 from dcft_kernels.gradients import Needs
-from dcft_kernels.triton import fused_backward as fused_backward_kernels
-from dcft_kernels.triton.backward import backward
+from dcft_kernels.triton.backward import Sums, backward
 from dcft_kernels.triton.expand import expand, expand_backward
 from dcft_kernels.triton.fused_backward import fused_backward
 from dcft_kernels.triton.fused_linear import fused_linear
@@ -179,17 +179,17 @@ def test_fused_writes_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def partial_sums(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The buffers of the programs' sums, as they come; each starts as NaN, which would show."""
     buffers = []
-    adds = fused_backward_kernels.sum_partials
+    total = Sums.total
     empty = Tensor.new_empty
 
     def poisoned(self: Tensor, *size, **options) -> Tensor:
         return empty(self, *size, **options).fill_(float("nan"))
 
-    def kept(launch, partial: Tensor, *rest):
+    def kept(self: Sums, partial: Tensor, adapter: Adapter):
         buffers.append(partial)
-        return adds(launch, partial, *rest)
+        return total(self, partial, adapter)
 
-    monkeypatch.setattr(fused_backward_kernels, "sum_partials", kept)
+    monkeypatch.setattr(Sums, "total", kept)
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
     return buffers
 
