@@ -27,9 +27,8 @@ from safetensors.torch import save as serialize_safetensors
 from torch import Tensor, nn
 
 from dcft_kernels import validation
+from dcft_kernels.linear import DCFTLinear, DCFTOptions, linear_sizes, why_not_adaptable
 from dcft_kernels.model import dcft_layers, swap_each
-from dcft_kernels.module import DCFTLinear, linear_sizes, why_not_adaptable
-from dcft_kernels.options import DCFTOptions
 from dcft_kernels.targets import check_holds_its_layers
 
 CONFIG_FILE = "dcft_config.json"

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from dcft_kernels import autocast, peft_layers, validation
-from dcft_kernels.dispatch import select_nonlinear
+from dcft_kernels.backends import check_nonlinear
+from dcft_kernels.linear import DCFTLinear
 from dcft_kernels.model import dcft_layers
-from dcft_kernels.module import DCFTLinear
 from dcft_kernels.nonlinearity import check_nonlinearity
 
 ConstraintName = Literal["orthogonal", "diagonal"]
@@ -174,7 +174,7 @@ def add_nonlinearity(model: nn.Module, nonlinearity: str) -> NonlinearityHandle:
             raise RuntimeError(f"model: {name!r} is merged; call unmerge_model(model) first")
         _refuse_second(name, layer.nonlinearity)
         try:
-            select_nonlinear(nonlinearity, layer.backend, layer.strategy)
+            check_nonlinear(nonlinearity, layer.backend, layer.strategy)
         except ValueError as error:
             raise ValueError(f"model: {name!r}: {error}") from None
     for name, other in lora.items():

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from dcft_kernels import autocast, validation
-from dcft_kernels.adapter import Adapter
-from dcft_kernels.dispatch import select, select_nonlinear
+from dcft_kernels import autocast, autograd, validation
+from dcft_kernels.adapter import Adapter, Geometry, Pair
+from dcft_kernels.backends import check_nonlinear, select
 from dcft_kernels.dropout import draw_seed
-from dcft_kernels.geometry import Geometry, Pair
 
 
 def dcft_linear(
@@ -50,9 +49,8 @@ def dcft_linear(
         stride: distance between windows, an int or `(out, in)`; None is the kernel size.
         dropout_p: probability of zeroing an element of the adapter's own view of `x`.
         training: whether dropout is active.
-        backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`, see `dcft_kernels.dispatch`.
-        strategy: how the Triton kernels compute it: `"auto"`, `"row_block"`, `"fused"` or
-            `"scratch"`, see `dcft_kernels.strategy`.
+        backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`, see `dcft_kernels.backends`.
+        strategy: `"auto"`, `"row_block"` or `"torch"`, see `dcft_kernels.backends`.
         nonlinearity: None, or `"relu"`, `"gelu"`, `"silu"`, `"tanh"`: the function `h` of
             `y = x W^T + b + scaling * expand(dcft_C h(U))`, where `U` is what `dcft_A` makes of
             `dropout(x)` (MPC_n, see `dcft_kernels.constraints`). There is no `DW` then.
@@ -65,7 +63,7 @@ def dcft_linear(
         ValueError: shapes, devices or numbers that do not fit.
         RuntimeError: a backend named explicitly that cannot run.
     """
-    x, weight, bias, adapter = checked_layer(
+    x, weight, bias, adapter = _checked_layer(
         x,
         weight,
         bias,
@@ -78,12 +76,13 @@ def dcft_linear(
     )
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if nonlinearity is not None:
-        nonlinear = select_nonlinear(nonlinearity, backend, strategy)
-        y = nonlinear.linear(tokens, weight, bias, with_seed(adapter, training, x.device))
+        check_nonlinear(nonlinearity, backend, strategy)
+        adapter = _with_seed(adapter, training, x.device)
+        y = autograd.nonlinear_linear(tokens, weight, bias, adapter, nonlinearity)
     else:
-        dropout = bool(training) and dropout_p > 0.0
-        runs = select(backend, adapter, x.dtype, strategy, dropout=dropout)
-        y = runs.linear(tokens, weight, bias, with_dropout(adapter, training, x.device))
+        runs = select(backend, adapter, x.dtype, strategy)
+        adapter = _with_dropout(adapter, training, x.device)
+        y = autograd.linear(tokens, weight, bias, adapter, runs)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -148,11 +147,13 @@ def dcft_update(
     validation.same_dtype("x", x, y=y)
     flat_y, flat_x = y.reshape(-1, out_features), x.reshape(-1, in_features)
     if nonlinearity is not None:
-        nonlinear = select_nonlinear(nonlinearity, backend)
-        out = nonlinear.update(flat_y, flat_x, with_seed(adapter, training, x.device))
+        check_nonlinear(nonlinearity, backend)
+        adapter = _with_seed(adapter, training, x.device)
+        out = autograd.nonlinear_update(flat_y, flat_x, adapter, nonlinearity)
     else:
         runs = select(backend, adapter, x.dtype)
-        out = runs.update(flat_y, flat_x, with_dropout(adapter, training, x.device))
+        adapter = _with_dropout(adapter, training, x.device)
+        out = autograd.update(flat_y, flat_x, adapter, runs)
     return out.reshape(y.shape)
 
 
@@ -198,7 +199,7 @@ def delta_weight(
         dropout_p=0.0,
     )
     with autocast.suspended(adapter.A):
-        return select(backend, adapter, dcft_A.dtype).delta_weight(adapter)
+        return autograd.delta_weight(adapter, select(backend, adapter, dcft_A.dtype))
 
 
 @torch.no_grad()
@@ -257,7 +258,7 @@ def add_delta_weight_(
     runs = select(backend, adapter, weight.dtype)
     seed = draw_seed(weight.device) if stochastic_rounding else None
     with autocast.suspended(weight):
-        runs.merge_(weight, adapter, seed)
+        autograd.merge_(weight, adapter, seed, runs)
     return weight
 
 
@@ -265,10 +266,10 @@ def add_delta_weight_(
 def merged_weight(weight: Tensor, adapter: Adapter, backend: str) -> Tensor:
     """A new `weight + scaling * DW`, rounded once; strides as `weight`'s."""
     with autocast.suspended(weight):
-        return select(backend, adapter, weight.dtype).merge(weight, adapter, None)
+        return autograd.merge(weight, adapter, None, select(backend, adapter, weight.dtype))
 
 
-def checked_layer(
+def _checked_layer(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -374,18 +375,18 @@ def _adapter(
     return Adapter(A, B, C, scaling, geometry, dropout_p)
 
 
-def with_dropout(adapter: Adapter, training: bool, device: torch.device) -> Adapter:
-    """`with_seed`, and the `1 / (1 - p)` of what dropout keeps as part of the scaling.
+def _with_dropout(adapter: Adapter, training: bool, device: torch.device) -> Adapter:
+    """`_with_seed`, and the `1 / (1 - p)` of what dropout keeps as part of the scaling.
 
     The increment is linear in `x`, so its scaling takes that in, and masks are of zeros and ones.
     """
-    adapter = with_seed(adapter, training, device)
+    adapter = _with_seed(adapter, training, device)
     if adapter.seed is None:
         return adapter
     return adapter._replace(scaling=adapter.scaling / (1.0 - adapter.dropout_p))
 
 
-def with_seed(adapter: Adapter, training: bool, device: torch.device) -> Adapter:
+def _with_seed(adapter: Adapter, training: bool, device: torch.device) -> Adapter:
     """Draw the call's seed if dropout is active: last, so that a call that fails draws nothing."""
     if not training or adapter.dropout_p == 0.0:
         return adapter

@@ -69,7 +69,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dcft_kernels.geometry import Geometry
+from dcft_kernels.adapter import Geometry
 
 InitName = Literal["balanced", "zero", "paper"]
 INITS: tuple[str, ...] = get_args(InitName)

@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from dcft_kernels import validation
-from dcft_kernels.module import DCFTLinear, why_not_mergeable
-from dcft_kernels.options import DCFTOptions
+from dcft_kernels.linear import DCFTLinear, DCFTOptions, why_not_mergeable
 from dcft_kernels.targets import ALL_LINEAR, Targets, check_patterns, matches, select_layers
 
 _ADAPTER_PREFIX = "dcft_"

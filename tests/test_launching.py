@@ -26,7 +26,7 @@ from benchmarks import absent_gpu, host, host_rows  # noqa: E402
 from benchmarks.absent_gpu import Dropped  # noqa: E402
 from dcft_kernels import DCFTLinear, dispatch  # noqa: E402
 from dcft_kernels.adapter import Adapter  # noqa: E402
-from dcft_kernels.geometry import Geometry  # noqa: E402
+from dcft_kernels.adapter import Geometry  # noqa: E402
 from dcft_kernels.triton import launching, tiles  # noqa: E402
 from dcft_kernels.triton.backward import backward  # noqa: E402
 from dcft_kernels.triton.expand import expand, expand_backward  # noqa: E402

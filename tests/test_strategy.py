@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dcft_kernels import cost_model, gpu_rates, torch_backend
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.cost_model import Call, columns, estimate, kernels
-from dcft_kernels.geometry import Geometry
+from dcft_kernels.adapter import Geometry
 from dcft_kernels.gpu_rates import lookup, named
 from dcft_kernels.gradients import Needs
 from dcft_kernels.strategy import (

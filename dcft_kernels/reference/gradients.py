@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcft_kernels.adapter import Adapter
+from dcft_kernels.adapter import Adapter, Gradients
 from dcft_kernels.dropout import drop, keep_mask
-from dcft_kernels.gradients import Gradients
 from dcft_kernels.reference.materialised import delta_weight
 
 

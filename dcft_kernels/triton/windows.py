@@ -1,6 +1,6 @@
 """Pieces of kernels: how a tile of tokens meets a factor, on one side of `DW`.
 
-A side has `L` windows of `WIDTH` features every `STRIDE` (see `dcft_kernels.geometry`) and a factor
+A side has `L` windows of `WIDTH` features every `STRIDE` (`dcft_kernels.adapter.Side`) and a factor
 `f [K, L]`: `A` on the input side, `B^T` on the output side. Kernels walk over a side in tiles of
 `BLOCK_L` windows. A tile's feature axis has `BLOCK_L * WP` columns, column `l*WP + r` being the
 r-th feature of the tile's l-th window, where `WP` is `WIDTH` padded to a power of two. What is
@@ -14,8 +14,51 @@ much as reading the tokens does. It is built in registers out of `BLOCK_L * KP` 
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+from dcft_kernels.adapter import Geometry
+
+# Fewest columns that the matrix units take along each dimension of a product.
+_MIN_COLUMNS = 16
+
+
+class Layout(NamedTuple):
+    """Padded sizes of an adapter, all powers of two."""
+
+    KP: int  # ranks
+    WP_IN: int  # features of an input window
+    WP_OUT: int  # features of an output window
+    GROUP: int  # ranks that are mixed by C in one product
+
+    @property
+    def columns(self) -> int:
+        """What a token is shrunk to, on the wider side."""
+        return self.KP * max(self.WP_IN, self.WP_OUT)
+
+
+@functools.cache
+def layout_of(geometry: Geometry) -> Layout:
+    """Pad so that both sides have 16 columns or more: ranks first, then the narrower window."""
+    rank = _power_of_two(geometry.rank)
+    width_in = _power_of_two(geometry.inputs.width)
+    width_out = _power_of_two(geometry.outputs.width)
+    rank = max(rank, _MIN_COLUMNS // max(width_in, width_out))
+    width_in = max(width_in, _MIN_COLUMNS // rank)
+    width_out = max(width_out, _MIN_COLUMNS // rank)
+    return Layout(rank, width_in, width_out, max(1, _MIN_COLUMNS // min(width_in, width_out)))
+
+
+def windows_per_tile(features: int, padded_width: int) -> int:
+    """Windows in a tile of about `features` columns: at least one, and 16 columns or more."""
+    return max(1, max(features, _MIN_COLUMNS) // padded_width)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
 @triton.jit
