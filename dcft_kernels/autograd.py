@@ -5,7 +5,7 @@ operator `dcft_kernels::forward`, for which the same formulas are registered. (E
 the dispatcher because two trips through it in each direction cost as much as a small layer.)
 
     forward(x, weight, bias, y, adapter...)             -> (x W^T + b + dropout(x) DW^T, U)
-    backward(g, x, U, weight, adapter..., needs)        -> six gradients
+    backward(g, x, U, weight, adapter..., needs, gU)    -> six gradients
     delta_weight(A, B, C, scaling, geometry)            -> scaling * DW
     delta_weight_backward(grad, A, B, C, ..., needs)    -> its three gradients
     merge(weight, A, B, C, seed, scaling, geometry)     -> weight + scaling * DW
@@ -23,6 +23,7 @@ operators (`backends.select` raises); functions to be transformed use `backend="
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,7 +51,8 @@ LIBRARY.define(
     f"forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? y, {_ADAPTER}) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
-    f"backward(Tensor g, Tensor? x, Tensor? u, Tensor? weight, {_ADAPTER}, bool[] needs)"
+    f"backward(Tensor g, Tensor? x, Tensor? u, Tensor? weight, {_ADAPTER}, bool[] needs, "
+    "Tensor? grad_u)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(f"delta_weight({_FACTORS}) -> Tensor")
@@ -106,10 +108,12 @@ def _unflatten(
     geometry: Sequence[int],
     dropout_p: float = 0.0,
 ) -> Adapter:
-    rank, *sides = geometry
-    return Adapter(
-        A, B, C, scaling, Geometry(rank, Side(*sides[:4]), Side(*sides[4:])), dropout_p, seed
-    )
+    return Adapter(A, B, C, scaling, _geometry(*geometry), dropout_p, seed)
+
+
+@functools.lru_cache(maxsize=4096)
+def _geometry(rank: int, *sides: int) -> Geometry:
+    return Geometry(rank, Side(*sides[:4]), Side(*sides[4:]))
 
 
 def _module(strategy: str, tokens: int) -> Any:
@@ -178,55 +182,61 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> tuple[A
     """Gradients of all inputs of `forward`."""
     x, u, weight, *tensors = ctx.saved_tensors
     adapter = (*tensors, *ctx.numbers)
-    need_base_output = ctx.needs_input_grad[3]
     gradients = Gradients()
     g = grad_y
     if g is None and grad_u is not None:
         # Only a double backward reaches U and not y.
-        g = grad_u.new_zeros(grad_u.shape[0], _unflatten(*adapter[:-1]).geometry.outputs.size)
-    if g is not None:
-        # Only a double backward has a gradient of U, or records its own operations.
-        if grad_u is not None or torch.is_grad_enabled():
-            with autocast.suspended(g):
-                gradients = torch_backend.backward(
-                    g, x, u, weight, _unflatten(*adapter[:-1]), ctx.needs, grad_u
-                )
-        elif _is_traced(g):
-            results = torch.ops.dcft_kernels.backward(g, x, u, weight, *adapter, list(ctx.needs))
-            gradients = Gradients(*_those_needed(results, ctx.needs))
-        else:
-            with autocast.suspended(g):
-                gradients = _module(adapter[-1], g.shape[0]).backward(
-                    g, x, u, weight, _unflatten(*adapter[:-1]), ctx.needs
-                )
+        g = grad_u.new_zeros(grad_u.shape[0], adapter[5][1])
+    if g is not None and _is_traced(g) and not torch.is_grad_enabled():
+        results = torch.ops.dcft_kernels.backward(
+            g, x, u, weight, *adapter, list(ctx.needs), grad_u
+        )
+        gradients = Gradients(*_those_needed(results, ctx.needs))
+    elif g is not None:
+        gradients = _gradients(g, x, u, weight, adapter, ctx.needs, grad_u)
     grad_x, grad_weight, grad_bias, *grad_factors = gradients
     return (
         grad_x,
         grad_weight,
         grad_bias,
-        grad_y if need_base_output else None,
+        grad_y if ctx.needs_input_grad[3] else None,
         *grad_factors,
         *(None,) * (_ADAPTER_ARGUMENTS - 3),
     )
+
+
+def _gradients(
+    g: Tensor,
+    x: Tensor | None,
+    u: Tensor | None,
+    weight: Tensor | None,
+    adapter: Sequence[Any],
+    needs: Needs,
+    grad_u: Tensor | None,
+) -> Gradients:
+    """The strategy's backward pass, or a differentiable one where autograd records it."""
+    *values, strategy = adapter
+    with autocast.suspended(g):
+        # Only a double backward has a gradient of U, or records its own operations.
+        if grad_u is not None or torch.is_grad_enabled():
+            return torch_backend.backward(g, x, u, weight, _unflatten(*values), needs, grad_u)
+        module = _module(strategy, g.shape[0])
+        return module.backward(g, x, u, weight, _unflatten(*values), needs)
 
 
 @torch.library.impl(LIBRARY, "backward", "CompositeExplicitAutograd")
 def _backward_operator(
     g: Tensor, x: Tensor | None, u: Tensor | None, weight: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    *adapter, strategy, needs = arguments
-    with autocast.suspended(g):
-        gradients = _module(strategy, g.shape[0]).backward(
-            g, x, u, weight, _unflatten(*adapter), Needs(*needs)
-        )
-    return _as_tensors(g, gradients)
+    *adapter, needs, grad_u = arguments
+    return _as_tensors(g, _gradients(g, x, u, weight, adapter, Needs(*needs), grad_u))
 
 
 @torch.library.register_fake("dcft_kernels::backward", lib=LIBRARY)
 def _backward_fake(
     g: Tensor, x: Tensor | None, u: Tensor | None, weight: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    A, B, C, _, _, geometry, _, _, needs = arguments
+    A, B, C, _, _, geometry, _, _, needs, _ = arguments
     in_features = geometry[5]
     shapes = (
         (g.shape[0], in_features),
@@ -319,9 +329,9 @@ def _delta_weight_operator(
 def _delta_weight_fake(
     A: Tensor, B: Tensor, C: Tensor, scaling: float, geometry: Sequence[int]
 ) -> Tensor:
-    adapter = _unflatten(A, B, C, None, scaling, geometry)
-    sizes = (adapter.geometry.outputs.size, adapter.geometry.inputs.size)
-    return A.new_empty(sizes, dtype=adapter.dtype)
+    _, out_features, _, _, _, in_features, *_ = geometry
+    dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), C.dtype)
+    return A.new_empty(out_features, in_features, dtype=dtype)
 
 
 @torch.library.impl(LIBRARY, "delta_weight_backward", "CompositeExplicitAutograd")
