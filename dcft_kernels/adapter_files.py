@@ -342,7 +342,7 @@ def _read_bytes(path: Path, origin: str) -> bytes:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary file beside `path` and rename it, each step flushed to the disk."""
+    """Write to a temporary file next to `path` and rename it, each step flushed to the disk."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:

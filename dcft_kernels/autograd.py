@@ -69,17 +69,17 @@ def linear(
     """`x W^T + b + dropout(x) DW^T`; `x [T, n]`, result `[T, m]`."""
     if strategy == "reference":
         return _reference().linear(x, weight, bias, adapter)
-    return _road(x)(x, weight, bias, None, *_flatten(adapter, strategy))[0]
+    return _entry_point(x)(x, weight, bias, None, *_flatten(adapter, strategy))[0]
 
 
 def update(y: Tensor, x: Tensor, adapter: Adapter, strategy: str) -> Tensor:
     """A new `y + dropout(x) DW^T`; `y [T, m]`, `x [T, n]`."""
     if strategy == "reference":
         return _reference().update(y, x, adapter)
-    return _road(x)(x, None, None, y, *_flatten(adapter, strategy))[0]
+    return _entry_point(x)(x, None, None, y, *_flatten(adapter, strategy))[0]
 
 
-def _road(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+def _entry_point(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """How this call runs: as an operator, recorded by autograd, or neither."""
     if _is_traced(x):
         return torch.ops.dcft_kernels.forward
@@ -138,27 +138,15 @@ def _reference() -> Any:
 
 
 @torch.library.impl(LIBRARY, "forward", "CompositeExplicitAutograd")
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor | None,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor]:
-    *adapter, strategy = arguments
+def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    weight, bias, y, *adapter, strategy = arguments
     with autocast.suspended(x):
         return _module(strategy, x.shape[0]).forward(x, weight, bias, y, _unflatten(*adapter))
 
 
 @torch.library.register_fake("dcft_kernels::forward", lib=LIBRARY)
-def _forward_fake(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor | None,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor]:
-    A, _, C, _, _, (_, out_features, *_), *_ = arguments
+def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    _, _, _, A, _, C, _, _, (_, out_features, *_), *_ = arguments
     return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], A.shape[0], C.shape[1])
 
 
@@ -225,27 +213,17 @@ def _gradients(
 
 
 @torch.library.impl(LIBRARY, "backward", "CompositeExplicitAutograd")
-def _backward_operator(
-    g: Tensor, x: Tensor | None, u: Tensor | None, weight: Tensor | None, *arguments: Any
-) -> tuple[Tensor, ...]:
-    *adapter, needs, grad_u = arguments
+def _backward_operator(g: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    x, u, weight, *adapter, needs, grad_u = arguments
     return _as_tensors(g, _gradients(g, x, u, weight, adapter, Needs(*needs), grad_u))
 
 
 @torch.library.register_fake("dcft_kernels::backward", lib=LIBRARY)
-def _backward_fake(
-    g: Tensor, x: Tensor | None, u: Tensor | None, weight: Tensor | None, *arguments: Any
-) -> tuple[Tensor, ...]:
-    A, B, C, _, _, geometry, _, _, needs, _ = arguments
-    in_features = geometry[5]
-    shapes = (
-        (g.shape[0], in_features),
-        (g.shape[1], in_features),
-        (g.shape[1],),
-        A.shape,
-        B.shape,
-        C.shape,
-    )
+def _backward_fake(g: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    _, _, _, A, B, C, _, _, geometry, _, _, needs, _ = arguments
+    (tokens, out_features), in_features = g.shape, geometry[5]
+    base_shapes = ((tokens, in_features), (out_features, in_features), (out_features,))
+    shapes = (*base_shapes, A.shape, B.shape, C.shape)
     likes = (g, g, g, A, B, C)
     return tuple(
         like.new_empty(shape) if needed else g.new_empty(0)
@@ -258,10 +236,11 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *base, A, B, C, seed, scaling, geometry, dropout_p, strategy = arguments
-        adapter = _unflatten(A, B, C, seed, scaling, geometry, dropout_p)
+        # Not by way of `_forward`: every Python call counts where a layer is small.
+        weight, bias, y, *adapter, strategy = arguments
         with autocast.suspended(x):
-            output = _module(strategy, x.shape[0]).forward(x, *base, adapter)
+            module = _module(strategy, x.shape[0])
+            output = module.forward(x, weight, bias, y, _unflatten(*adapter))
         _save(ctx, (x, *arguments), output)
         return output
 
@@ -293,16 +272,16 @@ def delta_weight(adapter: Adapter, strategy: str) -> Tensor:
         return _reference().delta_weight(adapter)
     if strategy == "torch":
         return torch_backend.delta_weight(adapter)
-    A, B, C, _, scaling, geometry, *_ = _flatten(adapter, strategy)
-    return torch.ops.dcft_kernels.delta_weight(A, B, C, scaling, geometry)
+    A, B, C, _, *numbers = _flatten(adapter, strategy)
+    return torch.ops.dcft_kernels.delta_weight(A, B, C, *numbers[:2])
 
 
 def merge(weight: Tensor, adapter: Adapter, seed: Tensor | None, strategy: str) -> Tensor:
     """A new `weight + scaling * DW`, rounded once; strides as `weight`'s. Not differentiable."""
     if strategy != "row_block":
         return _module(strategy, 1).merge(weight, adapter, seed)
-    A, B, C, _, scaling, geometry, *_ = _flatten(adapter, strategy)
-    return torch.ops.dcft_kernels.merge(weight, A, B, C, scaling, geometry, seed)
+    A, B, C, _, *numbers = _flatten(adapter, strategy)
+    return torch.ops.dcft_kernels.merge(weight, A, B, C, *numbers[:2], seed)
 
 
 def merge_(weight: Tensor, adapter: Adapter, seed: Tensor | None, strategy: str) -> None:
@@ -316,53 +295,39 @@ def merge_(weight: Tensor, adapter: Adapter, seed: Tensor | None, strategy: str)
         torch.autograd.graph.increment_version(weight)
 
 
+def _dense(A: Tensor, B: Tensor, C: Tensor, scaling: float, geometry: Sequence[int]) -> Adapter:
+    """The adapter of these operators' arguments."""
+    return _unflatten(A, B, C, None, scaling, geometry)
+
+
 @torch.library.impl(LIBRARY, "delta_weight", "CompositeExplicitAutograd")
-def _delta_weight_operator(
-    A: Tensor, B: Tensor, C: Tensor, scaling: float, geometry: Sequence[int]
-) -> Tensor:
+def _delta_weight_operator(*factors: Any) -> Tensor:
     from dcft_kernels.triton import passes
 
-    return passes.delta_weight(_unflatten(A, B, C, None, scaling, geometry))
+    return passes.delta_weight(_dense(*factors))
 
 
 @torch.library.register_fake("dcft_kernels::delta_weight", lib=LIBRARY)
-def _delta_weight_fake(
-    A: Tensor, B: Tensor, C: Tensor, scaling: float, geometry: Sequence[int]
-) -> Tensor:
-    _, out_features, _, _, _, in_features, *_ = geometry
+def _delta_weight_fake(A: Tensor, B: Tensor, C: Tensor, *numbers: Any) -> Tensor:
+    _, (_, out_features, _, _, _, in_features, *_) = numbers
     dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), C.dtype)
     return A.new_empty(out_features, in_features, dtype=dtype)
 
 
 @torch.library.impl(LIBRARY, "delta_weight_backward", "CompositeExplicitAutograd")
-def _delta_weight_backward_operator(
-    grad: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    scaling: float,
-    geometry: Sequence[int],
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def _delta_weight_backward_operator(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     from dcft_kernels.triton import passes
 
-    adapter = _unflatten(A, B, C, None, scaling, geometry)
-    return _as_tensors(grad, passes.delta_weight_backward(grad, adapter, needs))
+    *factors, needs = arguments
+    return _as_tensors(grad, passes.delta_weight_backward(grad, _dense(*factors), needs))
 
 
 @torch.library.register_fake("dcft_kernels::delta_weight_backward", lib=LIBRARY)
-def _delta_weight_backward_fake(
-    grad: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    scaling: float,
-    geometry: Sequence[int],
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def _delta_weight_backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *factors, _, _, needs = arguments
     return tuple(
         factor.new_empty(factor.shape) if needed else grad.new_empty(0)
-        for factor, needed in zip((A, B, C), needs, strict=True)
+        for factor, needed in zip(factors, needs, strict=True)
     )
 
 
@@ -372,19 +337,17 @@ def _delta_weight_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _delta_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    A, B, C = factors = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
-    scaling, geometry = ctx.numbers
+    factors, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
     gradients: list[Tensor | None]
     if torch.is_grad_enabled():
         # A double backward: the same values as differentiable operations.
         wanted = [factor for factor, needed in zip(factors, needs, strict=True) if needed]
-        dense = torch_backend.delta_weight(_unflatten(A, B, C, None, scaling, geometry))
+        dense = torch_backend.delta_weight(_dense(*factors, *ctx.numbers))
         computed = iter(torch.autograd.grad(dense, wanted, grad, create_graph=True))
         gradients = [next(computed) if needed else None for needed in needs]
     else:
         operator = torch.ops.dcft_kernels.delta_weight_backward
-        gradients = _those_needed(operator(grad, *factors, scaling, geometry, list(needs)), needs)
+        gradients = _those_needed(operator(grad, *factors, *ctx.numbers, list(needs)), needs)
     return (*gradients, None, None)
 
 
@@ -397,18 +360,11 @@ torch.library.register_autograd(
 
 
 @torch.library.impl(LIBRARY, "merge", "CompositeExplicitAutograd")
-def _merge_operator(
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    scaling: float,
-    geometry: Sequence[int],
-    seed: Tensor | None,
-) -> Tensor:
+def _merge_operator(weight: Tensor, *arguments: Any) -> Tensor:
     from dcft_kernels.triton import passes
 
-    return passes.merge(weight, _unflatten(A, B, C, None, scaling, geometry), seed)
+    *factors, seed = arguments
+    return passes.merge(weight, _dense(*factors), seed)
 
 
 @torch.library.register_fake("dcft_kernels::merge", lib=LIBRARY)

@@ -98,7 +98,7 @@ class DCFTLinear(nn.Linear):
     | parameter | shape | |
     | --- | --- | --- |
     | `dcft_A` | `[rank, I]` | the input side, `I = ceil((in_features - d_in) / s_in) + 1` windows |
-    | `dcft_B` | `[J, rank]` | the output side, `J` windows likewise |
+    | `dcft_B` | `[J, rank]` | the output side, with `J` windows |
     | `dcft_C` | `[d_out, d_in]` | the transposed-convolution kernel |
 
     The state dict never depends on `merged`: it always holds the base weight and the adapter.
@@ -176,10 +176,10 @@ class DCFTLinear(nn.Linear):
         *,
         fan_in_fan_out: bool,
     ) -> None:
-        """Take these very parameters as the base and create an adapter beside them."""
+        """Take these very parameters as the base and create the adapter."""
         self.rank = options.rank
-        self.kernel_size = options.kernel_size
-        self.stride = options.stride
+        self.kernel_size: Pair = options.kernel_size  # type: ignore[assignment]
+        self.stride: Pair = options.stride  # type: ignore[assignment]
         self.alpha = options.alpha
         self.dropout = options.dropout
         self.init = options.init
@@ -188,8 +188,8 @@ class DCFTLinear(nn.Linear):
         self.nonlinearity = options.nonlinearity
         # Whether `weight` is stored [n, m], as GPT-2's Conv1D does.
         self.fan_in_fan_out = fan_in_fan_out
-        # The base weight while a merged one stands in for it. A tuple: nn.Module would register
-        # a bare parameter a second time.
+        # The base weight while `weight` is the merged one. In a tuple, since nn.Module would
+        # register a bare parameter.
         self._base_while_merged: tuple[nn.Parameter, ...] = ()
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
@@ -225,15 +225,15 @@ class DCFTLinear(nn.Linear):
         reason = why_not_adaptable(linear)
         if reason is not None:
             raise TypeError(f"linear: {reason}")
-        layer = cls.beside(linear, options)
+        layer = cls.wrap(linear, options)
         layer.freeze_base()
         return layer
 
     @classmethod
-    def beside(cls, linear: nn.Module, options: DCFTOptions) -> DCFTLinear:
+    def wrap(cls, linear: nn.Module, options: DCFTOptions) -> DCFTLinear:
         """`from_linear` without its checks, and with the base not frozen yet.
 
-        `linear` is as it was, so that several layers can be prepared before any is replaced.
+        `linear` is not changed, so that several layers can be prepared before any is replaced.
         """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -244,7 +244,7 @@ class DCFTLinear(nn.Linear):
             options,
             fan_in_fan_out=is_conv1d(linear),
         )
-        # The very tables, not copies: handles that users hold remove their hooks from these.
+        # The tables themselves, so that handles that users hold can remove their hooks.
         for table in _HOOK_TABLES:
             layer.__dict__[table] = linear.__dict__[table]
         layer.train(linear.training)
@@ -270,7 +270,9 @@ class DCFTLinear(nn.Linear):
     @property
     def geometry(self) -> Geometry:
         """The adapter's shapes."""
-        return self.options.geometry(self.in_features, self.out_features)
+        return Geometry.build(
+            self.in_features, self.out_features, self.rank, self.kernel_size, self.stride
+        )
 
     @property
     def adapter(self) -> Adapter:

@@ -33,7 +33,7 @@ def swap_linear(
             something else) but the output head and layers tied to an embedding. A list:
             names or endings of names (`["query", "value"]`). Any other string: a regular
             expression for the whole name.
-        exclude: layers to leave as they are, a list or a regular expression likewise.
+        exclude: layers to leave alone, a list or a regular expression.
         **dcft_options: `rank`, `kernel_size`, `stride`, `alpha`, `dropout`, `init`, `backend`,
             `adapter_dtype`, `strategy`, `nonlinearity`, see `DCFTLinear`.
 
@@ -57,7 +57,7 @@ def swap_each(model: nn.Module, options: dict[str, DCFTOptions]) -> list[str]:
     for name, layer_options in options.items():
         linear = model.get_submodule(name)
         if linear not in adapted:
-            adapted[linear] = DCFTLinear.beside(linear, layer_options)
+            adapted[linear] = DCFTLinear.wrap(linear, layer_options)
     # Nothing can fail from here on.
     replace_modules(model, adapted)
     _leave_fused_paths(model)
@@ -75,12 +75,12 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, Any]) -> Non
 
 
 def _leave_fused_paths(model: nn.Module) -> None:
-    """Keep PyTorch's encoder, in inference, from reading weights past their layers' forward."""
+    """Turn off PyTorch's fused encoder, which reads weights without calling the layers."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(
             isinstance(child, DCFTLinear) for child in module.children()
         ):
-            # What these tell the fused path is that it cannot be taken.
+            # Disables the fused path.
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder) and any(
             isinstance(inner, DCFTLinear) for inner in module.modules()
@@ -102,9 +102,9 @@ def merge_model(model: nn.Module, *, unload: bool = False) -> None:
 
     Args:
         model: a model with `DCFTLinear` layers, none of them merged.
-        unload: also replace every merged layer by a plain one, of the kind that it was before the
-            swap, and drop the adapters: for export. There is no way back from it. PyTorch's fused
-            encoder path stays off, as the swap left it.
+        unload: also replace every merged layer by a plain one, of the kind it was before the swap,
+            and drop the adapters: for export. It cannot be undone. PyTorch's fused encoder path
+            stays off, as the swap left it.
 
     Raises:
         RuntimeError: some layers are merged already, or have a nonlinearity.
@@ -161,7 +161,7 @@ def freeze_base(model: nn.Module, *, trainable: Targets = ()) -> None:
 
     Args:
         model: a model with `DCFTLinear` layers.
-        trainable: modules or parameters to train beside the adapters, by name or ending of name or
+        trainable: modules or parameters to train as well, by name or ending of name or
             regular expression: `freeze_base(model, trainable=["classifier"])` trains a new head.
 
     Raises:

@@ -63,14 +63,9 @@ def _power_of_two(number: int) -> int:
 
 @triton.jit
 def window_features(
-    tile,
-    L,
-    size,
-    WIDTH: tl.constexpr,
-    STRIDE: tl.constexpr,
-    WP: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
+    tile, L, size,
+    WIDTH: tl.constexpr, STRIDE: tl.constexpr, WP: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
     """Features of the tile's columns and which of them exist, both `[BLOCK_L*WP]`.
 
     Overlapping windows share features: such a side is read more than once, from the caches.
@@ -130,27 +125,6 @@ def expand_tiles(
 
 
 @triton.jit
-def expand_features(
-    tile,
-    L,
-    size,
-    WIDTH: tl.constexpr,
-    STRIDE: tl.constexpr,
-    WP: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
-    """Features of a tile to write and which of them exist, both `[BLOCK_L*WP]`.
-
-    Windows that tile the side are written window by window. Where windows overlap, a tile is a
-    stretch of features, so that no two programs write to one place.
-    """
-    if STRIDE == WIDTH:
-        return window_features(tile, L, size, WIDTH, STRIDE, WP, BLOCK_L)
-    features = tile * (BLOCK_L * WP) + tl.arange(0, BLOCK_L * WP)
-    return features, features < size
-
-
-@triton.jit
 def expand_matrix(
     f_ptr, stride_fk, stride_fl,
     tile, L, size,
@@ -160,13 +134,15 @@ def expand_matrix(
 ):  # fmt: skip
     """Features of a tile to write, which exist, and the matrix `[KP*WP, BLOCK_L*WP]` that expands.
 
-    Windows that tile the side: the transposed `spread`. Overlapping windows: every feature gathers
-    from all the windows over it.
+    Windows that tile the side are written window by window, with the transposed `spread`. Where
+    windows overlap, a tile is a range of features, so that no two programs write to one place, and
+    every feature gathers from all the windows over it.
     """
-    features, valid = expand_features(tile, L, size, WIDTH, STRIDE, WP, BLOCK_L)
     if STRIDE == WIDTH:
+        features, valid = window_features(tile, L, size, WIDTH, STRIDE, WP, BLOCK_L)
         values = factor_tile(f_ptr, stride_fk, stride_fl, tile, L, K, KP, BLOCK_L)
         return features, valid, tl.trans(spread(values, WP, KP, BLOCK_L).to(dtype))
+    features = tile * (BLOCK_L * WP) + tl.arange(0, BLOCK_L * WP)
     column = tl.arange(0, KP * WP)
     kappa = column // WP
     offset = column % WP
@@ -175,7 +151,7 @@ def expand_matrix(
     covers = (start >= 0) & (start % STRIDE == 0) & (window < L)
     covers = covers & (offset < WIDTH)[:, None] & (kappa < K)[:, None]
     where = f_ptr + window.to(tl.int64) * stride_fl + kappa[:, None] * stride_fk
-    return features, valid, tl.load(where, mask=covers, other=0.0).to(dtype)
+    return features, features < size, tl.load(where, mask=covers, other=0.0).to(dtype)
 
 
 @triton.jit

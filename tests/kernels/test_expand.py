@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcft_kernels import torch_backend
+from dcft_kernels import reference, torch_backend
 from dcft_kernels.adapter import Adapter
-from dcft_kernels.reference import materialised
 from tests.adapter_cases import CASES, Case, adapter_of, random_inputs
 from tests.error_budget import assert_within_budget
 
@@ -79,8 +78,8 @@ def filled_with_nan(weight: Tensor) -> Tensor:
 
 def check_expand(out: Tensor, weight: Tensor | None, adapter: Adapter) -> None:
     """Compare `out` with `weight + scaling * DW` in float64."""
-    truth = materialised.delta_weight(in_float64(adapter))
-    size = materialised.delta_weight(in_float64(adapter, squared=True))
+    truth = reference.delta_weight(in_float64(adapter))
+    size = reference.delta_weight(in_float64(adapter, squared=True))
     on_cpu = adapter._replace(A=adapter.A.cpu(), B=adapter.B.cpu(), C=adapter.C.cpu())
     peer = torch_backend.delta_weight(on_cpu)
     if weight is not None:
@@ -95,7 +94,7 @@ def dense_gradients(grad: Tensor, adapter: Adapter) -> tuple[Tensor, ...]:
     """Gradients of `A`, `B` and `C` by autograd of the oracle."""
     factors = [factor.detach().requires_grad_() for factor in (adapter.A, adapter.B, adapter.C)]
     leaves = adapter._replace(A=factors[0], B=factors[1], C=factors[2])
-    return torch.autograd.grad(materialised.delta_weight(leaves), factors, grad)
+    return torch.autograd.grad(reference.delta_weight(leaves), factors, grad)
 
 
 def check_backward(grad: Tensor, adapter: Adapter, needs: tuple[bool, bool, bool]) -> None:
