@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dcft_kernels import dcft_linear, delta_weight, reference
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.dropout import draw_seed
-from dcft_kernels.adapter import Geometry, window_count
+from dcft_kernels.geometry import Geometry, window_count
 from tests.adapter_cases import Case, adapter_of, every_case, random_inputs
 
 TILING = [

@@ -26,7 +26,7 @@ from dcft_kernels import (
     torch_backend,
 )
 from dcft_kernels.dropout import draw_seed, drop
-from dcft_kernels.adapter import Side
+from dcft_kernels.geometry import Side
 from dcft_kernels.nonlinearity import NONLINEARITIES, function_of
 from dcft_kernels.torch_backend import windows
 from tests.adapter_cases import CASES, Case, Inputs, adapter_of, every_case, random_inputs

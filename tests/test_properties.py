@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcft_kernels import DCFTLinear, dcft_linear, delta_weight
-from dcft_kernels.adapter import Geometry, window_count
+from dcft_kernels.geometry import Geometry, window_count
 from tests.adapter_cases import Case, random_inputs
 
 quickly = settings(max_examples=60, deadline=None, derandomize=True)
