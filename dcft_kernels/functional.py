@@ -272,7 +272,7 @@ def _checked_geometry(tensors: Sequence[Any], stride: Any) -> Geometry:
 def _signature(tensors: Sequence[Any], stride: Any) -> Any:
     """Everything that `_check_layer` depends on, hashable; None for operands it has to see.
 
-    Those are tensor subclasses, what is no tensor, and what a compiler traces.
+    Those are tensor subclasses, non-tensors, and whatever a compiler traces.
     """
     if torch.compiler.is_compiling():
         return None

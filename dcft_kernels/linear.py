@@ -423,7 +423,7 @@ class DCFTLinear(nn.Linear):
         self.reset_dcft_parameters()
 
     def reset_dcft_parameters(self) -> None:
-        """Draw the adapter anew as `init` says; the base stays.
+        """Draw the adapter again as `init` says; the base stays.
 
         Raises:
             RuntimeError: the layer is merged.

@@ -24,13 +24,13 @@ def swap_linear(
 ) -> list[str]:
     """Replace linear layers of `model` by `DCFTLinear`, in place; the base weights are shared.
 
-    By default the model computes what it did before until it is trained: every increment starts at
-    zero, with a scaling that follows from the layer's sizes, so that it learns at LoRA's rates.
+    By default the model's output does not change until it is trained: every increment starts at
+    zero, with a scaling derived from the layer's sizes, so that LoRA's learning rates fit.
 
     Args:
         model: any module; transformers' GPT-2 style `Conv1D` layers count as linear.
         targets: `"all-linear"`: every plain linear layer (no subclasses, which may compute
-            something else) but the output head and layers tied to an embedding. A list:
+            something else) except the output head and layers tied to an embedding. A list:
             names or endings of names (`["query", "value"]`). Any other string: a regular
             expression for the whole name.
         exclude: layers to leave alone, a list or a regular expression.
@@ -38,11 +38,11 @@ def swap_linear(
             `adapter_dtype`, `strategy`, `nonlinearity`, see `DCFTLinear`.
 
     Returns:
-        The names of the layers swapped, in the model's order. A layer registered under several
-        names stays one layer, listed under each.
+        The names of the swapped layers, in the model's order. A layer registered under several
+        names stays one layer and is listed under each.
 
     Raises:
-        TypeError: an unknown option, or a target that is no plain linear layer.
+        TypeError: an unknown option, or a target that is not a plain linear layer.
         ValueError: a target that matches nothing (near misses are listed) or is swapped already.
         The model is untouched then.
     """
@@ -173,7 +173,7 @@ def freeze_base(model: nn.Module, *, trainable: Targets = ()) -> None:
         raise RuntimeError(f"model: {merged[0]!r} is merged; call unmerge_model(model) first")
     check_patterns("trainable", trainable)
     entries: list[Targets] = [trainable] if isinstance(trainable, str) else [[t] for t in trainable]
-    # A tied parameter has several names, and any of them may be the one that is meant.
+    # A tied parameter has several names, and the user may mean any of them.
     named = list(model.named_parameters(remove_duplicate=False))
     trained = {parameter for name, parameter in named if _is_adapter(name)}
     for entry in entries:

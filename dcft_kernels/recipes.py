@@ -5,12 +5,12 @@
     TrainingArguments(output_dir, **recipe.training_arguments())
     loss = loss + recipe.penalty(model)
 
-The numbers are those printed, for DeBERTaV3-base. What the tables leave open, or where they are at
-odds with what else is published, is listed here; `dataclasses.replace(recipe, dropout=0.0)` makes
+The numbers are as printed, for DeBERTaV3-base. Where the tables are incomplete, or contradict
+other published material, is listed here; `dataclasses.replace(recipe, dropout=0.0)` makes
 another choice.
 
-- *Scaling.* The published code scales by `lora_alpha / r` with an `r` that is nothing but a
-  divisor: its factors have rank one all the same. So `r = 8` with `lora_alpha = 32` is `rank = 1`,
+- *Scaling.* The published code scales by `lora_alpha / r` with an `r` that is only a
+  divisor: its factors have rank one regardless. So `r = 8` with `lora_alpha = 32` is `rank = 1`,
   `alpha = 4` here. No table prints `lora_alpha`: 32 is what the published scripts pass for CoLA,
   MRPC, STS-B, QNLI and RTE; those for SST-2, QQP and MNLI pass 16, which would be `alpha = 2`.
 - *gamma.* Tables 9 and 10 have a column `γ` that the paper does not define. In AdaLoRA, whose code
@@ -28,7 +28,7 @@ another choice.
 - *Table 9* is not always what the published scripts pass: for CoLA a learning rate of 8e-4; for
   QNLI one of 5e-4, a batch of 16 and 5 epochs; for QQP 5 epochs.
 - *init_warmup, delta_T, t_f* are settings of AdaLoRA's rank allocation, which DCFT does not have:
-  recorded, and read by nothing. They are no warm-up of the learning rate.
+  recorded, but nothing reads them. They do not warm up the learning rate.
 - Schedules, warm-up, weight decay, lengths and seeds are in neither table and left to the trainer.
 """
 
@@ -102,7 +102,7 @@ class Recipe:
         A scalar to add to the task's loss in every step; see `constraint_loss`.
 
         Raises:
-            TypeError: `model` is no module.
+            TypeError: `model` is not a module.
             ValueError: `model` has no adapters.
         """
         return self.orthogonality_weight * constraint_loss(
@@ -136,7 +136,7 @@ def glue(task: str) -> Recipe:
         task: its name in any case, with or without a hyphen: `"SST-2"`, `"sst2"`.
 
     Raises:
-        TypeError: `task` is no string.
+        TypeError: `task` is not a string.
         ValueError: a task that the table does not have; those it has are listed.
     """
     name = _lookup("task", task, {name: [name] for name in _TABLE_9})
@@ -150,7 +150,7 @@ def squad(version: str) -> Recipe:
         version: `"v1.1"` or `"v2.0"`; the `v` may be left out.
 
     Raises:
-        TypeError: `version` is no string.
+        TypeError: `version` is not a string.
         ValueError: another version.
     """
     name = _lookup("version", version, {name: [name, name[1:]] for name in _TABLE_10})

@@ -273,7 +273,7 @@ def _expand_backward_kernel(
 
     | tensor | shape | |
     | --- | --- | --- |
-    | `g` | `[m, n]` | read once, but for features that windows share |
+    | `g` | `[m, n]` | read once, except for features that windows share |
     | `A`, `B`, `C` | `[K, I]`, `[J, K]`, `[W_OUT, W_IN]` | any float dtype |
     | `gB` | `[J, K]`, contiguous | written once (`NEED_B`) |
     | `partial` | `[programs, ...]` | gradients of A `[K, I]` and C `[W_OUT, W_IN]`, float32 |

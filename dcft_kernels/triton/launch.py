@@ -24,7 +24,7 @@ Signature: TypeAlias = tuple[torch.dtype, tuple[int, ...]] | None
 # the kernel does not specialise on.
 PER_CALL: Final = object()
 
-# Triton compiles a kernel of its own for pointers that are divisible by this.
+# Triton compiles a separate kernel for pointers that are divisible by this.
 _ALIGNMENT = 16
 
 
@@ -95,7 +95,7 @@ def signatures(tensors: Sequence[Tensor | None]) -> tuple[Signature, ...]:
 
 
 def strides(signature: Signature, dimensions: int) -> tuple[int, ...]:
-    """The strides of an optional tensor argument, zeros where there is none."""
+    """The strides of an optional tensor argument, zeros if it is None."""
     return (0,) * dimensions if signature is None else signature[1]
 
 

@@ -159,7 +159,7 @@ def _device_architecture(index: int) -> str:
 
 
 def architecture(device: torch.device) -> str:
-    """The table for a device: of its own architecture, or of the nearest older one."""
+    """The table for a device: its architecture's, or the nearest older one's."""
     if _forced is not None:
         return _forced
     if device.type != "cuda":

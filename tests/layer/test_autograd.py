@@ -129,7 +129,7 @@ def test_double_backward(case, dropout_p, trained, backend, device) -> None:
         penalty = sum(g.square().sum() for g in first)
         results.append([*first, *torch.autograd.grad(penalty, operands)])
     for actual, expected in zip(*results, strict=True):
-        scale = float(expected.detach().abs().max())
+        scale = max(1.0, float(expected.detach().abs().max()))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5 * scale)
 
 
@@ -444,6 +444,6 @@ def test_every_subset_of_gradients(wanted: tuple[bool, ...], backend, device) ->
     dcft_linear(*some.operands, backend=backend).backward(inputs.grad)
     for operand, grad in zip(some.operands, expected, strict=True):
         if operand.requires_grad:
-            torch.testing.assert_close(operand.grad, grad, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(operand.grad, grad, rtol=1e-5, atol=1e-5)
         else:
             assert operand.grad is None
