@@ -24,9 +24,9 @@ gradient also reduces its `n m` elements to the `N` of a parameter's, in sums of
 measure is PyTorch computing the same thing in the plainest way in the same dtype. Against a
 computation in higher precision, an error may be twice the peer's plus a few roundings of the value,
 in the largest element and in root mean square. A root mean square of `N` independent errors is
-known to a relative `1 / sqrt(2 N)`, so for small tensors (`few`) the peer's counts `1 + 3 / sqrt(N)`
-times. In a model of many layers the errors of a tensor grow from those of a few early roundings and
-move `together`: there `N` is 1.
+known to a relative `1 / sqrt(2 N)`, so for small tensors (`few`) the peer's counts
+`1 + 3 / sqrt(N)` times. In a model of many layers the errors of a tensor grow from those of a few
+early roundings and move `together`: there `N` is 1.
 """
 
 from __future__ import annotations

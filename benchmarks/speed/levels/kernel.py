@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from dcft_kernels.adapter import Adapter
 from dcft_kernels.geometry import Geometry
 
 Results = dict[str, Tensor]
+Outputs = Mapping[str, Tensor | None]
 
 # Rank and kernel size that fill each class of columns of the tiles' table.
 ADAPTERS = {16: (1, 8), 32: (4, 8), 64: (8, 8), 128: (16, 8), 256: (10, 12)}
@@ -72,7 +73,9 @@ class KernelProblem:
         factors = (self.adapter.A, self.adapter.B, self.adapter.C)
         return [f.detach().to(dtype).requires_grad_() for f in factors]
 
-    def shrunk(self, dtype: torch.dtype, x: Tensor | None = None, A: Tensor | None = None) -> Tensor:
+    def shrunk(
+        self, dtype: torch.dtype, x: Tensor | None = None, A: Tensor | None = None
+    ) -> Tensor:
         """`U [T, k, d]`."""
         x = _padded(self.x if x is None else x, self.width).to(dtype)
         A = self.adapter.A.to(dtype) if A is None else A
@@ -91,7 +94,7 @@ def _padded(x: Tensor, width: int) -> Tensor:
 class KernelCall(NamedTuple):
     """A kernel on a problem."""
 
-    launch: Callable[[], Results]  # returns what it has written
+    launch: Callable[[], Outputs]  # returns what it has written
     expected: Callable[[torch.dtype], Results]  # the same from plain PyTorch in a dtype
     written: tuple[Tensor, ...]  # what a launch writes to, apart from what it allocates
     moved: str  # the tensors that have to move: x, y, W, U
@@ -104,7 +107,7 @@ def _shrink(p: KernelProblem) -> KernelCall:
 
     u = p.empty(p.T, p.rank * p.width)
 
-    def launch() -> Results:
+    def launch() -> Outputs:
         shrink_expand(p.x, p.adapter, u=u)
         return {"U": u}
 
@@ -120,7 +123,7 @@ def _expand_rows(p: KernelProblem) -> KernelCall:
 
     y = p.empty(p.T, p.m)
 
-    def launch() -> Results:
+    def launch() -> Outputs:
         shrink_expand(None, p.adapter, u=p.u, bias=p.bias, y=y)
         return {"y": y}
 
@@ -137,7 +140,7 @@ def _shrink_expand(p: KernelProblem) -> KernelCall:
 
     y, u = p.empty(p.T, p.m), p.empty(p.T, p.rank * p.width)
 
-    def launch() -> Results:
+    def launch() -> Outputs:
         shrink_expand(p.x, p.adapter, u=u, bias=p.bias, y=y)
         return {"y": y, "U": u}
 
@@ -154,7 +157,7 @@ def _backward(p: KernelProblem) -> KernelCall:
 
     gx = p.empty(p.T, p.n)
 
-    def launch() -> Results:
+    def launch() -> Outputs:
         gA, gB, gC = backward(
             p.adapter, g=p.g, x=p.x, u=p.u, gx=gx, needs_A=True, needs_B=True, needs_C=True
         )
@@ -175,7 +178,7 @@ def _expand(p: KernelProblem) -> KernelCall:
 
     out = p.empty(p.m, p.n)
 
-    def launch() -> Results:
+    def launch() -> Outputs:
         expand(p.adapter, out=out, weight=p.weight)
         return {"W": out}
 
@@ -189,7 +192,7 @@ def _expand(p: KernelProblem) -> KernelCall:
 def _expand_backward(p: KernelProblem) -> KernelCall:
     from dcft_kernels.triton.expand import expand_backward
 
-    def launch() -> Results:
+    def launch() -> Outputs:
         gA, gB, gC = expand_backward(p.weight, p.adapter, True, True, True)
         return {"gA": gA, "gB": gB, "gC": gC}
 
@@ -213,7 +216,7 @@ def _base_products(p: KernelProblem) -> KernelCall:
     """`x W^T` and `g W`: the base layer, forward and backward."""
     y, gx = p.empty(p.T, p.m), p.empty(p.T, p.n)
 
-    def launch() -> Results:
+    def launch() -> Outputs:
         return {
             "y": torch.mm(p.x, p.weight.t(), out=y),
             "gx": torch.mm(p.g, p.weight, out=gx),
@@ -230,7 +233,7 @@ def _added_products(p: KernelProblem) -> KernelCall:
     """`y += x W^T` and `gx += g W`: the base added to the adapter's part."""
     y, gx = p.empty(p.T, p.m), p.empty(p.T, p.n)
 
-    def launch() -> Results:
+    def launch() -> Outputs:
         return {"y": y.addmm_(p.x, p.weight.t()), "gx": gx.addmm_(p.g, p.weight)}
 
     def expected(dtype: torch.dtype) -> Results:
@@ -262,7 +265,7 @@ class LaunchStep:
 
     def __init__(self, call: KernelCall) -> None:
         self.call = call
-        self.results: Results = {}
+        self.results: Outputs = {}
 
     def prepare(self) -> None:
         for tensor in self.call.written:
@@ -305,5 +308,3 @@ def providers(case: Case) -> Sequence[Provider]:
         )
         for name in _CALLS
     ]
-
-

@@ -39,7 +39,9 @@ def block_cases(scope: Scope) -> list[Case]:
     if not scope.gpu:
         return [_case("block", "deberta-v3-base", 512, "fp32")]
     found = [_case("block", "llama-3-8b", T, "bf16") for T in (8192, 2048)]
-    return found + [_case("block", name, 4096, "bf16") for name in ("deberta-v3-base", "roberta-large")]
+    return found + [
+        _case("block", name, 4096, "bf16") for name in ("deberta-v3-base", "roberta-large")
+    ]
 
 
 def step_cases(scope: Scope) -> list[Case]:
@@ -123,7 +125,9 @@ class ModelProblem:
             model.set_submodule(name, adapted.layer)
         return model, adapted_by_name
 
-    def dense(self, adapted_by_name: dict[str, AdaptedLayer], dtype: torch.dtype) -> dict[str, Tensor]:
+    def dense(
+        self, adapted_by_name: dict[str, AdaptedLayer], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
         """Output and gradients with every adapted layer as a dense one, computed in `dtype`."""
         if dtype not in self._in_dtype:
             self._in_dtype[dtype] = copy.deepcopy(self.base).to(dtype).requires_grad_(False)

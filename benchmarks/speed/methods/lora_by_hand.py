@@ -49,7 +49,9 @@ class LoRALinear(nn.Module):
         self.base = base
         weight = base.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=weight.device, dtype=dtype))
+        self.A = nn.Parameter(
+            torch.empty(rank, base.in_features, device=weight.device, dtype=dtype)
+        )
         self.B = nn.Parameter(
             torch.empty(base.out_features, rank, device=weight.device, dtype=dtype)
         )

@@ -31,7 +31,7 @@ def required(package: str) -> Any:
 def lora(
     base: nn.Linear, generator: torch.Generator, *, rank: int, sixteen_bit: bool = False
 ) -> AdaptedLayer:
-    """`LoraConfig(r=rank)`; factors in float32, peft's default, or in the dtype of a 16-bit base."""
+    """`LoraConfig(r=rank)`; factors in float32, peft's default, or in a 16-bit base's dtype."""
     if sixteen_bit and base.weight.dtype.itemsize != 2:
         raise UnavailableError(f"16-bit factors need a 16-bit base, not {base.weight.dtype}")
     config = required("peft").LoraConfig(r=rank, target_modules=["layer"])
@@ -61,7 +61,7 @@ def dora(base: nn.Linear, generator: torch.Generator, *, rank: int) -> AdaptedLa
 
     parameters = dict(layer.named_parameters())
     draw(
-        [parameters[_LORA_A], parameters[_LORA_B]],  # type: ignore[list-item]
+        [parameters[_LORA_A], parameters[_LORA_B]],
         lambda: directions(parameters) - base.weight,
         base.weight,
         generator,
@@ -97,9 +97,7 @@ def lokr(
     def increment(p: Parameters) -> Tensor:
         return torch.kron(factor(p, "lokr_w1"), factor(p, "lokr_w2"))
 
-    return with_increment(
-        _wrapped(base, config), _BASE, increment, generator, dense_gradient=True
-    )
+    return with_increment(_wrapped(base, config), _BASE, increment, generator, dense_gradient=True)
 
 
 def miss(base: nn.Linear, generator: torch.Generator, *, rank: int) -> AdaptedLayer:
