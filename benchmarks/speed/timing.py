@@ -211,7 +211,6 @@ def paired_rounds(
     rounds: list[Round] = []
     begun = now()
     while names and len(rounds) < plan.max_rounds and now() - begun + estimate <= plan.budget_s:
-        gc.collect()
         samples: dict[str, Sample] = {}
         start = now()
         for name in order(names, len(rounds)):
