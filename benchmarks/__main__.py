@@ -1,12 +1,15 @@
-"""Measure and store: `python -m benchmarks [--levels layer ...]`.
+"""Measure and store: `python -m benchmarks [--only REGEX]`.
 
-Every case is checked, timed and appended to `rows.jsonl` before the next one starts, so a run that
-is cut off keeps what it has. A provider that cannot run gets a row with the reason.
+A measurement has a name like `layer-main-2048x768->768-fp32-fwd+bwd-dcft`: level, sweep, shape,
+dtype, direction and provider. Every case is checked, timed and appended to `rows.jsonl` before the
+next one starts, so a run that is cut off keeps what it has. A provider that cannot run gets a row
+with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +19,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import environment, rows
-from benchmarks.speed.cases import DIRECTIONS, DTYPES, Case, Scope, parse_shape
+from benchmarks.speed.cases import DTYPES, Case, Scope, parse_shape
 from benchmarks.speed.levels import LEVELS
 from benchmarks.speed.measure import Outcome, measure
-from benchmarks.speed.models import MODELS
-from benchmarks.speed.provider import BASELINE, DeviceLostError, Provider
+from benchmarks.speed.provider import BASELINE, Provider
 from benchmarks.speed.timing import Plan
 
 TINY_PLAN = Plan(budget_s=1.0, max_rounds=3)
@@ -32,6 +34,12 @@ def results_folder(chosen: Path | None, device_type: str, *, tiny: bool) -> Path
         return chosen
     root = environment.ROOT / ".benchmarks" / "tiny" if tiny else environment.RESULTS
     return root / environment.describe(device_type).slug
+
+
+def measurement_name(case: Case, provider: Provider) -> str:
+    """What `--only` and pytest's `-k` select by."""
+    parts = (case.level, case.sweep, case.shape, case.dtype, case.direction, provider.key)
+    return "-".join(parts)
 
 
 def measure_case(
@@ -67,47 +75,25 @@ def measure_case(
 
 
 def selected(options: argparse.Namespace) -> list[tuple[Case, list[Provider]]]:
-    """The cases and providers that the options select.
+    """The cases and providers that the options select, each with the baseline.
 
     Raises:
-        ValueError: a bad shape, or a provider that no level has.
+        ValueError: a bad shape.
     """
-    shapes = [parse_shape(text) for text in options.shapes]
     scope = Scope(options.device, options.tiny)
-    cases: list[Case] = []
-    for name in options.levels:
-        proposed = LEVELS[name].cases(scope)
-        if shapes and name in ("layer", "kernel"):
-            dtypes = options.dtypes or ["bf16" if scope.gpu else "fp32"]
-            directions = options.directions or ["fwd+bwd"]
-            proposed = [
-                Case(name, *shape, dtype, direction, sweep="asked")
-                for shape in shapes
-                for dtype in dtypes
-                for direction in directions
-            ]
-        cases += proposed
-    found: list[tuple[Case, list[Provider]]] = []
-    known: dict[str, None] = {}
+    cases = [case for level in LEVELS.values() for case in level.cases(scope)]
+    if options.shapes:
+        cases = [
+            Case(level, *parse_shape(text), options.dtype or cases[0].dtype, sweep="asked")
+            for level in ("layer", "kernel")
+            for text in options.shapes
+        ]
+    found = []
     for case in cases:
-        if (
-            (options.dtypes and case.dtype not in options.dtypes)
-            or (options.directions and case.direction not in options.directions)
-            or (options.sweeps and case.sweep not in options.sweeps)
-            or (options.models and case.model is not None and case.model not in options.models)
-        ):
-            continue
-        providers = list(LEVELS[case.level].providers(case))
-        known |= dict.fromkeys(name for p in providers for name in (p.name, p.key))
-        if options.providers:
-            wanted = {BASELINE, *options.providers}
-            providers = [p for p in providers if p.name in wanted or p.key in wanted]
-        providers = [p for p in providers if p.key not in options.without]
-        if providers:
-            found.append((case, providers))
-    unknown = [name for name in options.providers if name not in known]
-    if found and unknown:
-        raise ValueError(f"--providers: expected some of {', '.join(known)}, got {unknown[0]!r}")
+        providers = LEVELS[case.level].providers(case)
+        names = {p.key for p in providers if re.search(options.only, measurement_name(case, p))}
+        if names and options.dtype in (None, case.dtype):
+            found.append((case, [p for p in providers if p.key in {*names, BASELINE}]))
     return found
 
 
@@ -115,7 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run; the exit status is 1 if a provider was wrong or failed, 3 if it broke the GPU."""
     command_line = parser()
     options = command_line.parse_args(arguments)
-    options.levels = options.levels or list(LEVELS)
     if options.device == "cuda" and not torch.cuda.is_available():
         command_line.error("--device: expected a GPU that PyTorch finds, and there is none")
     try:
@@ -123,16 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         command_line.error(str(error))
     if not chosen:
-        command_line.error("nothing to measure: no case matches these options")
+        command_line.error("nothing to measure: no measurement has such a name")
     described = environment.describe(options.device)
     file = results_folder(options.out, options.device, tiny=options.tiny) / rows.FILE
     plan = TINY_PLAN if options.tiny else Plan()
     if options.case_budget is not None:
         plan = replace(plan, budget_s=options.case_budget)
     _say(f"{described.device}, torch {described.torch}, commit {described.commit}")
-    warning = environment.busy()
-    if warning is not None:
-        _say(warning)
+    device = torch.device(options.device)
     failures = 0
     start = time.monotonic()
     for number, (case, providers) in enumerate(chosen):
@@ -141,13 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rest = "; ".join(str(c) for c, _ in chosen[number:])
             _say(f"the budget of {options.budget:.0f} s is spent; not measured: {rest}")
             break
-        device = torch.device(options.device)
-        try:
-            outcomes = measure_case(case, providers, file, plan, device, _say)
-        except DeviceLostError as error:
-            _say(f"{case}: {error}; run again with --without {error.key}")
-            return 3
+        outcomes = measure_case(case, providers, file, plan, device, _say)
         failures += sum(o.row.error is not None and not o.skipped for o in outcomes)
+        if device.type == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                _say(f"{case} broke the GPU's context, leave out what failed first: {error}")
+                return 3
     _say(f"rows: {file}")
     return 1 if failures else 0
 
@@ -159,18 +143,13 @@ def _say(text: str) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-
-    def several(option: str, names: Sequence[str] | None, help_: str) -> None:
-        found.add_argument(option, nargs="+", choices=names, default=[], metavar="NAME", help=help_)
-
-    several("--levels", list(LEVELS), f"of {', '.join(LEVELS)} (all)")
-    several("--sweeps", None, "main, tokens, kernel_size, rank, stride (all)")
-    several("--providers", None, "names as in the rows; the frozen layer always runs (all)")
-    several("--without", None, "providers to leave out, such as dcft-k4")
-    several("--models", list(MODELS), "of the block, step and files levels (all)")
-    several("--shapes", None, "for the layer and kernel levels, such as 4096x768x3072")
-    several("--dtypes", list(DTYPES), f"of {', '.join(DTYPES)} (all)")
-    several("--directions", [*DIRECTIONS, "merge", "unmerge", "save", "load", "step"], "(all)")
+    found.add_argument(
+        "--only", default="", metavar="REGEX", help="measurements by name; the baseline always runs"
+    )
+    found.add_argument(
+        "--shapes", nargs="+", default=[], metavar="TxNxM", help="for the layer and kernel levels"
+    )
+    found.add_argument("--dtype", choices=DTYPES, help="(all)")
     found.add_argument("--tiny", action="store_true", help="tiny shapes: does it run at all")
     found.add_argument(
         "--device",

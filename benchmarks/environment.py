@@ -68,20 +68,6 @@ def device_name(device: torch.device) -> str:
     return f"{_processor()} ({', '.join(parts)})"
 
 
-def busy() -> str | None:
-    """A warning if other processes seem to use the CPU, else None. Call before measuring."""
-    load_average = getattr(os, "getloadavg", None)  # not on every system
-    if load_average is None:
-        return None
-    load, cores = load_average()[0], _cores()
-    if load < 0.5 * cores:
-        return None
-    return (
-        f"warning: load average {load:.1f} on {cores} cores; other processes distort times and "
-        "ratios, most of all those of short steps"
-    )
-
-
 def commit(folder: Path) -> str:
     """The short commit, with "-dirty" if measured code differs from it, or "unknown"."""
     head = _git(folder, "rev-parse", "--short", "HEAD")

@@ -52,11 +52,11 @@ run() { # COMMAND...: within what is left of the stage's time
     }
 }
 module() { run "$PYTHON" -m "$@"; }
-measure() { # BUDGET ARGUMENTS...: rows of some levels
+measure() { # BUDGET ARGUMENTS...: rows
     local budget=$1
     shift
     if [ -n "$dry" ]; then
-        module benchmarks --device cpu --tiny --out "$OUT" "$@" --dtypes fp32 --budget 5 \
+        module benchmarks --device cpu --tiny --out "$OUT" "$@" --dtype fp32 --budget 5 \
             --case-budget 0.1
     else
         module benchmarks --device cuda --out "$OUT" --budget "$budget" "$@"
@@ -65,14 +65,13 @@ measure() { # BUDGET ARGUMENTS...: rows of some levels
 
 smoke() {
     module benchmarks.speed.smoke --out "$OUT" ${dry:+--tiny}
-    measure 90 --levels kernel --case-budget 3
+    measure 90 --only '^kernel' --case-budget 3
 }
 headline() {
-    # torch.compile takes most of a minute per shape; without it there is time for more shapes.
-    measure 150 --levels layer --sweeps main --dtypes bf16 fp32 --case-budget 10 \
-        --without frozen_compiled dcft_compiled
-    [ -n "$dry" ] || measure 0 --levels layer --shapes 8192x4096x4096 --case-budget 5 \
-        --providers frozen_compiled dcft_compiled dcft
+    # torch.compile takes most of a minute per shape, so its providers run last and at one shape.
+    measure 150 --only '^layer-main(?!.*compiled)' --dtype bf16 --case-budget 10
+    [ -n "$dry" ] || measure 30 --shapes 8192x4096x4096 --case-budget 5 \
+        --only '^layer.*(dcft|compiled)$'
     module benchmarks.report "$OUT"
 }
 tests() {
@@ -86,24 +85,16 @@ tests() {
     fi
 }
 tune() {
-    cp dcft_kernels/triton/tiles.json "$OUT/tiles.json"
-    if [ -n "$dry" ]; then
-        module benchmarks.tune --dry-run --out "$OUT" --kernels expand --dtypes fp32 --budget 5
-    else
-        module benchmarks.tune --out "$OUT" --table "$OUT/tiles.json" --dtypes bf16 \
-            --budget $((LIMIT - 20))
-    fi
+    # An entry takes up to a minute, and the last one starts before the budget is spent.
+    local options=(--only bf16 --budget $((LIMIT - 70)))
+    [ -z "$dry" ] || options=(--dry-run --only 'expand fp32')
+    module benchmarks.tune --out "$OUT" --table "$OUT/tiles.json" "${options[@]}"
 }
 profile() {
-    local shape=4096x768x768
-    [ -z "$dry" ] || shape=20x32x48
-    module benchmarks.speed.profile --out "$OUT" --shapes $shape \
-        --methods frozen dcft_row_block dcft_torch lora_by_hand
-    [ -z "$dry" ] || return 0
-    module benchmarks.speed.profile --out "$OUT" --shapes 8192x4096x4096
-    if command -v ncu > /dev/null; then
+    module benchmarks.speed.profile --out "$OUT" ${dry:+--tiny}
+    if [ -z "$dry" ] && command -v ncu > /dev/null; then
         run ncu --csv --set basic --kernel-name 'regex:^_.*_kernel$' --log-file "$OUT/ncu.csv" \
-            "$PYTHON" -m benchmarks.speed.profile --once --methods dcft_row_block --out "$OUT"
+            "$PYTHON" -m benchmarks.speed.profile --once --out "$OUT"
     fi
 }
 

@@ -66,8 +66,8 @@ class Row:
     launches: int | None = None
     moved_bytes: int | None = None  # counted: every tensor read or written once
     flops: int | None = None  # counted: a multiply-add is two
-    gb_per_s: float | None = None  # moved_bytes over `milliseconds`
-    tflop_per_s: float | None = None  # flops over `milliseconds`
+    gb_per_s: float | None = None  # moved_bytes over the median
+    tflop_per_s: float | None = None  # flops over the median
     footprint_error: str | None = None  # why peak_bytes or launches are missing
     graph_error: str | None = None  # why a short step has no graph times
     gate: str | None = None  # "passed", "failed", or null if it was not reached
@@ -82,17 +82,19 @@ class Row:
         """Identifies a row among those of its case."""
         return (self.provider, self.d, self.k, self.stride)
 
-    @property
-    def milliseconds(self) -> float | None:
-        """The median, by the device's clock where there is one."""
-        return self.wall_ms_p50 if self.device_ms_p50 is None else self.device_ms_p50
+    def milliseconds(self, clock: str | None = None) -> float | None:
+        """The median by a clock; by default the device's, or the wall's where there is no other."""
+        found: float | None = getattr(self, f"{clock or self.clock}_ms_p50")
+        return found
+
+    def ratio(self, clock: str | None = None) -> float | None:
+        """The ratio to the frozen layer, by a clock."""
+        found: float | None = getattr(self, f"ratio_to_frozen_{clock or self.clock}")
+        return found
 
     @property
-    def ratio(self) -> float | None:
-        """The ratio to the frozen layer that goes with `milliseconds`."""
-        if self.ratio_to_frozen_device is not None:
-            return self.ratio_to_frozen_device
-        return self.ratio_to_frozen_wall
+    def clock(self) -> str:
+        return "wall" if self.device_ms_p50 is None else "device"
 
     def as_dict(self) -> dict[str, object]:
         return dataclasses.asdict(self)

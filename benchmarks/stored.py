@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +10,12 @@ from benchmarks import rows
 from benchmarks.rows import Row
 from benchmarks.speed.cases import Case
 from benchmarks.speed.methods.table import KERNEL_SIZE, RANK
-from benchmarks.speed.provider import BASELINE
 
 CLOCKS = ("device", "wall", "graph", "host")
 """Of a GPU, the usual one first; see benchmarks/README.md."""
+
+MAIN_SWEEPS = ("main", "asked")
+"""Sweeps of separate cases, in contrast to points of a curve."""
 
 # In the order of reports. Other providers follow under the names that they are stored with.
 LABELS = {
@@ -61,22 +63,6 @@ def order(row: Row) -> tuple[int, str, int, int, int]:
     return (place, row.provider, row.k or 0, row.d or 0, row.stride or 0)
 
 
-def ratio(row: Row | None, clock: str | None = None) -> float | None:
-    """The ratio to the frozen layer by one of `CLOCKS`, or the usual one."""
-    if row is None:
-        return None
-    value: float | None = row.ratio if clock is None else getattr(row, f"ratio_to_frozen_{clock}")
-    return value
-
-
-def milliseconds(row: Row | None, clock: str | None = None) -> float | None:
-    """The median by a clock, or the usual one."""
-    if row is None:
-        return None
-    value: float | None = row.milliseconds if clock is None else getattr(row, f"{clock}_ms_p50")
-    return value
-
-
 @dataclass(frozen=True)
 class Group:
     """The rows of one case, which were measured together."""
@@ -96,10 +82,10 @@ class Group:
         return f"{case.shape} {row.dtype}"
 
     @property
-    def size(self) -> tuple[int, ...]:
+    def size(self) -> int:
         """A sort key: how much there is to compute."""
-        T, n, m = (size or 0 for size in self.first.shape)
-        return ((T or 1) * n * m, T, n, m)
+        T, n, m = (size or 1 for size in self.first.shape)
+        return T * n * m
 
     @property
     def rounds(self) -> int:
@@ -110,14 +96,6 @@ class Group:
         """The row of a provider at its default sizes."""
         found = (r for r in self.rows if r.provider == provider and not unusual_sizes(r))
         return next(found, None)
-
-    def ratio(self, provider: str, clock: str | None = None) -> float | None:
-        """A provider's ratio to the frozen layer."""
-        return ratio(self.of(provider), clock)
-
-    def frozen_ms(self, clock: str | None = None) -> float | None:
-        """The frozen layer's median."""
-        return milliseconds(self.of(BASELINE), clock)
 
 
 @dataclass(frozen=True)
@@ -141,36 +119,24 @@ class Stored:
         """The clocks that ratios are reported by, the usual one first."""
         return CLOCKS if self.gpu else ("wall",)
 
-    def groups(
-        self,
-        level: str,
-        *,
-        sweeps: Collection[str] | None = None,
-        direction: str | None = None,
-        where: Callable[[Row], bool] = lambda row: True,
-    ) -> list[Group]:
-        """Cases of a level, by dtype in the order of the file, then by size."""
+    def cases(self, level: str) -> list[tuple[str, str]]:
+        """The directions and sweeps that a level has rows of."""
+        return list(dict.fromkeys((r.direction, r.sweep) for r in self.rows if r.level == level))
+
+    def groups(self, level: str, sweep: str, direction: str = "fwd+bwd") -> list[Group]:
+        """The cases of a level, by dtype in the order of the file, then by size."""
         cases: dict[tuple[object, ...], list[Row]] = {}
         dtypes: dict[str, int] = {}
         for row in self.rows:
-            if row.level != level or (sweeps is not None and row.sweep not in sweeps):
-                continue
-            if (direction is not None and row.direction != direction) or not where(row):
-                continue
-            dtypes.setdefault(row.dtype, len(dtypes))
-            key = (row.sweep, row.model, row.direction, row.dtype, row.shape)
-            cases.setdefault(key, []).append(row)
+            if (row.level, row.sweep, row.direction) == (level, sweep, direction):
+                dtypes.setdefault(row.dtype, len(dtypes))
+                cases.setdefault((row.model, row.dtype, row.shape), []).append(row)
         found = [Group(tuple(sorted(together, key=order))) for together in cases.values()]
         return sorted(found, key=lambda g: (dtypes[g.first.dtype], g.size))
 
     def layers(self) -> list[Group]:
         """The main cases of a layer, forward and backward."""
-        return self.groups("layer", sweeps=("main", "asked"), direction="fwd+bwd")
-
-    def directions(self, level: str) -> list[str]:
-        """The directions that a level has rows of, whole passes first."""
-        present = dict.fromkeys(row.direction for row in self.rows if row.level == level)
-        return sorted(present, key=lambda name: "+" not in name)
+        return [group for sweep in MAIN_SWEEPS for group in self.groups("layer", sweep)]
 
 
 def load(folder: Path) -> Stored:

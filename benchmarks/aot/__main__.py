@@ -18,43 +18,33 @@ import csv
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.aot.records import Job, Record, compile_job, failures, jobs
+from benchmarks.aot.compiling import Job, Record, compile_job, jobs
 
 RESULTS = Path(__file__).parents[1] / "results" / "aot_resources.csv"
 
 
 def compile_all(chosen: Sequence[Job], processes: int | None) -> tuple[list[Record], list[str]]:
     """Records and failures of all jobs, in their order."""
-    records: dict[int, list[Record]] = {}
+    records: dict[Job, list[Record]] = {}
     wrong = []
     # Fresh interpreters: forks of a process that runs threads can hang.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes or os.cpu_count(), context) as pool:
-        futures = {pool.submit(compile_job, job): number for number, job in enumerate(chosen)}
+        futures = {pool.submit(compile_job, job): job for job in chosen}
         for done, future in enumerate(concurrent.futures.as_completed(futures), start=1):
-            number = futures[future]
+            job = futures[future]
             try:
-                records[number] = future.result()
-                problems = [f"{r.name}: {text}" for r in records[number] for text in failures(r)]
+                records[job] = future.result()
+                problems = [text for record in records[job] for text in record.failures()]
             except Exception as error:  # Triton quotes the source first
                 text = str(error).strip().splitlines() or [""]
-                problems = [f"{chosen[number].name}: {type(error).__name__}: {text[-1]}"]
-            outcome = "; ".join(problems) or "ok"
-            print(f"[{done}/{len(chosen)}] {chosen[number].name}: {outcome}", flush=True)
+                problems = [f"{job.name}: {type(error).__name__}: {text[-1]}"]
+            print(f"[{done}/{len(chosen)}] {'; '.join(problems) or f'{job.name}: ok'}", flush=True)
             wrong += problems
-    return [record for number in sorted(records) for record in records[number]], wrong
-
-
-def write(records: Iterable[Record], path: Path) -> None:
-    """Store records as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(Record._fields)
-        lines.writerows(records)
+    return [record for job in chosen for record in records.get(job, [])], wrong
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,15 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only",
         default="",
         metavar="REGEX",
-        help="over 'architecture launcher dtype adapter_dtype case'; stores nothing",
+        help="over 'architecture launcher dtype case'; stores nothing",
     )
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (one per core)")
     options = parser.parse_args(arguments)
     records, wrong = compile_all(jobs(options.only), options.jobs)
     if not options.only:
-        write(records, RESULTS)
-    most = max(records, key=lambda record: record.registers, default=None)
-    print(f"{len(records)} binaries, {len(wrong)} failures; most registers: {most}")
+        with RESULTS.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([Record._fields, *records])
+    print(f"{len(records)} binaries, {len(wrong)} failures")
     for text in wrong:
         print(f"FAILED {text}")
     return 1 if wrong else 0

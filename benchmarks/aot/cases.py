@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.geometry import Geometry
@@ -16,181 +16,115 @@ from dcft_kernels.triton.shrink_expand import shrink_expand
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
-# Divisible by 16, as sizes of models are.
-_TOKENS, _IN_FEATURES, _OUT_FEATURES = 256, 1024, 2048
 
+class Tensors:
+    """What a case is launched with; the values do not matter."""
 
-class Setting(NamedTuple):
-    """The tensors that a case is launched with; their values do not matter."""
-
-    geometry: Geometry
-    dtype: torch.dtype
-    adapter_dtype: torch.dtype
-    dropout: bool
-    tokens: int
-
-    @property
-    def adapter(self) -> Adapter:
-        geometry, dtype = self.geometry, self.adapter_dtype
-        return Adapter(
-            torch.empty(geometry.shape_A, dtype=dtype),
-            torch.empty(geometry.shape_B, dtype=dtype),
-            torch.empty(geometry.shape_C, dtype=dtype),
-            1.5,
-            geometry,
-            0.1 if self.dropout else 0.0,
-            torch.tensor(0) if self.dropout else None,
-        )
-
-    def tensor(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype)
-
-    @property
-    def x(self) -> Tensor:
-        return self.tensor(self.tokens, self.geometry.inputs.size)
-
-    @property
-    def y(self) -> Tensor:
-        return self.tensor(self.tokens, self.geometry.outputs.size)
-
-    @property
-    def u(self) -> Tensor:
-        return self.tensor(self.tokens, self.geometry.rank * self.geometry.inputs.width)
-
-    @property
-    def bias(self) -> Tensor:
-        return self.tensor(self.geometry.outputs.size)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.tensor(self.geometry.outputs.size, self.geometry.inputs.size)
+    def __init__(self, case: Case, dtype: str) -> None:
+        geometry = case.geometry
+        n, m = geometry.inputs.size, geometry.outputs.size
+        new = partial(torch.empty, dtype=DTYPES[dtype])
+        self.x, self.y = new(case.tokens, n), new(case.tokens, m)
+        self.u = new(case.tokens, geometry.rank * geometry.inputs.width)
+        self.weight, self.bias = new(m, n), new(m)
+        shapes = (geometry.shape_A, geometry.shape_B, geometry.shape_C)
+        A, B, C = (torch.empty(shape, dtype=DTYPES[case.adapter_dtype]) for shape in shapes)
+        dropout = (0.1, torch.tensor(0)) if case.dropout else (0.0, None)
+        self.adapter = Adapter(A, B, C, 1.5, geometry, *dropout)
 
 
 class Case(NamedTuple):
-    """One way to call a launcher, for every architecture and dtype."""
+    """One way to call a launcher."""
 
     launcher: str
     name: str
     geometry: Geometry
-    launch: Callable[[Setting], object]
+    launch: Callable[[Tensors], object]
     dropout: bool = False
     tf32: bool = False
     dtypes: tuple[str, ...] = ("bf16", "fp32")
-    adapter_dtypes: tuple[str, ...] = ("fp32",)
-    tokens: int = _TOKENS
+    adapter_dtype: str = "fp32"
+    tokens: int = 256
 
-    def run(self, dtype: str, adapter_dtype: str) -> None:
+    def run(self, dtype: str) -> None:
         """Call the launcher."""
         allowed = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
         try:
-            self.launch(
-                Setting(
-                    self.geometry,
-                    DTYPES[dtype],
-                    DTYPES[adapter_dtype],
-                    self.dropout,
-                    self.tokens,
-                )
-            )
+            self.launch(Tensors(self, dtype))
         finally:
             torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def _geometry(width: int = 8, rank: int = 1, stride: int | None = None) -> Geometry:
     stride = width if stride is None else stride
-    return Geometry.build(_IN_FEATURES, _OUT_FEATURES, rank, (width, width), (stride, stride))
+    return Geometry.build(1024, 2048, rank, (width, width), (stride, stride))
 
 
-# One for each class of columns in the tiles' table, see `dcft_kernels.triton.tiles`.
 _MAIN = _geometry()
-_COLUMNS = {
+_GEOMETRIES = {
+    # One for each class of columns in the tiles' table, see `dcft_kernels.triton.tiles`.
     "columns16": _MAIN,
     "columns32": _geometry(rank=4),
     "columns64": _geometry(rank=8),
     "columns128": _geometry(rank=16),
     "sliced": _geometry(width=12, rank=10),  # more columns than one launch holds
-}
-_OTHERS = {
     "overlap": _geometry(stride=2),
     "width4": _geometry(width=4),
     "width12": _geometry(width=12),
 }
 
 
-def _forward(s: Setting) -> None:
-    shrink_expand(s.x, s.adapter, u=s.u, bias=s.bias, y=s.y)
+def _forward(t: Tensors) -> None:
+    shrink_expand(t.x, t.adapter, u=t.u, bias=t.bias, y=t.y)
 
 
-def _update(s: Setting) -> None:
-    shrink_expand(s.x, s.adapter, u=s.u, base=s.y, y=s.y)
-
-
-def _shrink(s: Setting) -> None:
-    shrink_expand(s.x, s.adapter, u=s.u)
-
-
-def _expand_rows(s: Setting) -> None:
-    shrink_expand(None, s.adapter, u=s.u, bias=s.bias, y=s.y)
-
-
-def _backward(needs: str) -> Callable[[Setting], object]:
+def _backward(t: Tensors, needs: str = "xABC") -> object:
     """Of the gradients `x`, `A`, `B`, `C`, those in `needs`."""
-
-    def launch(s: Setting) -> object:
-        return backward(
-            s.adapter,
-            g=s.y,
-            x=s.x if "A" in needs else None,
-            u=s.u if "B" in needs or "C" in needs else None,
-            gx=s.x if "x" in needs else None,
-            needs_A="A" in needs,
-            needs_B="B" in needs,
-            needs_C="C" in needs,
-        )
-
-    return launch
+    return backward(
+        t.adapter,
+        g=t.y,
+        x=t.x if "A" in needs else None,
+        u=t.u if "B" in needs or "C" in needs else None,
+        gx=t.x if "x" in needs else None,
+        needs_A="A" in needs,
+        needs_B="B" in needs,
+        needs_C="C" in needs,
+    )
 
 
-def _expand(s: Setting) -> None:
-    weight = s.weight
-    expand(s.adapter, out=weight, weight=weight)
+def _expand(t: Tensors) -> None:
+    expand(t.adapter, out=t.weight, weight=t.weight)
 
 
-def _delta(s: Setting) -> None:
-    expand(s.adapter, out=s.weight)
+def _expand_backward(t: Tensors) -> object:
+    return expand_backward(t.weight, t.adapter, True, True, True)
 
 
-def _stochastic(s: Setting) -> None:
-    weight = s.weight
-    expand(s.adapter, out=weight, weight=weight, seed=torch.tensor(0))
-
-
-def _expand_backward(s: Setting) -> object:
-    return expand_backward(s.weight, s.adapter, True, True, True)
+def _stochastic(t: Tensors) -> None:
+    expand(t.adapter, out=t.weight, weight=t.weight, seed=torch.tensor(0))
 
 
 def _cases() -> Iterator[Case]:
-    for launcher, launch in (("shrink_expand", _forward), ("backward", _backward("xABC"))):
-        for name, geometry in (_COLUMNS | _OTHERS).items():
+    for launcher, launch in (("shrink_expand", _forward), ("backward", _backward)):
+        for name, geometry in _GEOMETRIES.items():
             yield Case(launcher, name, geometry, launch)
         yield Case(launcher, "fp16", _MAIN, launch, dtypes=("fp16",))
-        yield Case(
-            launcher, "bf16-adapter", _MAIN, launch, dtypes=("bf16",), adapter_dtypes=("bf16",)
-        )
+        yield Case(launcher, "bf16-adapter", _MAIN, launch, dtypes=("bf16",), adapter_dtype="bf16")
         yield Case(launcher, "dropout", _MAIN, launch, dropout=True)
         yield Case(launcher, "tf32", _MAIN, launch, tf32=True, dtypes=("fp32",))
         yield Case(launcher, "tokens16", _MAIN, launch, tokens=16)
-    yield Case("shrink_expand", "update", _MAIN, _update)
-    yield Case("shrink_expand", "shrink", _MAIN, _shrink)
-    yield Case("shrink_expand", "expand", _MAIN, _expand_rows)
+    forward = partial(Case, "shrink_expand", geometry=_MAIN)
+    yield forward("update", launch=lambda t: shrink_expand(t.x, t.adapter, u=t.u, base=t.y, y=t.y))
+    yield forward("shrink", launch=lambda t: shrink_expand(t.x, t.adapter, u=t.u))
+    yield forward("expand", launch=lambda t: shrink_expand(None, t.adapter, u=t.u, y=t.y))
     for needs in ("x", "xBC", "ABC"):
-        yield Case("backward", f"needs-{needs}", _MAIN, _backward(needs))
-    for name, geometry in (_COLUMNS | _OTHERS).items():
+        yield Case("backward", f"needs-{needs}", _MAIN, partial(_backward, needs=needs))
+    for name, geometry in _GEOMETRIES.items():
         yield Case("expand_backward", name, geometry, _expand_backward)
     for name in ("columns16", "sliced", "overlap"):
-        yield Case("expand", name, (_COLUMNS | _OTHERS)[name], _expand)
-    yield Case("expand", "delta", _MAIN, _delta)
+        yield Case("expand", name, _GEOMETRIES[name], _expand)
+    yield Case("expand", "delta", _MAIN, lambda t: expand(t.adapter, out=t.weight))
     yield Case("expand", "stochastic", _MAIN, _stochastic, dtypes=("bf16", "fp16"))
 
 

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import environment, rows
-from benchmarks.__main__ import TINY_PLAN, measure_case, results_folder
+from benchmarks import rows
+from benchmarks.__main__ import TINY_PLAN, measure_case, measurement_name, results_folder
 from benchmarks.speed.cases import Case, Scope
 from benchmarks.speed.levels import LEVELS
 from benchmarks.speed.measure import Outcome
@@ -48,42 +47,13 @@ class Playback:
 PLAYBACK = Playback()
 
 
-class Suite:
-    """Measures a case when the first of its tests asks for it, and stores its rows."""
-
-    def __init__(
-        self,
-        selected: dict[Case, list[Provider]],
-        file: Path,
-        plan: Plan,
-        device: torch.device,
-        say: Callable[[str], None],
-    ) -> None:
-        self.selected, self.file, self.plan, self.device = selected, file, plan, device
-        self.say = say
-        self._outcomes: dict[Case, dict[str, Outcome]] = {}
-
-    def outcomes(self, case: Case) -> dict[str, Outcome]:
-        """The outcomes of all providers that are measured on a case, by key."""
-        if case not in self._outcomes:
-            wanted = {BASELINE, *(provider.key for provider in self.selected[case])}
-            providers = [p for p in LEVELS[case.level].providers(case) if p.key in wanted]
-            measured = measure_case(case, providers, self.file, self.plan, self.device, self.say)
-            self._outcomes[case] = {outcome.key: outcome for outcome in measured}
-        return self._outcomes[case]
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     scope = Scope(option("--device"), option("--tiny"))
     metafunc.parametrize(
         ("case", "provider"),
         [
-            pytest.param(
-                case,
-                provider,
-                id=f"{case.level}-{case.sweep}-{case.shape}-{case.dtype}-{case.direction}-{provider.key}",
-            )
+            pytest.param(case, provider, id=measurement_name(case, provider))
             for level in LEVELS.values()
             for case in level.cases(scope)
             for provider in level.providers(case)
@@ -92,22 +62,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="module")
-def suite(request: pytest.FixtureRequest) -> Suite:
+def outcomes(request: pytest.FixtureRequest) -> Callable[[Case], dict[str, Outcome]]:
+    """Measures a case when it is first asked for, and stores its rows; outcomes by key."""
     option = request.config.getoption
-    selected: dict[Case, list[Provider]] = {}
+    wanted: dict[Case, set[str]] = {}
     for item in request.session.items:
         parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
         if "case" in parameters and "provider" in parameters:
-            selected.setdefault(parameters["case"], []).append(parameters["provider"])
+            chosen = wanted.setdefault(parameters["case"], {BASELINE})
+            chosen.add(parameters["provider"].key)
     plan = TINY_PLAN if option("--tiny") else Plan()
     if option("--case-budget") is not None:
         plan = replace(plan, budget_s=option("--case-budget"))
-    say = _say(request.config)
-    warning = environment.busy()
-    if warning is not None:
-        say(warning)
     folder = results_folder(option("--results"), option("--device"), tiny=option("--tiny"))
-    return Suite(selected, folder / rows.FILE, plan, torch.device(option("--device")), say)
+    device = torch.device(option("--device"))
+    say = _say(request.config)
+    measured: dict[Case, dict[str, Outcome]] = {}
+
+    def measure(case: Case) -> dict[str, Outcome]:
+        if case not in measured:
+            providers = [p for p in LEVELS[case.level].providers(case) if p.key in wanted[case]]
+            found = measure_case(case, providers, folder / rows.FILE, plan, device, say)
+            measured[case] = {outcome.key: outcome for outcome in found}
+        return measured[case]
+
+    return measure
 
 
 def _say(config: pytest.Config) -> Callable[[str], None]:
@@ -123,8 +102,8 @@ def _say(config: pytest.Config) -> Callable[[str], None]:
 
 
 @pytest.mark.benchmark(timer=PLAYBACK.recorded_wall_time)
-def bench_provider(benchmark: Any, suite: Suite, case: Case, provider: Provider) -> None:
-    outcome = suite.outcomes(case)[provider.key]
+def bench_provider(benchmark: Any, outcomes: Any, case: Case, provider: Provider) -> None:
+    outcome: Outcome = outcomes(case)[provider.key]
     if outcome.skipped:
         pytest.skip(f"{provider.key}: {outcome.row.error}")
     if not outcome.samples:

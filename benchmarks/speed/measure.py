@@ -16,13 +16,7 @@ from benchmarks.environment import Environment
 from benchmarks.rows import Row
 from benchmarks.speed import memory
 from benchmarks.speed.cases import Case
-from benchmarks.speed.provider import (
-    BASELINE,
-    DeviceLostError,
-    Provider,
-    UnavailableError,
-    Workload,
-)
+from benchmarks.speed.provider import BASELINE, Provider, UnavailableError, Workload
 from benchmarks.speed.timing import (
     LAUNCHES_QUEUED,
     Plan,
@@ -64,9 +58,7 @@ class Outcome:
     def close(self) -> None:
         """Free what was built."""
         if self.workload is not None:
-            with contextlib.suppress(Exception):  # a lost device cannot be cleaned up
-                self.workload.step.release()
-                self.workload.close()
+            self.workload.step.release()
         self.workload = None
 
 
@@ -95,12 +87,10 @@ def measure(
         device: where to measure.
         stopwatch: replaces the device's own.
         record: receives every row as soon as it is complete.
-
-    Raises:
-        DeviceLostError: a provider broke the GPU's context. All rows have been recorded.
     """
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    outcomes = [Outcome(p, _blank_row(case, p, environment, started)) for p in providers]
+    shared = vars(case) | vars(environment) | {"time": started}
+    outcomes = [Outcome(p, Row(p.name, d=p.d, k=p.k, stride=p.stride, **shared)) for p in providers]
     recorded: set[str] = set()
 
     def complete(outcome: Outcome) -> None:
@@ -111,12 +101,6 @@ def measure(
     torch.compiler.reset()  # or shapes measured before would count towards its recompile limit
     try:
         _measure(outcomes, problem, plan, stopwatch, device, complete)
-    except DeviceLostError as error:
-        for outcome in outcomes:
-            if not outcome.samples and outcome.row.error is None:
-                outcome.fail(f"not run: {_one_line(error)}", skipped=True)
-            complete(outcome)
-        raise
     finally:
         for outcome in outcomes:
             outcome.close()
@@ -155,7 +139,6 @@ def _measure(
 
     def failed(key: str, error: Exception) -> None:
         ready[key].fail(f"while timing: {_reason(error)}", gate="passed")
-        _raise_if_lost(key, error, device)
 
     if any(o.workload is not None and o.workload.on_host for o in outcomes):
         stopwatch = host_stopwatch
@@ -190,7 +173,6 @@ def _first_step(
         workload.step.release()
     except Exception as error:
         outcome.fail(_reason(error), skipped=_is_unavailable(error))
-        _raise_if_lost(outcome.key, error, device)
         _free(device)
         return
     if reason is not None:
@@ -215,7 +197,6 @@ def _measure_footprint(outcome: Outcome, step: Step, device: torch.device) -> No
         outcome.row = replace(outcome.row, launches=memory.launches(step, device))
     except Exception as error:
         outcome.row = replace(outcome.row, footprint_error=_reason(error))
-        _raise_if_lost(outcome.key, error, device)
         step.release()
 
 
@@ -251,7 +232,6 @@ def _time_graphs(
             reason = workload.check()
         except Exception as error:
             outcome.row = replace(outcome.row, graph_error=_reason(error))
-            _raise_if_lost(outcome.key, error, device)
             continue
         if reason is None:
             replays[outcome.key] = replay
@@ -260,7 +240,6 @@ def _time_graphs(
 
     def failed(key: str, error: Exception) -> None:
         ready[key].row = replace(ready[key].row, graph_error=_reason(error))
-        _raise_if_lost(key, error, device)
 
     limits = replace(plan, budget_s=min(plan.budget_s, plan.graph_budget_s))
     found: dict[str, list[float]] = {key: [] for key in replays}
@@ -283,12 +262,11 @@ def _with_times(row: Row, samples: Sequence[Sample], baseline: Sequence[Sample])
         theirs = [s for sample in baseline if (s := getattr(sample, clock)) is not None]
         if seconds:
             row = replace(row, **_times(clock, seconds, theirs))
-    if row.milliseconds:
-        seconds_p50 = row.milliseconds / 1e3
-        if row.moved_bytes is not None:
-            row = replace(row, gb_per_s=row.moved_bytes / seconds_p50 / 1e9)
-        if row.flops is not None:
-            row = replace(row, tflop_per_s=row.flops / seconds_p50 / 1e12)
+    milliseconds = row.milliseconds()
+    if milliseconds and row.moved_bytes is not None:
+        row = replace(row, gb_per_s=row.moved_bytes / milliseconds / 1e6)
+    if milliseconds and row.flops is not None:
+        row = replace(row, tflop_per_s=row.flops / milliseconds / 1e9)
     return row
 
 
@@ -300,44 +278,12 @@ def _times(clock: str, seconds: Sequence[float], baseline: Sequence[float]) -> d
     return found
 
 
-def _blank_row(case: Case, provider: Provider, environment: Environment, started: str) -> Row:
-    return Row(
-        provider=provider.name,
-        level=case.level,
-        model=case.model,
-        direction=case.direction,
-        dtype=case.dtype,
-        T=case.T,
-        n=case.n,
-        m=case.m,
-        d=provider.d,
-        k=provider.k,
-        stride=provider.stride,
-        device=environment.device,
-        torch=environment.torch,
-        triton=environment.triton,
-        peft=environment.peft,
-        commit=environment.commit,
-        time=started,
-        sweep=case.sweep,
-    )
-
-
-def _raise_if_lost(key: str, error: Exception, device: torch.device) -> None:
-    """Raise DeviceLostError if the GPU's context is broken."""
-    if device.type != "cuda":
-        return
-    try:
-        torch.cuda.synchronize(device)
-    except Exception as broken:
-        raise DeviceLostError(key, broken) from error
-
-
 def _free(device: torch.device) -> None:
     """Return memory, so that one provider's peak does not make the next one fail."""
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # a broken context shows where it is used
+            torch.cuda.empty_cache()
 
 
 def _is_unavailable(error: Exception) -> bool:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +11,8 @@ from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 from benchmarks.speed.timing import Step
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would log every start and stop
 
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
@@ -54,10 +54,13 @@ def peak_bytes(step: Step, device: torch.device) -> int:
 def _peak_bytes_on_cpu(step: Step) -> int:
     """From the profiler's record of allocations, which excludes those of other libraries."""
     step.prepare()
-    with _profile(torch.profiler.ProfilerActivity.CPU, profile_memory=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         step.run()
     step.release()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    results: Any = profiler.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
@@ -71,27 +74,14 @@ def launches(step: Step, device: torch.device) -> int | None:
         return None
     step.prepare()
     torch.cuda.synchronize(device)
-    with _profile(torch.profiler.ProfilerActivity.CUDA) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         step.run()
         torch.cuda.synchronize(device)
     step.release()
+    events: Iterable[Any] = profiler.events()
     found = sum(
         event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-        for event in profiler.events()
+        for event in events
     )
     return found or None  # a driver that records nothing
-
-
-@contextlib.contextmanager
-def _profile(activity: Any, **options: Any) -> Iterator[Any]:
-    """PyTorch's profiler, without the lines that it writes to standard error."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        with torch.profiler.profile(activities=[activity], acc_events=True, **options) as profiler:
-            yield profiler
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)

@@ -14,13 +14,16 @@ from benchmarks.speed.methods.peft_methods import required
 _VOCABULARY = 32  # inputs are embeddings: the vocabulary does not matter
 
 
+Config = Callable[[Any, int], Any]  # from the transformers package and the number of layers
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """A model of transformers by its sizes."""
 
     width: int
     layers: int
-    config: Callable[[Any, int], Any]  # from the transformers package and the number of layers
+    config: Config
     length: int  # the most tokens of a sequence
     graphable: bool = True  # DeBERTa's forward pass copies numbers to the GPU
 
@@ -78,13 +81,13 @@ def _deberta(transformers: Any, layers: int) -> Any:
     )
 
 
-def _roberta(transformers: Any, layers: int) -> Any:
-    return transformers.RobertaConfig(
+def _roberta(width: int, heads: int) -> Config:
+    return lambda transformers, layers: transformers.RobertaConfig(
         vocab_size=_VOCABULARY,
-        hidden_size=1024,
+        hidden_size=width,
         num_hidden_layers=layers,
-        num_attention_heads=16,
-        intermediate_size=4096,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
         max_position_embeddings=514,
         type_vocab_size=1,
         hidden_dropout_prob=0.0,
@@ -92,52 +95,28 @@ def _roberta(transformers: Any, layers: int) -> Any:
     )
 
 
-def _llama(transformers: Any, layers: int) -> Any:
-    return transformers.LlamaConfig(
+def _llama(width: int, heads: int, intermediate: int) -> Config:
+    return lambda transformers, layers: transformers.LlamaConfig(
         vocab_size=_VOCABULARY,
-        hidden_size=4096,
+        hidden_size=width,
         num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        intermediate_size=14336,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4,
+        intermediate_size=intermediate,
         max_position_embeddings=32768,
         rope_theta=500000.0,
         use_cache=False,
     )
 
 
-def _tiny_llama(transformers: Any, layers: int) -> Any:
-    return transformers.LlamaConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        use_cache=False,
-    )
-
-
-def _tiny_bert(transformers: Any, layers: int) -> Any:
-    return transformers.BertConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        intermediate_size=192,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-
-
 MODELS: dict[str, ModelSpec] = {
     "deberta-v3-base": ModelSpec(768, 12, _deberta, 128, graphable=False),
-    "roberta-large": ModelSpec(1024, 24, _roberta, 128),
-    "llama-3-8b": ModelSpec(4096, 32, _llama, 32768),
+    "roberta-large": ModelSpec(1024, 24, _roberta(1024, 16), 128),
+    "llama-3-8b": ModelSpec(4096, 32, _llama(4096, 32, 14336), 32768),
     # For training steps: few enough weights that the gate's float32 copy fits as well.
-    "llama-3-8b-4-layers": ModelSpec(4096, 4, _llama, 32768),
-    "tiny-llama": ModelSpec(64, 2, _tiny_llama, 512),
-    "tiny-bert": ModelSpec(96, 2, _tiny_bert, 512),
+    "llama-3-8b-4-layers": ModelSpec(4096, 4, _llama(4096, 32, 14336), 32768),
+    "tiny-llama": ModelSpec(64, 2, _llama(64, 4, 96), 512),
+    "tiny-roberta": ModelSpec(64, 2, _roberta(64, 4), 512),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -16,14 +16,6 @@ BASELINE = "frozen"
 
 class UnavailableError(Exception):
     """A provider cannot run on this machine; the message says why."""
-
-
-class DeviceLostError(Exception):
-    """A provider broke the GPU's context, and this process can measure nothing more."""
-
-    def __init__(self, key: str, cause: Exception) -> None:
-        super().__init__(f"{key} broke the device: {cause}")
-        self.key = key
 
 
 @dataclass(frozen=True)
@@ -39,7 +31,6 @@ class Workload:
     compiles: bool = False  # at its first call, which must not be timed
     on_host: bool = False  # CPU work, which a GPU's clock cannot time
     graphable: bool = True  # whether `run` can be captured as a CUDA graph
-    close: Callable[[], None] = field(default=lambda: None)
 
 
 @dataclass(frozen=True)

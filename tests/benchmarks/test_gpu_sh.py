@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from benchmarks import rows
 from benchmarks.environment import ROOT
-from benchmarks.speed import smoke
+from benchmarks.speed import methods, smoke
+from benchmarks.speed.methods import AdaptedLayer, Method
 
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
@@ -46,28 +48,33 @@ def test_without_a_gpu_it_says_so() -> None:
     assert "finds no GPU" in finished.stderr
 
 
-def test_smoke_finds_wrong_and_unrepeatable_results(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = smoke.Layer.step
+def test_smoke_finds_wrong_and_unrepeatable_results(tmp_path: Path) -> None:
+    (right,) = methods.by_name("dcft_torch")
     calls = iter(range(100))
 
-    def step(self: smoke.Layer, strategy: str) -> smoke.Results:
-        results = right(self, "torch")
-        if strategy == "wrong":
-            results["gB"] = results["gB"] * 1.01
-        if strategy == "unrepeatable":
-            results["y"] = results["y"] * (1 + 2e-7 * next(calls))
-        if strategy == "broken":
-            raise RuntimeError("an illegal memory access")
-        return results
+    def broken(module: nn.Module, args: object, y: Tensor) -> Tensor:
+        raise RuntimeError("an illegal memory access")
 
-    monkeypatch.setattr(smoke.Layer, "step", step)
-    strategies = ["torch", "wrong", "unrepeatable", "broken"]
-    assert smoke.run(tmp_path, smoke.TINY_SHAPES, strategies, torch.device("cpu")) == 3
+    hooks = {
+        "right": lambda module, args, y: y,
+        "wrong": lambda module, args, y: 1.01 * y,
+        "unrepeatable": lambda module, args, y: y * (1 + 2e-7 * next(calls)),
+        "broken": broken,
+    }
+
+    def method(name: str) -> Method:
+        def build(base: nn.Linear, generator: torch.Generator) -> AdaptedLayer:
+            adapted = right.build(base, generator)
+            adapted.layer.register_forward_hook(hooks[name])
+            return adapted
+
+        return Method(name, build)
+
+    chosen = [method(name) for name in hooks]
+    assert smoke.run(tmp_path, torch.device("cpu"), chosen, tiny=True) == 3
     lines = (tmp_path / smoke.FILE).read_text(encoding="utf-8").splitlines()
-    found = {row["strategy"]: row for row in map(json.loads, lines)}
-    assert found["torch"]["wrong"] == []
-    assert found["wrong"]["wrong"][0].startswith("gB: error ")
-    assert found["unrepeatable"]["wrong"] == ["y: repeats are not bitwise equal"]
+    found = {row["provider"]: row for row in map(json.loads, lines)}
+    assert found["right"]["wrong"] == []
+    assert found["wrong"]["wrong"][0].startswith("y: error ")
+    assert "y: repeats are not bitwise equal" in found["unrepeatable"]["wrong"]
     assert "an illegal memory access" in found["broken"]["traceback"]

@@ -52,7 +52,7 @@ def text_of(found: Iterable[Row]) -> str:
 
 def test_ratios_and_memory_have_tables() -> None:
     text = text_of([*layer_rows(), timed("dcft", 1.3, k=4), timed("dcft", 1.4, d=4, stride=2)])
-    layers, _, memory = text.partition("## Memory")
+    layers, _, memory = text.partition("Saved for backward")
     assert "| provider | 8x16->16 fp32 | 8x32->16 fp32 |" in layers
     assert "| frozen, ms | 20.0 | 20.0 |" in layers
     assert "| rounds | 9 | 9 |" in layers
@@ -71,25 +71,27 @@ def test_only_the_latest_run_of_a_case_counts() -> None:
 
 def test_clocks_have_separate_tables_on_a_gpu() -> None:
     text = text_of([on_gpu("frozen", 1, 1), on_gpu("dcft", 1.1, 1.4), on_gpu("lora_r8", 1.5, 2)])
-    _, _, device = text.partition("Device time:\n")
-    device, _, wall = device.partition("Wall time:\n")
+    _, _, device = text.partition("Ratio to the frozen layer, device time:\n")
+    device, _, wall = device.partition("Ratio to the frozen layer, wall time:\n")
     assert "| DCFT | 1.10 |" in device
     assert "| DCFT | 1.40 |" in wall
 
 
-def test_sweeps_have_a_line_per_size() -> None:
+def test_sweeps_have_separate_tables() -> None:
     found = [timed(p, r, sweep="tokens", T=T) for T in (1, 16) for p, r in RATIOS.items()]
     found += [timed("frozen", 1.0, sweep="rank")]
     found += [timed("dcft", ratio, sweep="rank", k=k) for k, ratio in ((1, 1.1), (2, 1.2))]
-    text = text_of(found)
-    assert "| k | DCFT |\n| --- | ---: |\n| 1 | 1.10 |\n| 2 | 1.20 |" in text
-    assert "### By tokens, 16->16 fp32" in text
+    tokens, _, rank = text_of(found).partition("### Forward + backward, by rank")
+    assert "| provider | 1x16->16 fp32 | 16x16->16 fp32 |" in tokens
+    assert "| DCFT | 1.10 |\n| DCFT, k=2 | 1.20 |" in rank
 
 
-def test_merging_is_compared_with_a_copy() -> None:
+def test_levels_without_a_frozen_layer_have_times_and_rates() -> None:
     shape = {"level": "merge", "direction": "merge", "T": None}
-    text = text_of([on_gpu("copy", 0.9, 1, **shape), on_gpu("dcft", 1.0, 1, **shape)])
-    assert "| DCFT | 1.11 |" in text.partition("Ratio to `copy`:")[2]
+    text = text_of([on_gpu("copy", 0.9, 1, **shape), on_gpu("dcft", 1.0, 1, gb_per_s=9.5, **shape)])
+    milliseconds, _, rates = text.partition("GB/s, counted:")
+    assert "| DCFT | 2.000 |" in milliseconds
+    assert "| DCFT | 9.50 |" in rates
 
 
 def test_failures_are_counted_once_per_reason() -> None:
@@ -99,7 +101,7 @@ def test_failures_are_counted_once_per_reason() -> None:
     text = text_of(found).partition("## Without a time")[2]
     assert "- LoRA r=1 (peft) (layer, 2 cases): cannot run: no peft\n" in text
     assert "- DoRA r=8 (peft) (layer, 1 case): wrong result: y: off by 3\n" in text
-    assert "CUDA graph:\n\n- LoKr r=4 (peft) (layer, 1 case): cannot capture" in text
+    assert "CUDA graph\n\n- LoKr r=4 (peft) (layer, 1 case): cannot capture" in text
 
 
 def test_plots_are_drawn_for_what_there_is(tmp_path: Path) -> None:
@@ -111,14 +113,14 @@ def test_plots_are_drawn_for_what_there_is(tmp_path: Path) -> None:
     assert report.main([str(tmp_path)]) == 0
     text = (tmp_path / report.FILE).read_text(encoding="utf-8")
     assert "![layer](layer.png)" in text
-    assert {f.name for f in tmp_path.glob("*.png")} == {"layer.png", "memory.png"}
+    assert {f.name for f in tmp_path.glob("*.png")} == {"layer.png"}
     swept = [timed(p, r, sweep="tokens", T=T) for T in (1, 16) for p, r in RATIOS.items()]
     assert plots.scaling(stored(swept)) is not None
 
 
 @pytest.mark.parametrize("folder", sorted(f.parent for f in RESULTS.glob(f"*/{rows.FILE}")))
 def test_stored_report_is_that_of_the_stored_rows(folder: Path) -> None:
-    drawn = [name for name in ("layer", "memory", "scaling") if (folder / f"{name}.png").exists()]
+    drawn = [name for name in ("layer", "scaling") if (folder / f"{name}.png").exists()]
     assert report.report(load(folder), drawn) == (folder / report.FILE).read_text(encoding="utf-8")
 
 

@@ -19,13 +19,7 @@ from benchmarks.speed.levels import layer
 from benchmarks.speed.levels.layer import LayerProblem
 from benchmarks.speed.measure import Outcome, measure
 from benchmarks.speed.methods import METHODS, AdaptedLayer, Method
-from benchmarks.speed.provider import (
-    BASELINE,
-    DeviceLostError,
-    Provider,
-    UnavailableError,
-    Workload,
-)
+from benchmarks.speed.provider import BASELINE, Provider, UnavailableError, Workload
 from benchmarks.speed.timing import Plan, Sample, Step
 
 CPU = torch.device("cpu")
@@ -84,14 +78,14 @@ def test_single_directions_pass_the_gate(direction: str) -> None:
         assert (outcome.row.gate, outcome.row.direction) == ("passed", direction)
 
 
-@pytest.mark.parametrize("name", ["dcft", "published"])
-def test_variants_have_the_sizes_in_their_rows(name: str) -> None:
-    chosen = methods.variants(name, ranks=(1, 3), kernel_sizes=(4, 16), strides=(2, 8))
-    assert [method.variant for method in chosen] == ["", "k3", "d4", "d16", "s2", ""]
-    for outcome in outcomes_of(SQUARE, *chosen[1:5]).values():
+@pytest.mark.parametrize("make", [methods.dcft, methods.published_dcft])
+def test_variants_have_the_sizes_in_their_rows(make: Callable[..., Method]) -> None:
+    chosen = [make(), make(rank=3), make(kernel_size=4), make(stride=2)]
+    assert [method.variant for method in chosen] == ["", "k3", "d4", "s2"]
+    for outcome in outcomes_of(SQUARE, *chosen[1:]).values():
         row = outcome.row
         assert row.gate == "passed", row.error
-        assert f"{outcome.key}-".split("-")[1] in (f"k{row.k}", f"d{row.d}", f"s{row.stride}")
+        assert outcome.provider.variant in (f"k{row.k}", f"d{row.d}", f"s{row.stride}")
 
 
 def test_lokr_equals_dcft_on_square_layers() -> None:
@@ -413,22 +407,6 @@ def test_input_that_cannot_be_made_is_a_row_of_every_provider() -> None:
 
     outcomes = measure(SQUARE, [idle(), idle("b")], problem, SOMEWHERE, PLAN, device=CPU)
     assert [o.row.error for o in outcomes] == ["OutOfMemoryError: out of memory"] * 2
-
-
-def test_lost_device_leaves_rows_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(key: str, error: Exception, device: torch.device) -> None:
-        raise DeviceLostError(key, RuntimeError("an illegal memory access"))
-
-    monkeypatch.setattr("benchmarks.speed.measure._raise_if_lost", lost)
-    written: list[Row] = []
-    with pytest.raises(DeviceLostError, match="broken broke the device: an illegal memory access"):
-        measure_idle(
-            idle(BASELINE), Provider("broken", lambda problem: 1 / 0), record=written.append
-        )
-    assert {row.provider: row.error for row in written} == {
-        "broken": "ZeroDivisionError: division by zero",
-        BASELINE: "not run: broken broke the device: an illegal memory access",
-    }
 
 
 def test_slow_first_round_leaves_out_the_last_providers() -> None:

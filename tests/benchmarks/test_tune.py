@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ pytest.importorskip("triton")
 
 from benchmarks import tune
 from benchmarks.speed.cases import Case
-from benchmarks.speed.levels import kernel as kernel_level
 from benchmarks.speed.levels.kernel import KernelCall, KernelProblem
 from dcft_kernels.triton import tiles
 from dcft_kernels.triton.tiles import Tile
@@ -25,7 +23,7 @@ def test_one_tile_changes_one_line(tmp_path: Path) -> None:
     table = tmp_path / "tiles.json"
     shipped = tiles.TABLE.read_text(encoding="utf-8")
     table.write_text(shipped, encoding="utf-8")
-    job = tune.Job("backward", torch.bfloat16, 64, (64,))
+    job = tune.Job("backward", "bf16", 64, (64,))
     tune.store_tile(table, job, "sm_90", TILE)
     changed = [
         line
@@ -40,9 +38,9 @@ def test_one_tile_changes_one_line(tmp_path: Path) -> None:
 
 def test_valuable_entries_come_first() -> None:
     table = tune.read_table(tiles.TABLE)
-    found = tune.jobs(table, "sm_90", list(tune.KERNELS), list(tune.DTYPES.values()))
+    found = tune.jobs(table, "sm_90")
     assert len(found) == len(set(found))
-    assert [str(job) for job in found[:2]] == ["backward bfloat16 16", "shrink_expand bfloat16 16"]
+    assert [str(job) for job in found[:2]] == ["backward bf16 16", "shrink_expand bf16 16"]
     expand = next(job for job in found if job.kernel == "expand")
     assert expand.classes == (16, 32, 64, 128, 256)
 
@@ -74,54 +72,43 @@ def test_tile_wins_by_more_than_noise() -> None:
 
 def test_check_sees_what_a_later_tile_leaves_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     """A first tile's right results must not pass for those of a second one that writes nothing."""
-    y = torch.empty(4, 4)
+    problem = KernelProblem(Case("kernel", 4, 16, 16, "fp32"), torch.device("cpu"))
+    out = torch.empty_like(problem.x)
     writes = iter([True, False])
 
     def launch() -> dict[str, torch.Tensor]:
-        if next(writes):
-            y.fill_(2.0)
-        return {"y": y}
+        return {"x": out.copy_(problem.x) if next(writes) else out}
 
-    def expected(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        return {"y": torch.full((4, 4), 2.0, dtype=dtype)}
-
-    call = KernelCall(launch, expected, (y,), "y")
-    monkeypatch.setitem(kernel_level.KERNELS, "expand", lambda problem: call)
-    problem = KernelProblem(Case("kernel", 4, 16, 16, "fp32"), torch.device("cpu"))
-    checked = tune.Checked("expand", problem)
-    assert checked.why_wrong(TILE) is None
-    assert "y: not finite" in str(checked.why_wrong(TILE))
-    assert "StopIteration" in str(checked.why_wrong(TILE))
+    monkeypatch.setitem(tune.KERNELS, "expand", lambda problem: KernelCall(launch, (out,), "x"))
+    assert tune.workload(problem, "expand", TILE).check() is None
+    with pytest.raises(ValueError, match="x: not finite"):
+        tune.workload(problem, "expand", TILE)
 
 
 def test_climb_takes_the_fastest_right_tile(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Of three neighbours the fastest is wrong, and a slower one than the best is not taken."""
     table = tmp_path / "tiles.json"
     table.write_bytes(tiles.TABLE.read_bytes())
+    job = tune.Job("backward", "fp32", 64, (16, 32, 64))
     start = Tile(*tune.read_table(table)["interpreter"]["backward"]["4"]["64"])
-    wrong, fast, slow = (start._replace(features=f) for f in (64, 128, 256))
-    seconds = {start: 1.0, wrong: 0.1, fast: 0.5, slow: 2.0}
-    monkeypatch.setattr(tune, "neighbours", lambda kernel, tile: [wrong, fast, slow])
-    monkeypatch.setattr(tune.Checked, "__init__", lambda self, kernel, problem: None)
-    monkeypatch.setattr(tune.Checked, "why_wrong", lambda self, t: "off" if t == wrong else None)
-    monkeypatch.setattr(
-        tune, "interleaved", lambda checked, chosen, run: {t: [seconds[t]] * 5 for t in chosen}
-    )
-    run = tune.Run(
-        torch.device("cpu"), "interpreter", ((4, 16, 16),), tune.Plan(), 3, None, 1e18, table,
-        tmp_path / tune.FILE,
-    )  # fmt: skip
-    job = tune.Job("backward", torch.float32, 64, (64,))
-    assert tune.climb(job, run) == (start, fast, 0.5)
-    lines = (tmp_path / tune.FILE).read_text(encoding="utf-8").splitlines()
-    errors = {tuple(r["tile"]): r.get("error") for r in map(json.loads, lines)}
-    assert errors[tuple(tune.row_of(wrong))] == "off"
+    wrong, too_wide, fast, slow = (start._replace(features=f) for f in (16, 64, 128, 256))
+    seconds = {start: 1.0, wrong: 0.1, too_wide: 0.2, fast: 0.5, slow: 2.0}
+    monkeypatch.setattr(tune, "neighbours", lambda *_: [wrong, too_wide, fast, slow])
+
+    def times(self, job: tune.Job, shape: object, columns: int, chosen: list[Tile]) -> tune.Times:
+        fails = {wrong} | ({too_wide} if columns == 64 else set())
+        return {tile: [seconds[tile]] * 5 for tile in chosen if tile not in fails}
+
+    monkeypatch.setattr(tune.Tuner, "times", times)
+    tuner = tune.Tuner(torch.device("cpu"), tune.Settings(), table, tmp_path / tune.FILE)
+    assert tuner.climb(job) == (start, fast, 0.5)
+    seconds[start] = 0.4
+    assert tuner.climb(job) == (start, start, 1.0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        tune.main([])
+        tune.main(["--out", "unused"])
     assert "no GPU: PyTorch finds none; --dry-run" in capsys.readouterr().err

@@ -1,18 +1,15 @@
 """The files level: saving the adapter of a whole model to a file and loading it.
 
 Only names and shapes of the adapters matter, so the model is a stack of its linear layers without
-weights. The file lies in a temporary folder, in the operating system's cache: what is timed is the
-library, not a disk.
+weights. The file stays in the operating system's cache: what is timed is the library, not a disk.
 """
 
 from __future__ import annotations
 
 import functools
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +23,7 @@ from dcft_kernels import load_adapter, save_adapter, swap_linear
 
 def cases(scope: Scope) -> list[Case]:
     """One whole model."""
-    name = "tiny-bert" if scope.tiny else "deberta-v3-base"
+    name = "tiny-roberta" if scope.tiny else "deberta-v3-base"
     return [Case("files", None, None, None, "fp32", each, name) for each in ("save", "load")]
 
 
@@ -34,7 +31,7 @@ class FilesProblem:
     """A stack of layers with the shapes of a model's."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device = case, device
+        self.saving, self.device = case.direction == "save", device
         self.shapes = linear_shapes(case.model or "")
 
     def model(self) -> nn.Module:
@@ -49,115 +46,108 @@ class FilesProblem:
         return nn.ModuleDict(layers)
 
 
-class _Format(NamedTuple):
-    """How a library adapts a model and stores the adapter."""
+class _DCFT:
+    """How DCFT adapts a model and stores the adapter."""
 
-    adapt: Callable[[nn.Module], nn.Module]
-    save: Callable[[nn.Module, Path], None]
-    load: Callable[[nn.Module, Path], nn.Module]
-    prefix: str  # of the names of the adapter's tensors
+    prefix = "dcft_"  # of the adapter's tensors
 
-    def tensors(self, model: nn.Module) -> Mapping[str, Tensor]:
-        return {name: p for name, p in model.named_parameters() if self.prefix in name}
+    def adapt(self, model: nn.Module) -> nn.Module:
+        swap_linear(model)
+        return model
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        save_adapter(model, folder)
+
+    def load(self, model: nn.Module, folder: Path) -> nn.Module:
+        load_adapter(model, folder)
+        return model
+
+
+class _LoRA:
+    """The same for peft's LoRA."""
+
+    prefix = "lora_"
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def adapt(self, model: nn.Module) -> nn.Module:
+        peft = required("peft")
+        targets = [name for name, _ in model.named_children()]
+        adapted: nn.Module = peft.get_peft_model(
+            model, peft.LoraConfig(r=self.rank, target_modules=targets)
+        )
+        return adapted
+
+    def save(self, model: Any, folder: Path) -> None:
+        model.save_pretrained(folder)
+
+    def load(self, model: nn.Module, folder: Path) -> nn.Module:
+        loaded: nn.Module = required("peft").PeftModel.from_pretrained(model, folder)
+        return loaded
 
 
 class _FileStep:
     """Saves from one model, or loads into a new one; the folder is new every time."""
 
-    def __init__(self, problem: FilesProblem, library: _Format, source: nn.Module) -> None:
-        self.saving = problem.case.direction == "save"
-        self.problem, self.library, self.source = problem, library, source
-        self._root = Path(tempfile.mkdtemp(prefix="dcft_benchmark_"))
-        self.folder = self._root / "adapter"
-        self._target: nn.Module | None = None
-        self._loaded: nn.Module | None = None
+    def __init__(self, problem: FilesProblem, library: _DCFT | _LoRA) -> None:
+        self.problem, self.library = problem, library
+        self.source = library.adapt(problem.model())
+        self.target: nn.Module | None = None  # of a load
 
     def prepare(self) -> None:
-        self.release()
-        if not self.saving:
+        self._root = tempfile.TemporaryDirectory(prefix="dcft_benchmark_")
+        self.folder = Path(self._root.name) / "adapter"
+        if not self.problem.saving:
             self.library.save(self.source, self.folder)
-            self._target = self.problem.model()
+            self.target = self.problem.model()
 
     def run(self) -> None:
-        if self.saving:
+        if self.target is None:
             self.library.save(self.source, self.folder)
-        else:
-            assert self._target is not None
-            self._loaded = self.library.load(self._target, self.folder)
-            if self.problem.device.type == "cuda":
-                torch.cuda.synchronize()  # copies to the GPU are part of loading
+            return
+        self.target = self.library.load(self.target, self.folder)
+        if self.problem.device.type == "cuda":
+            torch.cuda.synchronize()  # copies to the GPU are part of loading
 
     def release(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._target = self._loaded = None
+        self._root.cleanup()
+        self.target = None
 
-    def restored(self) -> nn.Module:
-        """A model with what the file holds."""
-        return self._loaded or self.library.load(self.problem.model(), self.folder)
-
-    def close(self) -> None:
-        shutil.rmtree(self._root, ignore_errors=True)
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """The adapter's."""
+        return {n: p for n, p in model.named_parameters() if self.library.prefix in n}
 
 
-def _workload(problem: FilesProblem, make: Callable[[FilesProblem], _Format]) -> Workload:
-    library = make(problem)
-    source = library.adapt(problem.model())
+def _workload(problem: FilesProblem, library: _DCFT | _LoRA) -> Workload:
+    step = _FileStep(problem, library)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for value in library.tensors(source).values():
+        for value in step.tensors(step.source).values():
             value.copy_(torch.randn(value.shape, generator=generator))
-    step = _FileStep(problem, library, source)
 
     def check() -> str | None:
-        expected, found = library.tensors(source), library.tensors(step.restored())
+        restored = step.target
+        if restored is None:
+            restored = library.load(problem.model(), step.folder)
+        expected, found = step.tensors(step.source), step.tensors(restored)
         if set(expected) != set(found):
             return f"expected {len(expected)} tensors of these names, got {len(found)}"
         wrong = [name for name in expected if not torch.equal(expected[name], found[name])]
         return f"{wrong[0]} differs from what was saved" if wrong else None
 
-    library.save(source, step.folder)
+    step.prepare()
+    library.save(step.source, step.folder)
     size = sum(file.stat().st_size for file in step.folder.rglob("*") if file.is_file())
     step.release()
-    return Workload(step, check, moved_bytes=size, on_host=True, close=step.close)
-
-
-def _dcft(problem: FilesProblem) -> _Format:
-    def adapt(model: nn.Module) -> nn.Module:
-        swap_linear(model)
-        return model
-
-    def load(model: nn.Module, folder: Path) -> nn.Module:
-        load_adapter(model, folder)
-        return model
-
-    return _Format(adapt, save_adapter, load, "dcft_")
-
-
-def _lora(problem: FilesProblem, *, rank: int) -> _Format:
-    peft = required("peft")
-    targets = [f"layer_{index}" for index in range(len(problem.shapes))]
-
-    def adapt(model: nn.Module) -> nn.Module:
-        config = peft.LoraConfig(r=rank, target_modules=targets)
-        adapted: nn.Module = peft.get_peft_model(model, config)
-        return adapted
-
-    def save(model: nn.Module, folder: Path) -> None:
-        saving: Any = model
-        saving.save_pretrained(folder)
-
-    def load(model: nn.Module, folder: Path) -> nn.Module:
-        loaded: nn.Module = peft.PeftModel.from_pretrained(model, folder)
-        return loaded
-
-    return _Format(adapt, save, load, "lora_")
+    return Workload(step, check, moved_bytes=size, on_host=True)
 
 
 def providers(case: Case) -> list[Provider]:
     """DCFT and LoRA."""
-    found = [Provider("dcft", functools.partial(_workload, make=_dcft), 8, 1, 8)]
-    for rank in (8, 1):
-        make = functools.partial(_lora, rank=rank)
-        build = functools.partial(_workload, make=make)
-        found.append(Provider(f"lora_r{rank}", build, k=rank))
-    return found
+    build = functools.partial
+    return [
+        Provider("dcft", build(_workload, library=_DCFT()), 8, 1, 8),
+        Provider("lora_r8", build(_workload, library=_LoRA(8)), k=8),
+        Provider("lora_r1", build(_workload, library=_LoRA(1)), k=1),
+    ]

@@ -21,8 +21,7 @@ from dcft_kernels import triton
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.geometry import Geometry
 
-Results = dict[str, Tensor]
-Outputs = Mapping[str, Tensor | None]
+Results = Mapping[str, Tensor | None]
 
 # Rank and kernel size that fill each class of columns of the tiles' table.
 ADAPTERS = {16: (1, 8), 32: (4, 8), 64: (8, 8), 128: (16, 8), 256: (10, 12)}
@@ -38,28 +37,25 @@ def cases(scope: Scope) -> list[Case]:
 
 
 class KernelProblem:
-    """The tensors of a shape and an adapter."""
+    """The tensors of a shape and an adapter, and what kernels have to compute from them."""
 
     def __init__(self, case: Case, device: torch.device, columns: int = 16) -> None:
         self.device, self.dtype = device, DTYPES[case.dtype]
         self.T, self.n, self.m = case.sizes
         self._generator = torch.Generator(device).manual_seed(0)
-        rank, width = ADAPTERS[columns]
-        self.rank, self.width = rank, width
-        geometry = Geometry.build(self.n, self.m, rank, (width, width), (width, width))
-        gain_A, gain_C = geometry.inputs.windows**-0.5, width**-0.5
-        A = self.draw(*geometry.shape_A, dtype=torch.float32) * gain_A
-        B = self.draw(*geometry.shape_B, dtype=torch.float32)
-        C = self.draw(*geometry.shape_C, dtype=torch.float32) * gain_C
+        self.rank, self.width = ADAPTERS[columns]
+        sizes = (self.width, self.width)
+        geometry = Geometry.build(self.n, self.m, self.rank, sizes, sizes)
+        A = self._draw(*geometry.shape_A, dtype=torch.float32) * geometry.inputs.windows**-0.5
+        B = self._draw(*geometry.shape_B, dtype=torch.float32)
+        C = self._draw(*geometry.shape_C, dtype=torch.float32) * self.width**-0.5
         self.adapter = Adapter(A, B, C, 1.0, geometry)
-        self.x, self.g = self.draw(self.T, self.n), self.draw(self.T, self.m)
-        self.weight = self.draw(self.m, self.n) * self.n**-0.5
-        self.bias = self.draw(self.m)
-        with torch.no_grad():
-            self.u = self.shrunk(torch.float64).to(self.dtype).flatten(1)
+        self.x, self.g = self._draw(self.T, self.n), self._draw(self.T, self.m)
+        self.weight = self._draw(self.m, self.n) * self.n**-0.5
+        self.bias = self._draw(self.m)
+        self.u = self.expected(torch.float64)["U"].to(self.dtype)
 
-    def draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Standard normal values."""
+    def _draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(
             shape, generator=self._generator, dtype=dtype or self.dtype, device=self.device
         )
@@ -68,71 +64,39 @@ class KernelProblem:
         """Memory for results."""
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def factors(self, dtype: torch.dtype) -> list[Tensor]:
-        """`A`, `B`, `C` in a dtype, as leaves that require gradients."""
-        factors = (self.adapter.A, self.adapter.B, self.adapter.C)
-        return [f.detach().to(dtype).requires_grad_() for f in factors]
-
-    def shrunk(
-        self, dtype: torch.dtype, x: Tensor | None = None, A: Tensor | None = None
-    ) -> Tensor:
-        """`U [T, k, d]`."""
-        x = _padded(self.x if x is None else x, self.width).to(dtype)
-        A = self.adapter.A.to(dtype) if A is None else A
-        return torch.einsum("tip,ki->tkp", x.unflatten(1, (-1, self.width)), A)
-
-    def expanded(self, U: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        """The adapter's part of `y`, from `U`."""
-        y = torch.einsum("tkq,jk->tjq", U @ C.t(), B).flatten(1)
-        return y[:, : self.m]
-
-
-def _padded(x: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % width))
+    @functools.cache  # noqa: B019 - a problem lives as long as its case
+    def expected(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The results of all kernels from plain PyTorch in a dtype, by name."""
+        leaves = [self.x, self.adapter.A, self.adapter.B, self.adapter.C]
+        x, A, B, C = (leaf.detach().to(dtype).requires_grad_() for leaf in leaves)
+        g, W = self.g.to(dtype), self.weight.to(dtype)
+        padded = torch.nn.functional.pad(x, (0, -self.n % self.width))
+        U = torch.einsum("tip,ki->tkp", padded.unflatten(1, (-1, self.width)), A)
+        y = torch.einsum("tkq,jk->tjq", U @ C.t(), B).flatten(1)[:, : self.m]
+        delta = torch.kron(B @ A, C)[: self.m, : self.n]
+        gradients = torch.autograd.grad(y, (x, A, B, C), g)
+        of_delta = torch.autograd.grad(delta, (A, B, C), W)
+        found = {
+            "x": x,
+            "U": U.flatten(1),
+            "y": y + self.bias.to(dtype),
+            "W + DW": W + delta,
+            "x W^T": x @ W.t(),
+            "g W": g @ W,
+            **dict(zip(("gx", "gA", "gB", "gC"), gradients, strict=True)),
+            **dict(zip(("gA of DW", "gB of DW", "gC of DW"), of_delta, strict=True)),
+        }
+        return {name: value.detach() for name, value in found.items()}
 
 
 class KernelCall(NamedTuple):
     """A kernel on a problem."""
 
-    launch: Callable[[], Outputs]  # returns what it has written
-    expected: Callable[[torch.dtype], Results]  # the same from plain PyTorch in a dtype
-    written: tuple[Tensor, ...]  # what a launch writes to, apart from what it allocates
+    launch: Callable[[], Results]  # returns what it has written, by the names of `expected`
+    written: tuple[Tensor, ...]  # what it writes to, apart from what it allocates
     moved: str  # the tensors that have to move: x, y, W, U
     products: int = 0  # multiply-adds
     fill: float = math.nan  # what `written` holds before, so that an unwritten element shows
-
-
-def _shrink(p: KernelProblem) -> KernelCall:
-    from dcft_kernels.triton.shrink_expand import shrink_expand
-
-    u = p.empty(p.T, p.rank * p.width)
-
-    def launch() -> Outputs:
-        shrink_expand(p.x, p.adapter, u=u)
-        return {"U": u}
-
-    def expected(dtype: torch.dtype) -> Results:
-        return {"U": p.shrunk(dtype).flatten(1)}
-
-    return KernelCall(launch, expected, (u,), "x U", p.T * p.rank * p.n)
-
-
-def _expand_rows(p: KernelProblem) -> KernelCall:
-    """The adapter's part of `y`, from `U`."""
-    from dcft_kernels.triton.shrink_expand import shrink_expand
-
-    y = p.empty(p.T, p.m)
-
-    def launch() -> Outputs:
-        shrink_expand(None, p.adapter, u=p.u, bias=p.bias, y=y)
-        return {"y": y}
-
-    def expected(dtype: torch.dtype) -> Results:
-        U = p.u.to(dtype).unflatten(1, (p.rank, p.width))
-        _, B, C = (f.detach() for f in p.factors(dtype))
-        return {"y": p.expanded(U, B, C) + p.bias.to(dtype)}
-
-    return KernelCall(launch, expected, (y,), "U y", p.T * p.rank * p.m)
 
 
 def _shrink_expand(p: KernelProblem) -> KernelCall:
@@ -140,16 +104,11 @@ def _shrink_expand(p: KernelProblem) -> KernelCall:
 
     y, u = p.empty(p.T, p.m), p.empty(p.T, p.rank * p.width)
 
-    def launch() -> Outputs:
+    def launch() -> Results:
         shrink_expand(p.x, p.adapter, u=u, bias=p.bias, y=y)
         return {"y": y, "U": u}
 
-    def expected(dtype: torch.dtype) -> Results:
-        _, B, C = (f.detach() for f in p.factors(dtype))
-        U = p.shrunk(dtype)
-        return {"y": p.expanded(U, B, C) + p.bias.to(dtype), "U": U.flatten(1)}
-
-    return KernelCall(launch, expected, (y, u), "x U y", p.T * p.rank * (p.n + p.m))
+    return KernelCall(launch, (y, u), "x U y", p.T * p.rank * (p.n + p.m))
 
 
 def _backward(p: KernelProblem) -> KernelCall:
@@ -157,20 +116,13 @@ def _backward(p: KernelProblem) -> KernelCall:
 
     gx = p.empty(p.T, p.n)
 
-    def launch() -> Outputs:
+    def launch() -> Results:
         gA, gB, gC = backward(
             p.adapter, g=p.g, x=p.x, u=p.u, gx=gx, needs_A=True, needs_B=True, needs_C=True
         )
         return {"gx": gx, "gA": gA, "gB": gB, "gC": gC}
 
-    def expected(dtype: torch.dtype) -> Results:
-        x = p.x.detach().to(dtype).requires_grad_()
-        A, B, C = p.factors(dtype)
-        y = p.expanded(p.shrunk(dtype, x, A), B, C)
-        grads = torch.autograd.grad(y, (x, A, B, C), p.g.to(dtype))
-        return dict(zip(("gx", "gA", "gB", "gC"), grads, strict=True))
-
-    return KernelCall(launch, expected, (gx,), "x y x U", 2 * p.T * p.rank * (p.n + p.m))
+    return KernelCall(launch, (gx,), "x y x U", 2 * p.T * p.rank * (p.n + p.m))
 
 
 def _expand(p: KernelProblem) -> KernelCall:
@@ -178,69 +130,49 @@ def _expand(p: KernelProblem) -> KernelCall:
 
     out = p.empty(p.m, p.n)
 
-    def launch() -> Outputs:
+    def launch() -> Results:
         expand(p.adapter, out=out, weight=p.weight)
-        return {"W": out}
+        return {"W + DW": out}
 
-    def expected(dtype: torch.dtype) -> Results:
-        A, B, C = (f.detach() for f in p.factors(dtype))
-        return {"W": p.weight.to(dtype) + torch.kron(B @ A, C)[: p.m, : p.n]}
-
-    return KernelCall(launch, expected, (out,), "W W", p.n * p.m)
+    return KernelCall(launch, (out,), "W W", p.n * p.m)
 
 
 def _expand_backward(p: KernelProblem) -> KernelCall:
     from dcft_kernels.triton.expand import expand_backward
 
-    def launch() -> Outputs:
+    def launch() -> Results:
         gA, gB, gC = expand_backward(p.weight, p.adapter, True, True, True)
-        return {"gA": gA, "gB": gB, "gC": gC}
+        return {"gA of DW": gA, "gB of DW": gB, "gC of DW": gC}
 
-    def expected(dtype: torch.dtype) -> Results:
-        A, B, C = p.factors(dtype)
-        delta = torch.kron(B @ A, C)[: p.m, : p.n]
-        grads = torch.autograd.grad(delta, (A, B, C), p.weight.to(dtype))
-        return dict(zip(("gA", "gB", "gC"), grads, strict=True))
-
-    return KernelCall(launch, expected, (), "W", 3 * p.n * p.m)
+    return KernelCall(launch, (), "W", 3 * p.n * p.m)
 
 
 def _copy(p: KernelProblem) -> KernelCall:
     out = torch.empty_like(p.x)
-    return KernelCall(
-        lambda: {"x": out.copy_(p.x)}, lambda dtype: {"x": p.x.to(dtype)}, (out,), "x x"
-    )
+    return KernelCall(lambda: {"x": out.copy_(p.x)}, (out,), "x x")
 
 
 def _base_products(p: KernelProblem) -> KernelCall:
-    """`x W^T` and `g W`: the base layer, forward and backward."""
+    """The base layer, forward and backward."""
     y, gx = p.empty(p.T, p.m), p.empty(p.T, p.n)
 
-    def launch() -> Outputs:
+    def launch() -> Results:
         return {
-            "y": torch.mm(p.x, p.weight.t(), out=y),
-            "gx": torch.mm(p.g, p.weight, out=gx),
+            "x W^T": torch.mm(p.x, p.weight.t(), out=y),
+            "g W": torch.mm(p.g, p.weight, out=gx),
         }
 
-    def expected(dtype: torch.dtype) -> Results:
-        W = p.weight.to(dtype)
-        return {"y": p.x.to(dtype) @ W.t(), "gx": p.g.to(dtype) @ W}
-
-    return KernelCall(launch, expected, (y, gx), "x W y y W x", 2 * p.T * p.n * p.m)
+    return KernelCall(launch, (y, gx), "x W y y W x", 2 * p.T * p.n * p.m)
 
 
 def _added_products(p: KernelProblem) -> KernelCall:
-    """`y += x W^T` and `gx += g W`: the base added to the adapter's part."""
+    """The base layer added to the adapter's part."""
     y, gx = p.empty(p.T, p.m), p.empty(p.T, p.n)
 
-    def launch() -> Outputs:
-        return {"y": y.addmm_(p.x, p.weight.t()), "gx": gx.addmm_(p.g, p.weight)}
+    def launch() -> Results:
+        return {"x W^T": y.addmm_(p.x, p.weight.t()), "g W": gx.addmm_(p.g, p.weight)}
 
-    def expected(dtype: torch.dtype) -> Results:
-        W = p.weight.to(dtype)
-        return {"y": 1 + p.x.to(dtype) @ W.t(), "gx": 1 + p.g.to(dtype) @ W}
-
-    return KernelCall(launch, expected, (y, gx), "x W y y y W x x", 2 * p.T * p.n * p.m, fill=1.0)
+    return KernelCall(launch, (y, gx), "x W y y y W x x", 2 * p.T * p.n * p.m, fill=0.0)
 
 
 # By their names in the tiles' table, the most valuable first.
@@ -250,22 +182,15 @@ KERNELS: dict[str, Callable[[KernelProblem], KernelCall]] = {
     "expand": _expand,
     "expand_backward": _expand_backward,
 }
-_CALLS = {
-    BASELINE: _base_products,
-    "base_added": _added_products,
-    "copy": _copy,
-    "shrink": _shrink,
-    "expand_rows": _expand_rows,
-    **KERNELS,
-}
+_OF_TORCH = {BASELINE: _base_products, "base_added": _added_products, "copy": _copy}
 
 
 class LaunchStep:
     """A launch, over memory that is filled so that an unwritten element shows."""
 
-    def __init__(self, call: KernelCall) -> None:
-        self.call = call
-        self.results: Outputs = {}
+    def __init__(self, problem: KernelProblem, call: KernelCall) -> None:
+        self.problem, self.call = problem, call
+        self.results: Results = {}
 
     def prepare(self) -> None:
         for tensor in self.call.written:
@@ -277,34 +202,33 @@ class LaunchStep:
     def release(self) -> None:
         self.results = {}
 
+    def check(self) -> str | None:
+        """Why the results of the last run are wrong, or None."""
+        p = self.problem
+        peer, truth = (
+            {name: p.expected(dtype)[name] for name in self.results}
+            for dtype in (p.dtype, torch.float64)
+        )
+        return gate.check_against_peer(self.results, peer, truth, p.dtype, few=True)
+
 
 def _workload(problem: KernelProblem, name: str) -> Workload:
     p = problem
-    if name in KERNELS or name in ("shrink", "expand_rows"):
-        reason = triton.why_unavailable(p.device)
-        if reason is not None:
-            raise UnavailableError(reason)
-    call = _CALLS[name](p)
-    step = LaunchStep(call)
-
-    def check() -> str | None:
-        peer, truth = call.expected(p.dtype), call.expected(torch.float64)
-        return gate.check_against_peer(step.results, peer, truth, p.dtype, few=True)
-
+    reason = triton.why_unavailable(p.device)
+    if name in KERNELS and reason is not None:
+        raise UnavailableError(reason)
+    call = (KERNELS | _OF_TORCH)[name](p)
+    step = LaunchStep(p, call)
     sizes = {"x": p.T * p.n, "y": p.T * p.m, "W": p.n * p.m, "U": p.T * p.rank * p.width}
     moved = sum(sizes[tensor] for tensor in call.moved.split()) * p.dtype.itemsize
-    return Workload(step, check, moved_bytes=moved, flops=2 * call.products)
+    return Workload(step, step.check, moved_bytes=moved, flops=2 * call.products)
 
 
 def providers(case: Case) -> Sequence[Provider]:
     """The base layer's products, a copy, and every kernel."""
-    of_torch = (BASELINE, "base_added", "copy")
     rank, width = ADAPTERS[16]
+    build = functools.partial
     return [
-        Provider(
-            name,
-            functools.partial(_workload, name=name),
-            *((None, None, None) if name in of_torch else (width, rank, width)),
-        )
-        for name in _CALLS
+        *(Provider(name, build(_workload, name=name)) for name in _OF_TORCH),
+        *(Provider(name, build(_workload, name=name), width, rank, width) for name in KERNELS),
     ]

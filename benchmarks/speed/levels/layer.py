@@ -31,11 +31,13 @@ _GPU_SHAPES: tuple[Shape, ...] = (
 )
 _TINY_SHAPES: tuple[Shape, ...] = ((32, 64, 64), (32, 64, 128))
 
-# Sizes of DCFT; the paper has kernel sizes 2 to 12 (Table 4) and strides 1, 2, 4, 8 (Table 5).
-_KERNEL_SIZES = (2, 4, 6, 8, 12, 16, 32)
-_PUBLISHED_KERNEL_SIZES = (2, 4, 6, 8, 12)
-_RANKS = (1, 2, 4, 8, 16)
-_STRIDES = (1, 2, 3, 4, 5, 6, 7, 8)
+# Sizes of DCFT, of ours and of the published algorithm. The paper has kernel sizes 2 to 12 (Table
+# 4) and strides 1, 2, 4, 8 (Table 5).
+_SWEEPS: dict[str, tuple[Sequence[int], Sequence[int]]] = {
+    "kernel_size": ((2, 4, 6, 8, 12, 16, 32), (2, 4, 6, 8, 12)),
+    "rank": ((1, 2, 4, 8, 16), ()),
+    "stride": ((1, 2, 3, 4, 5, 6, 7, 8), (1, 2, 4, 8)),
+}
 _FEW_METHODS = (BASELINE, "dcft", "lora_r8", "published", "lora_r1", "lora_by_hand")
 
 
@@ -55,7 +57,7 @@ def cases(scope: Scope) -> list[Case]:
     found = [_case(shape, first) for shape in shapes]
     found.append(_case(other, second))
     found += [_case(shapes[0], first, direction=each) for each in ("fwd", "bwd")]
-    found += [_case(swept, first, sweep=name) for name in ("kernel_size", "rank", "stride")]
+    found += [_case(swept, first, sweep=name) for name in _SWEEPS]
     widths = ((768, 768), (4096, 4096)) if scope.gpu else (shapes[0][1:],)
     found += [_case((T, n, m), first, sweep="tokens") for n, m in widths for T in tokens]
     return found
@@ -76,22 +78,16 @@ def providers_of(chosen: Iterable[Method]) -> list[Provider]:
 
 
 def _methods(sweep: str) -> Sequence[Method]:
-    frozen = methods.by_name(BASELINE)
-    if sweep == "kernel_size":
-        ours = methods.variants("dcft", kernel_sizes=_KERNEL_SIZES)
-        return [
-            *frozen,
-            *ours,
-            *methods.variants("published", kernel_sizes=_PUBLISHED_KERNEL_SIZES),
-        ]
-    if sweep == "rank":
-        return [*frozen, *methods.variants("dcft", ranks=_RANKS)]
-    if sweep == "stride":
-        ours = methods.variants("dcft", strides=_STRIDES)
-        return [*frozen, *ours, *methods.variants("published", strides=_STRIDES)]
     if sweep == "tokens":
         return methods.by_name(*_FEW_METHODS)
-    return methods.METHODS
+    if sweep not in _SWEEPS:
+        return methods.METHODS
+    ours, theirs = _SWEEPS[sweep]
+    return [
+        *methods.by_name(BASELINE),
+        *(methods.dcft(**{sweep: value}) for value in ours),
+        *(methods.published_dcft(**{sweep: value}) for value in theirs),
+    ]
 
 
 @dataclass
@@ -149,7 +145,7 @@ class LayerStep:
     def __init__(self, problem: LayerProblem, adapted: AdaptedLayer, module: nn.Module) -> None:
         self.direction = problem.case.direction
         self.x, self.g = problem.x, problem.g
-        self.module = module
+        self.adapted, self.module = adapted, module
         self.trained = adapted.trained()
         self.y: Tensor | None = None
 
@@ -170,10 +166,11 @@ class LayerStep:
         for tensor in (self.x, *self.trained.values()):
             tensor.grad = None
 
-    def result(self) -> gate.LayerResult:
+    def results(self) -> dict[str, Tensor | None]:
+        """The output "y", and gradients by name; None where there is none."""
         assert self.y is not None
         gradients = {name: p.grad for name, p in self.trained.items()}
-        return gate.LayerResult(self.y.detach(), self.x.grad, gradients)
+        return {"y": self.y.detach(), "x": self.x.grad, **gradients}
 
 
 def _workload(problem: LayerProblem, method: Method) -> Workload:
@@ -185,7 +182,7 @@ def _workload(problem: LayerProblem, method: Method) -> Workload:
     counted = method.name == BASELINE  # what others move and compute depends on the method
     return Workload(
         step,
-        check=lambda: gate.check_layer(problem.given, adapted, step.result()),
+        check=lambda: gate.check_layer(problem.given, adapted, step.results()),
         forward=None if method.compiled else lambda: module(problem.x),
         parameters=tuple(adapted.layer.parameters()),
         moved_bytes=passes * (T * n + n * m + T * m) * problem.dtype.itemsize if counted else None,

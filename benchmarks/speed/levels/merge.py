@@ -18,7 +18,7 @@ from benchmarks.speed import gate, methods
 from benchmarks.speed.cases import DTYPES, Case, Scope
 from benchmarks.speed.methods import AdaptedLayer, Method
 from benchmarks.speed.provider import Provider, Workload
-from dcft_kernels import DCFTLinear, add_delta_weight_
+from dcft_kernels import add_delta_weight_
 
 # A sum that is rounded once, and in peft's case an increment that is rounded before it.
 _ROUNDINGS = 3
@@ -62,52 +62,50 @@ class MergeProblem:
         return method.build(linear, self.generator)
 
 
-@dataclass(frozen=True)
-class _Calls:
-    """A step of plain functions."""
+class _MergeStep:
+    """Merges or unmerges, starting from the base or from the merged weight."""
 
-    timed: Callable[[], object]
-    before: Callable[[], object]
+    def __init__(
+        self,
+        problem: MergeProblem,
+        weight: Callable[[], Tensor],
+        restore: Callable[[], object],  # the base, whether it is merged or not
+        merge: Callable[[], object],
+        unmerge: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.unmerging = problem.case.direction == "unmerge"
+        self.weight, self.restore, self.merge, self.unmerge = weight, restore, merge, unmerge
 
     def prepare(self) -> None:
-        self.before()
+        self.restore()
+        if self.unmerging:
+            self.merge()
 
     def run(self) -> None:
-        self.timed()
+        if self.unmerging:
+            self.unmerge()
+        else:
+            self.merge()
 
     def release(self) -> None:
         pass
 
 
-def _workload(
-    problem: MergeProblem,
-    adapted: AdaptedLayer,
-    merge: Callable[[], object],
-    unmerge: Callable[[], object],
-    restore: Callable[[], object],  # the base, whether it is merged or not
-    weight: Callable[[], Tensor],
-) -> Workload:
-    """A step that merges or unmerges, and a check of the weight afterwards."""
+def _workload(problem: MergeProblem, adapted: AdaptedLayer, step: _MergeStep) -> Workload:
+    """A step, and a check of the weight after it."""
     with torch.no_grad():
         parameters = {n: p.double() for n, p in adapted.layer.named_parameters()}
         dense = adapted.dense(parameters)[0].detach()
-
-    def merged() -> None:
-        restore()
-        merge()
-
-    unmerging = problem.case.direction == "unmerge"
-    step = _Calls(unmerge, merged) if unmerging else _Calls(merge, restore)
     allowed = gate.budgets(problem.dtype, dense, 8, _ROUNDINGS)
 
     def check() -> str | None:
-        after = weight().detach().clone()
-        if unmerging:  # an unmerge that follows no merge would pass as well
-            merged()
-            reason = gate.difference(weight(), dense, *allowed)
+        after = step.weight().detach().clone()
+        if step.unmerging:  # an unmerge that follows no merge would pass as well
+            step.prepare()
+            reason = gate.difference(step.weight(), dense, *allowed)
             if reason is not None:
                 return f"weight before it was unmerged: {reason}"
-        expected = problem.weight.double() if unmerging else dense
+        expected = problem.weight.double() if step.unmerging else dense
         reason = gate.difference(after, expected, *allowed)
         return None if reason is None else f"weight: {reason}"
 
@@ -117,43 +115,45 @@ def _workload(
 
 def _copy(problem: MergeProblem) -> Workload:
     out = torch.full_like(problem.weight, math.nan)
+    step = _MergeStep(problem, lambda: out, lambda: None, lambda: out.copy_(problem.weight))
+    step.unmerging = False
 
     def check() -> str | None:
         return None if torch.equal(out, problem.weight) else "the copy differs from its source"
 
-    step = _Calls(lambda: out.copy_(problem.weight), lambda: None)
     return Workload(step, check, moved_bytes=2 * out.numel() * out.itemsize, graphable=False)
 
 
 def _dcft(problem: MergeProblem, method: Method) -> Workload:
     """`DCFTLinear.merge`, which keeps the base, and `unmerge`, which puts it back."""
     adapted = problem.adapted(method)
-    layer = adapted.layer
-    assert isinstance(layer, DCFTLinear)
-    return _workload(
-        problem,
-        adapted,
-        merge=layer.merge,
-        unmerge=layer.unmerge,
-        restore=lambda: layer.unmerge() if layer.merged else None,
-        weight=lambda: layer.weight,
-    )
+    layer: Any = adapted.layer
+
+    def restore() -> None:
+        if layer.merged:
+            layer.unmerge()
+
+    step = _MergeStep(problem, lambda: layer.weight, restore, layer.merge, layer.unmerge)
+    return _workload(problem, adapted, step)
 
 
 def _in_place(problem: MergeProblem, method: Method) -> Workload:
     """`add_delta_weight_`: one pass over the weight, and back with the negative increment."""
     adapted = problem.adapted(method)
     layer: Any = adapted.layer
-    factors = (layer.dcft_A, layer.dcft_B, layer.dcft_C)
     weight = problem.weight.clone()
-    return _workload(
+
+    def add(scaling: float) -> None:
+        add_delta_weight_(weight, layer.dcft_A, layer.dcft_B, layer.dcft_C, scaling=scaling)
+
+    step = _MergeStep(
         problem,
-        adapted,
-        merge=lambda: add_delta_weight_(weight, *factors, scaling=1.0),
-        unmerge=lambda: add_delta_weight_(weight, *factors, scaling=-1.0),
-        restore=lambda: weight.copy_(problem.weight),
-        weight=lambda: weight,
+        lambda: weight,
+        lambda: weight.copy_(problem.weight),
+        lambda: add(1.0),
+        lambda: add(-1.0),
     )
+    return _workload(problem, adapted, step)
 
 
 def _peft(problem: MergeProblem, method: Method) -> Workload:
@@ -168,14 +168,8 @@ def _peft(problem: MergeProblem, method: Method) -> Workload:
         with torch.no_grad():
             weight.copy_(problem.weight)
 
-    return _workload(
-        problem,
-        adapted,
-        merge=layer.merge,
-        unmerge=layer.unmerge,
-        restore=restore,
-        weight=lambda: weight,
-    )
+    step = _MergeStep(problem, lambda: weight, restore, layer.merge, layer.unmerge)
+    return _workload(problem, adapted, step)
 
 
 def providers(case: Case) -> list[Provider]:

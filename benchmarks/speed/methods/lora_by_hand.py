@@ -3,8 +3,7 @@
     y = x W^T + b + (x A^T) B^T
     gB = g^T (x A^T),   gA = (g B)^T x,   gx = g W + (g B) A
 
-Increments are added inside the products (`addmm`), `x A^T` is saved, and only the gradients that
-are needed are computed.
+Increments are added inside the products (`addmm`), and `x A^T` is saved.
 """
 
 from __future__ import annotations
@@ -30,15 +29,10 @@ class _LoRAFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, shrunk = ctx.saved_tensors
         rows, g = x.flatten(0, -2), grad.flatten(0, -2)
-        gA = gB = gx = None
         g_shrunk = g @ B  # [T, r]
-        if ctx.needs_input_grad[3]:
-            gA = g_shrunk.t() @ rows
-        if ctx.needs_input_grad[4]:
-            gB = g.t() @ shrunk
-        if ctx.needs_input_grad[0]:
-            gx = (g @ W).addmm_(g_shrunk, A).view_as(x)
-        return gx, None, None, gA, gB
+        gx = (g @ W).addmm_(g_shrunk, A) if ctx.needs_input_grad[0] else None
+        gA, gB = g_shrunk.t() @ rows, g.t() @ shrunk
+        return None if gx is None else gx.view_as(x), None, None, gA, gB
 
 
 class LoRALinear(nn.Module):

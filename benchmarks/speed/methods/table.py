@@ -5,9 +5,10 @@ In order of importance: a case that runs out of time leaves out the last ones.
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +49,7 @@ def _frozen(base: nn.Linear, generator: torch.Generator) -> AdaptedLayer:
 
 
 def _full(base: nn.Linear, generator: torch.Generator) -> AdaptedLayer:
-    linear = nn.Linear(1, 1, bias=False, device="meta")
-    linear.in_features, linear.out_features = base.in_features, base.out_features
-    linear.weight = nn.Parameter(base.weight.detach().clone())
-    if base.bias is not None:
-        linear.bias = nn.Parameter(base.bias.detach().clone())
-    return AdaptedLayer(linear)
+    return AdaptedLayer(copy.deepcopy(base).requires_grad_())
 
 
 def _dcft(
@@ -115,40 +111,41 @@ def _lora_by_hand(base: nn.Linear, generator: torch.Generator, *, rank: int) -> 
     return with_increment(LoRALinear(base, rank), "base.", lambda p: p["B"] @ p["A"], generator)
 
 
-def _sized(name: str, build: Callable[..., AdaptedLayer], **options: object) -> Method:
-    """A method of DCFT at its default sizes, which `resized` can change."""
-    sizes = {"rank": RANK, "kernel_size": KERNEL_SIZE, "stride": KERNEL_SIZE}
-    made = functools.partial(build, **sizes, **options)
-    return Method(name, made, KERNEL_SIZE, RANK, KERNEL_SIZE)
-
-
-def resized(
-    method: Method,
+def _sized(
+    name: str,
+    build: Callable[..., AdaptedLayer],
     *,
     rank: int = RANK,
     kernel_size: int = KERNEL_SIZE,
     stride: int | None = None,
+    compiled: bool = False,
+    **options: object,
 ) -> Method:
-    """The same method of DCFT with other sizes."""
-    if not isinstance(method.build, functools.partial) or method.stride is None:
-        raise ValueError(f"method: expected one of DCFT, whose sizes vary, got {method.name}")
+    """A method of DCFT; its variant tells sizes other than the defaults."""
     stride = kernel_size if stride is None else stride
     parts = [f"k{rank}"] * (rank != RANK) + [f"d{kernel_size}"] * (kernel_size != KERNEL_SIZE)
     parts += [f"s{stride}"] * (stride != kernel_size)
-    build = functools.partial(method.build, rank=rank, kernel_size=kernel_size, stride=stride)
-    return replace(
-        method, build=build, d=kernel_size, k=rank, stride=stride, variant="-".join(parts)
-    )
+    made = functools.partial(build, rank=rank, kernel_size=kernel_size, stride=stride, **options)
+    return Method(name, made, kernel_size, rank, stride, compiled, "-".join(parts))
 
 
-_DCFT = _sized("dcft", _dcft)
+def dcft(**sizes: int) -> Method:
+    """`DCFTLinear` with a rank, kernel size or stride."""
+    return _sized("dcft", _dcft, **sizes)  # type: ignore[arg-type]
+
+
+def published_dcft(**sizes: int) -> Method:
+    """The published algorithm with a rank, kernel size or stride."""
+    return _sized("published", _published, merged=False, **sizes)  # type: ignore[arg-type]
+
+
 _LOKR_RANK = KERNEL_SIZE // 2  # the least at which peft's LoKr keeps `C` whole
 
 METHODS: tuple[Method, ...] = (
     Method(BASELINE, _frozen),
-    _DCFT,
+    dcft(),
     Method("lora_r8", functools.partial(peft_methods.lora, rank=8), k=8),
-    _sized("published", _published, merged=False),
+    published_dcft(),
     Method("lora_r1", functools.partial(peft_methods.lora, rank=1), k=1),
     Method("lora_by_hand", functools.partial(_lora_by_hand, rank=8), k=8),
     Method("lora_r16", functools.partial(peft_methods.lora, rank=16), k=16),
@@ -158,7 +155,7 @@ METHODS: tuple[Method, ...] = (
         d=KERNEL_SIZE,
         k=_LOKR_RANK,
     ),
-    resized(_DCFT, rank=_LOKR_RANK),
+    dcft(rank=_LOKR_RANK),
     Method("miss", functools.partial(peft_methods.miss, rank=8), k=8),
     Method("dora", functools.partial(peft_methods.dora, rank=8), k=8),
     Method("lora_r8_16bit", functools.partial(peft_methods.lora, rank=8, sixteen_bit=True), k=8),
@@ -167,7 +164,7 @@ METHODS: tuple[Method, ...] = (
     Method("full", _full),
     _sized("published_merged", _published, merged=True),
     Method("frozen_compiled", _frozen, compiled=True),
-    replace(_DCFT, name="dcft_compiled", compiled=True),
+    _sized("dcft_compiled", _dcft, compiled=True),
 )
 
 
@@ -178,19 +175,3 @@ def by_name(*names: str) -> list[Method]:
     if unknown:
         raise ValueError(f"method: expected one of {', '.join(known)}, got {unknown[0]!r}")
     return [known[name] for name in names]
-
-
-def variants(
-    name: str,
-    *,
-    ranks: Iterable[int] = (),
-    kernel_sizes: Iterable[int] = (),
-    strides: Iterable[int] = (),
-) -> list[Method]:
-    """A method of DCFT with one of its sizes varied at a time."""
-    (method,) = by_name(name)
-    return [
-        *(resized(method, rank=rank) for rank in ranks),
-        *(resized(method, kernel_size=size) for size in kernel_sizes),
-        *(resized(method, stride=stride) for stride in strides),
-    ]
