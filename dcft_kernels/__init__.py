@@ -5,7 +5,7 @@ from dcft_kernels.adapter_files import load_adapter, save_adapter
 from dcft_kernels.constraints import constraint_loss, orthogonality_loss
 from dcft_kernels.explanation import explain
 from dcft_kernels.functional import add_delta_weight_, dcft_linear, dcft_update, delta_weight
-from dcft_kernels.group import GroupMember, dcft_linear_group
+from dcft_kernels.linear import DCFTLinear
 from dcft_kernels.model import (
     freeze_base,
     merge_model,
@@ -13,16 +13,13 @@ from dcft_kernels.model import (
     swap_linear,
     unmerge_model,
 )
-from dcft_kernels.module import DCFTLinear
 
 __all__ = [
     "DCFTLinear",
-    "GroupMember",
     "add_delta_weight_",
     "constraint_loss",
     "constraints",
     "dcft_linear",
-    "dcft_linear_group",
     "dcft_update",
     "delta_weight",
     "explain",

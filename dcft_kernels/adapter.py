@@ -1,4 +1,12 @@
-"""The checked description of one adapter, as it travels from the public functions to a backend."""
+"""What functions and backends pass to each other: an adapter, its geometry, its gradients.
+
+The geometry says how a `DW` of shape `[m, n]` is cut into the windows of a transposed convolution.
+Both sides of `DW` are covered by windows: along the input side, window `i` covers the columns
+`i*s .. i*s + d - 1`; along the output side, window `j` covers the rows `j*s .. j*s + d - 1`.
+With `stride == kernel_size` (the paper's choice, section 3.2.2) the windows tile the side; with
+`stride < kernel_size` (Table 5) they overlap and their contributions add. Sizes that the windows do
+not fit are ragged: the last window sticks out and what sticks out is cropped.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +15,79 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dcft_kernels.geometry import Geometry
+Pair = tuple[int, int]
+
+
+class Side(NamedTuple):
+    """The windows along one side of `DW`."""
+
+    size: int  # features on this side: n or m
+    windows: int  # how many: I or J
+    width: int  # kernel extent on this side: d
+    stride: int  # distance between window starts
+
+    @property
+    def span(self) -> int:
+        """Features that the windows cover, `size` or more (the surplus is cropped)."""
+        return (self.windows - 1) * self.stride + self.width
+
+    @property
+    def tile(self) -> bool:
+        """Whether the windows neither overlap nor stick out."""
+        return self.stride == self.width and self.windows * self.width == self.size
+
+
+class Geometry(NamedTuple):
+    """Shapes of one DCFT adapter: `A [k, I]`, `B [J, k]`, `C [d_out, d_in]`, `DW [m, n]`."""
+
+    rank: int
+    outputs: Side
+    inputs: Side
+
+    @classmethod
+    def build(
+        cls, in_features: int, out_features: int, rank: int, kernel_size: Pair, stride: Pair
+    ) -> Geometry:
+        """The geometry for given sizes; `kernel_size` and `stride` are `(out, in)` pairs."""
+        return cls(
+            rank,
+            Side(
+                out_features,
+                window_count(out_features, kernel_size[0], stride[0]),
+                kernel_size[0],
+                stride[0],
+            ),
+            Side(
+                in_features,
+                window_count(in_features, kernel_size[1], stride[1]),
+                kernel_size[1],
+                stride[1],
+            ),
+        )
+
+    @property
+    def shape_A(self) -> Pair:
+        """`(k, I)`."""
+        return (self.rank, self.inputs.windows)
+
+    @property
+    def shape_B(self) -> Pair:
+        """`(J, k)`."""
+        return (self.outputs.windows, self.rank)
+
+    @property
+    def shape_C(self) -> Pair:
+        """`(d_out, d_in)`."""
+        return (self.outputs.width, self.inputs.width)
+
+
+def window_count(size: int, width: int, stride: int) -> int:
+    """Windows of `width` every `stride` that it takes to cover `size` features (equation 9).
+
+    `ceil((size - width) / stride) + 1`, at least one. With `stride == width` this is
+    `ceil(size / width)`.
+    """
+    return max(0, -(-(size - width) // stride)) + 1
 
 
 class Adapter(NamedTuple):
@@ -25,3 +105,37 @@ class Adapter(NamedTuple):
         """The same adapter with factors in `dtype`, or in float32 where that is wider."""
         wide = torch.promote_types(dtype, torch.float32)
         return self._replace(A=self.A.to(wide), B=self.B.to(wide), C=self.C.to(wide))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The factors' common dtype, that of `delta_weight`."""
+        return torch.promote_types(torch.promote_types(self.A.dtype, self.B.dtype), self.C.dtype)
+
+
+class Needs(NamedTuple):
+    """Which gradients the backward pass was asked for."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    A: bool
+    B: bool
+    C: bool
+
+
+class Gradients(NamedTuple):
+    """The gradients, None where not asked for."""
+
+    x: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    C: Tensor | None = None
+
+
+def saved(tensor: Tensor | None) -> Tensor:
+    """A tensor that a requested gradient reads: the forward kept it, or the caller erred."""
+    if tensor is None:
+        raise RuntimeError("backward: a gradient was asked for whose inputs were not saved")
+    return tensor

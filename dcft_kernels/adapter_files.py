@@ -5,7 +5,7 @@
 
 The weights file is named by its content, and the config, which names it, is written after it and
 renamed into place: that rename is the moment at which a save takes effect. A crash before it leaves
-the former adapter as it was; a crash after it, at most a file that nothing refers to.
+the former adapter intact; a crash after it, at most an unreferenced file.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from safetensors.torch import save as serialize_safetensors
 from torch import Tensor, nn
 
 from dcft_kernels import validation
+from dcft_kernels.linear import DCFTLinear, DCFTOptions, linear_sizes, why_not_adaptable
 from dcft_kernels.model import dcft_layers, swap_each
-from dcft_kernels.module import DCFTLinear, linear_sizes, why_not_adaptable
-from dcft_kernels.options import DCFTOptions
 from dcft_kernels.targets import check_holds_its_layers
 
 CONFIG_FILE = "dcft_config.json"
@@ -37,7 +36,7 @@ FORMAT = "dcft_adapter"
 FORMAT_VERSION = 1
 _OWN_WEIGHTS = re.compile(rf"{FORMAT}-[0-9a-f]{{12}}\.safetensors")
 _FACTORS = ("dcft_A", "dcft_B", "dcft_C")
-# Settings that a layer's record has only if they are not None.
+# Settings that are written only if they are not None.
 _OPTIONAL_SETTINGS = {"nonlinearity"}
 
 
@@ -61,8 +60,8 @@ class _LayerRecord:
             "dropout": options.dropout,
             "init": options.init,
         }
-        # Only where there is one: versions that know of none read and write the other files alike,
-        # and refuse these, which they would compute wrongly.
+        # Only if it is set: versions without nonlinearities read all other files, and refuse these,
+        # which they would compute wrongly.
         if options.nonlinearity is not None:
             record["nonlinearity"] = options.nonlinearity
         return record
@@ -86,16 +85,16 @@ class _LayerRecord:
     def of(cls, layer: DCFTLinear) -> _LayerRecord:
         options = layer.options
         if options.alpha is None:
-            # As a number: what a saved adapter computes is not for `init` to say.
+            # As a number, so that a saved adapter does not depend on the scaling of `init`.
             options = dataclasses.replace(options, alpha=layer._default_alpha)
         return cls(layer.in_features, layer.out_features, options)
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write the adapters of `model`, merged or not, to `folder`, which is made if need be.
+    """Write the adapters of `model`, merged or not, to `folder`, which is created if needed.
 
-    Only the DCFT parameters and their settings are written: a classification head that was trained
-    too is for the caller to save.
+    Only the DCFT parameters and their settings are written; saving a trained classification head
+    is up to the caller.
 
     Args:
         model: a model with `DCFTLinear` layers.
@@ -134,7 +133,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     _write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
     for file in folder.iterdir():
         if file.name != weights_file and _OWN_WEIGHTS.fullmatch(file.name):
-            # The save has taken effect; a file that stays is only in nobody's way.
+            # The save has taken effect, and a leftover file does no harm.
             with contextlib.suppress(OSError):
                 file.unlink()
 
@@ -186,7 +185,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
 
 
 def _read(folder: Path) -> tuple[dict[str, _LayerRecord], dict[str, Tensor]]:
-    """Read and check both files; nothing of a model is needed for it."""
+    """Read and check both files, without a model."""
     config_path = folder / CONFIG_FILE
     config = _parse_config(config_path, _read_bytes(config_path, "save_adapter writes it"))
     weights_path = folder / config["weights"]["file"]
@@ -266,7 +265,7 @@ def _checked_record(path: Path, name: str, record: Any, tensors: dict[str, Tenso
 def _differences_of_swapped(
     swapped: dict[str, DCFTLinear], records: dict[str, _LayerRecord]
 ) -> list[str]:
-    """What keeps the adapters from being copied into layers that are swapped already."""
+    """Why the adapters cannot be copied into layers that are swapped already."""
     differences = [
         f"{name}: adapted in the model, not in the file" for name in swapped.keys() - records
     ]
@@ -275,7 +274,7 @@ def _differences_of_swapped(
             differences.append(f"{name}: adapted in the file, not in the model")
             continue
         here, there = _LayerRecord.of(swapped[name]).to_json(), record.to_json()
-        # Neither concerns what a loaded adapter computes.
+        # Neither changes what a loaded adapter computes.
         for setting in ("dropout", "init"):
             del here[setting], there[setting]
         differences += [
@@ -288,7 +287,7 @@ def _differences_of_swapped(
 
 
 def _differences_of_values(swapped: dict[str, DCFTLinear], tensors: dict[str, Tensor]) -> list[str]:
-    """What keeps the numbers themselves from being held by the model's parameters."""
+    """Why the model's parameters cannot hold the values."""
     differences = []
     for name, layer in swapped.items():
         for factor in _FACTORS:
@@ -303,7 +302,7 @@ def _differences_of_values(swapped: dict[str, DCFTLinear], tensors: dict[str, Te
 
 
 def _differences_of_base(model: nn.Module, records: dict[str, _LayerRecord]) -> list[str]:
-    """What keeps the layers of a base model from being swapped as the file says."""
+    """Why the layers of a base model cannot be swapped as the file says."""
     if "" in records:
         check_holds_its_layers(model)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -343,7 +342,7 @@ def _read_bytes(path: Path, origin: str) -> bytes:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary file beside `path` and rename it, each step flushed to the disk."""
+    """Write to a temporary file next to `path` and rename it, each step flushed to the disk."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -359,7 +358,7 @@ def _write_atomically(path: Path, content: bytes) -> None:
 
 
 def _flush_directory(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system lets directories be flushed."""
+    """Make a rename survive a power failure, where the system lets directories be flushed."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

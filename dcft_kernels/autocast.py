@@ -1,4 +1,4 @@
-"""How `torch.autocast` applies: to the base layer's operands, once, and to nothing inside."""
+"""How `torch.autocast` applies: once, to the base layer's operands, and to nothing inside."""
 
 from __future__ import annotations
 

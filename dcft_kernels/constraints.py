@@ -13,13 +13,13 @@ vectors.
 with the paper's letters; here `constraint_loss(model, "orthogonal")`, `constraint_loss(model,
 "diagonal")` and `add_nonlinearity(model, "relu")`.
 
-MPC_o is also equation 4 of the DCFT paper, arXiv 2503.01419. For MPC_n, taken here is the formula
-that the paper has for the adapters it compares with, equation 25: `x W + h(x A) B`, an elementwise
-`h` on what the input-side factor makes of the input.
+MPC_o is also equation 4 of the DCFT paper, arXiv 2503.01419. MPC_n follows equation 25, the paper's
+formula for the adapters that it compares with: `x W + h(x A) B`, with an elementwise `h` on the
+output of the input-side factor.
 
-What counts: every `DCFTLinear`, and of every layer of PEFT with `lora_A` and `lora_B` (LoRA,
-AdaLoRA) the active adapters. Left out are PEFT's adapters of embeddings (`lora_embedding_A`), of
-convolutions and of bare parameters (`target_parameters`): they have no such pair of matrices.
+The constraints cover every `DCFTLinear`, and the active adapters of every PEFT layer with `lora_A`
+and `lora_B` (LoRA, AdaLoRA). They leave out PEFT's adapters of embeddings (`lora_embedding_A`),
+convolutions and bare parameters (`target_parameters`), which have no such pair of matrices.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from dcft_kernels import autocast, peft_layers, validation
-from dcft_kernels.dispatch import select_nonlinear
+from dcft_kernels.backends import check_nonlinear
+from dcft_kernels.linear import DCFTLinear
 from dcft_kernels.model import dcft_layers
-from dcft_kernels.module import DCFTLinear
 from dcft_kernels.nonlinearity import check_nonlinearity
 
 ConstraintName = Literal["orthogonal", "diagonal"]
@@ -51,28 +51,28 @@ def constraint_loss(
         "diagonal"     A A^T = I, B^T B diagonal     MPC_d, equation 21: B's columns may have any
                                                      length, and one column alone costs nothing
 
-    On the k x k Gram matrices, so that the term costs next to nothing. With `R` for what a Gram
-    matrix is off by, and the sum and mean over the A and B of all layers and active adapters:
+    Computed on the k x k Gram matrices, at negligible cost. With `R` for the deviation of a Gram
+    matrix, and the sum and mean over the A and B of all layers and active adapters:
 
         "paper"            sum of ||R||_F^2
-        "published_code"   mean of ||R||_F, not squared: how the code published with DCFT (and with
-                           AdaLoRA before it) has MPC_o
+        "published_code"   mean of ||R||_F, not squared: MPC_o in the code published with DCFT (and
+                           with AdaLoRA before it)
 
     The two differ in scale and in how they grow with the number of layers.
 
-    Pulling factors to norm one goes with `init="paper"` and a scaling near one, as published; with
-    the large scaling of `init="balanced"`, increments would grow without need.
+    Factors of norm one suit `init="paper"` and a scaling near one, as published; with the large
+    scaling of `init="balanced"`, increments would grow needlessly.
 
     Args:
         model: a model with `DCFTLinear` layers, with adapters of PEFT, or with both.
         constraint: which pattern.
-        form: how the deviations are put together.
+        form: how the deviations are combined.
 
     Returns:
         A float32 scalar (float64 if a factor is), differentiable, on the first factor's device.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: an unknown constraint or form, or no factors to constrain.
     """
     validation.module("model", model)
@@ -90,7 +90,7 @@ def constraint_loss(
 
 
 def orthogonality_loss(model: nn.Module, *, form: ConstraintForm = "paper") -> Tensor:
-    """`constraint_loss(model, "orthogonal")` of a model's `DCFTLinear` layers and of nothing else.
+    """`constraint_loss(model, "orthogonal")` of a model's `DCFTLinear` layers only.
 
         "paper"           sum over layers of ||A A^T - I||_F^2 + ||B^T B - I||_F^2   (equation 4)
         "published_code"  mean over all A and B of ||A A^T - I||_F, ||B^T B - I||_F, not squared
@@ -114,13 +114,13 @@ def orthogonality_loss(model: nn.Module, *, form: ConstraintForm = "paper") -> T
 
 
 class NonlinearityHandle:
-    """What `add_nonlinearity` returns: it knows the layers of that call."""
+    """What `add_nonlinearity` returns: removes what that call added."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = tuple(layers)
 
     def remove(self) -> None:
-        """Take the nonlinearity out of these layers again; a second time, nothing happens."""
+        """Remove the nonlinearity from these layers; calling it again does nothing."""
         layers, self._layers = self._layers, ()
         _take_out(layers)
 
@@ -131,16 +131,16 @@ def add_nonlinearity(model: nn.Module, nonlinearity: str) -> NonlinearityHandle:
         DCFT    y = x W^T + b + s expand(C h(U)),     U = shrink(dropout(x)) by A
         LoRA    y = x W^T + b + s B h(A dropout(x))
 
-    A `DCFTLinear` is then as if built with `nonlinearity=`; in a model of PEFT, the active adapters
-    get it. What it costs:
+    A `DCFTLinear` is then as if built with `nonlinearity=`; in a PEFT model, it goes into the
+    active adapters. The costs:
 
-    - such adapters cannot be merged: they add no matrix. `merge`, `delta_weight` and whatever else
-      needs the matrix raise until the nonlinearity is removed;
-    - DCFT layers are computed by PyTorch operations, with the same three small products, and never
-      by the GPU kernels; more is kept for the backward pass (`U`, `h(U)`, and a copy of the input
-      in float32 where a CPU computes 16 bits);
-    - PEFT knows nothing of it: adapters saved, added or combined (`add_weighted_adapter`) by PEFT
-      are without it, so call this again after loading. `save_adapter` does keep it.
+    - such adapters cannot be merged: their update is not a matrix. `merge`, `delta_weight` and
+      everything else that needs the matrix raise until the nonlinearity is removed;
+    - DCFT layers run on PyTorch operations, with the same three small products, and never on the
+      GPU kernels; more is saved for the backward pass (`U`, `h(U)`, and a float32 copy of the input
+      where a CPU computes 16 bits);
+    - PEFT does not know about it: adapters saved, added or combined (`add_weighted_adapter`) by
+      PEFT lack it, so call this again after loading. `save_adapter` does keep it.
 
     Args:
         model: a model with `DCFTLinear` layers, with LoRA adapters of PEFT, or with both; nothing
@@ -151,10 +151,10 @@ def add_nonlinearity(model: nn.Module, nonlinearity: str) -> NonlinearityHandle:
         A handle with `remove()`; `remove_nonlinearity(model)` does the same without it.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: an unknown name; no adapters; a layer that has a nonlinearity already, a backend
             or strategy that does not compute one, or an adapter whose factors are not called one
-            after the other (AdaLoRA, DoRA, `target_parameters`, attention in one piece).
+            after the other (AdaLoRA, DoRA, `target_parameters`, fused attention).
         RuntimeError: a layer is merged.
         The model is unchanged then.
     """
@@ -174,7 +174,7 @@ def add_nonlinearity(model: nn.Module, nonlinearity: str) -> NonlinearityHandle:
             raise RuntimeError(f"model: {name!r} is merged; call unmerge_model(model) first")
         _refuse_second(name, layer.nonlinearity)
         try:
-            select_nonlinear(nonlinearity, layer.backend, layer.strategy)
+            check_nonlinear(nonlinearity, layer.backend, layer.strategy)
         except ValueError as error:
             raise ValueError(f"model: {name!r}: {error}") from None
     for name, other in lora.items():
@@ -197,10 +197,10 @@ def add_nonlinearity(model: nn.Module, nonlinearity: str) -> NonlinearityHandle:
 
 
 def remove_nonlinearity(model: nn.Module) -> None:
-    """Take the nonlinearity out of every adapter of `model`, however it got there.
+    """Remove the nonlinearity from every adapter of `model`, however it was added.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: no adapter has one.
     """
     dcft, lora = _dcft_layers(validation.module("model", model)), peft_layers.lora_layers(model)
@@ -247,7 +247,7 @@ def _gather(terms: list[Tensor]) -> Tensor:
 
 
 def _dcft_layers(model: nn.Module) -> dict[str, DCFTLinear]:
-    """The adapted layers by name, of which there may be none."""
+    """The adapted layers by name, possibly none."""
     return {name: m for name, m in model.named_modules() if isinstance(m, DCFTLinear)}
 
 

@@ -1,4 +1,4 @@
-"""DCFT as functions: they check, apply autocast and flatten, then hand over to a backend."""
+"""DCFT as functions: they check, apply autocast, flatten, and call `autograd`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from dcft_kernels import autocast, validation
-from dcft_kernels.adapter import Adapter
-from dcft_kernels.dispatch import select, select_nonlinear
+from dcft_kernels import autocast, autograd, validation
+from dcft_kernels.adapter import Adapter, Geometry, Pair
+from dcft_kernels.backends import check_nonlinear, select
 from dcft_kernels.dropout import draw_seed
-from dcft_kernels.geometry import Geometry, Pair
 
 
 def dcft_linear(
@@ -36,8 +35,8 @@ def dcft_linear(
 
     `DW = ConvTranspose2d(dcft_B @ dcft_A, dcft_C)`, equations 5 and 6 of arXiv 2503.01419; for
     `stride` equal to the kernel size it is `kron(dcft_B @ dcft_A, dcft_C)`. With windows
-    `I = ceil((n - d_in) / s_in) + 1` along the input and `J` likewise along the output, sizes that
-    the windows do not fit are covered by one window more and cropped.
+    `I = ceil((n - d_in) / s_in) + 1` along the input and `J` along the output, sizes
+    that the windows do not fit are covered by one window more and cropped.
 
     Args:
         x: `[..., n]`, float; any leading dimensions, any strides, empty too.
@@ -50,9 +49,8 @@ def dcft_linear(
         stride: distance between windows, an int or `(out, in)`; None is the kernel size.
         dropout_p: probability of zeroing an element of the adapter's own view of `x`.
         training: whether dropout is active.
-        backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`, see `dcft_kernels.dispatch`.
-        strategy: how the Triton kernels compute it: `"auto"`, `"row_block"`, `"fused"` or
-            `"scratch"`, see `dcft_kernels.strategy`.
+        backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`, see `dcft_kernels.backends`.
+        strategy: `"auto"`, `"row_block"` or `"torch"`, see `dcft_kernels.backends`.
         nonlinearity: None, or `"relu"`, `"gelu"`, `"silu"`, `"tanh"`: the function `h` of
             `y = x W^T + b + scaling * expand(dcft_C h(U))`, where `U` is what `dcft_A` makes of
             `dropout(x)` (MPC_n, see `dcft_kernels.constraints`). There is no `DW` then.
@@ -63,27 +61,22 @@ def dcft_linear(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices or numbers that do not fit.
-        RuntimeError: a backend named explicitly that cannot run.
+        RuntimeError: a backend requested by name cannot run.
     """
-    x, weight, bias, adapter = checked_layer(
-        x,
-        weight,
-        bias,
-        dcft_A,
-        dcft_B,
-        dcft_C,
-        scaling=scaling,
-        stride=stride,
-        dropout_p=dropout_p,
-    )
+    geometry = _checked_geometry((x, weight, bias, dcft_A, dcft_B, dcft_C), stride)
+    adapter = _adapter(dcft_A, dcft_B, dcft_C, geometry, scaling, dropout_p)
+    if autocast.dtype_for(x) is not None:
+        x, weight = autocast.cast(x), autocast.cast(weight)
+        bias = None if bias is None else autocast.cast(bias)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if nonlinearity is not None:
-        nonlinear = select_nonlinear(nonlinearity, backend, strategy)
-        y = nonlinear.linear(tokens, weight, bias, with_seed(adapter, training, x.device))
+        check_nonlinear(nonlinearity, backend, strategy)
+        adapter = _with_dropout(adapter, training, x.device, rescale=False)
+        y = autograd.nonlinear_linear(tokens, weight, bias, adapter, nonlinearity)
     else:
-        dropout = bool(training) and dropout_p > 0.0
-        runs = select(backend, adapter, x.dtype, strategy, dropout=dropout)
-        y = runs.linear(tokens, weight, bias, with_dropout(adapter, training, x.device))
+        runs = select(backend, adapter, x.dtype, strategy)
+        adapter = _with_dropout(adapter, training, x.device)
+        y = autograd.linear(tokens, weight, bias, adapter, runs)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -124,7 +117,7 @@ def dcft_update(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices or numbers that do not fit.
-        RuntimeError: a backend named explicitly that cannot run.
+        RuntimeError: a backend requested by name cannot run.
     """
     y, x = validation.tokens("y", y), validation.tokens("x", x)
     if y.shape[:-1] != x.shape[:-1]:
@@ -133,26 +126,23 @@ def dcft_update(
             f"got shape {list(y.shape)}"
         )
     in_features, out_features = x.shape[-1], y.shape[-1]
-    adapter = _adapter(
-        dcft_A,
-        dcft_B,
-        dcft_C,
-        in_features=in_features,
-        out_features=out_features,
-        scaling=scaling,
-        stride=stride,
-        dropout_p=dropout_p,
-    )
+    geometry = validation.factors(
+        dcft_A, dcft_B, dcft_C,
+        in_features=in_features, out_features=out_features, stride=stride,
+    )  # fmt: skip
+    adapter = _adapter(dcft_A, dcft_B, dcft_C, geometry, scaling, dropout_p)
     validation.same_device("x", x, y=y, dcft_A=dcft_A)
     y, x = autocast.cast(y), autocast.cast(x)
     validation.same_dtype("x", x, y=y)
     flat_y, flat_x = y.reshape(-1, out_features), x.reshape(-1, in_features)
     if nonlinearity is not None:
-        nonlinear = select_nonlinear(nonlinearity, backend)
-        out = nonlinear.update(flat_y, flat_x, with_seed(adapter, training, x.device))
+        check_nonlinear(nonlinearity, backend)
+        adapter = _with_dropout(adapter, training, x.device, rescale=False)
+        out = autograd.nonlinear_update(flat_y, flat_x, adapter, nonlinearity)
     else:
         runs = select(backend, adapter, x.dtype)
-        out = runs.update(flat_y, flat_x, with_dropout(adapter, training, x.device))
+        adapter = _with_dropout(adapter, training, x.device)
+        out = autograd.update(flat_y, flat_x, adapter, runs)
     return out.reshape(y.shape)
 
 
@@ -185,20 +175,17 @@ def delta_weight(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices or numbers that do not fit.
-        RuntimeError: a backend named explicitly that cannot run.
+        RuntimeError: a backend requested by name cannot run.
     """
-    adapter = _adapter(
-        dcft_A,
-        dcft_B,
-        dcft_C,
+    geometry = validation.factors(
+        dcft_A, dcft_B, dcft_C,
         in_features=validation.positive_int("in_features", in_features),
         out_features=validation.positive_int("out_features", out_features),
-        scaling=scaling,
         stride=stride,
-        dropout_p=0.0,
-    )
+    )  # fmt: skip
+    adapter = _adapter(dcft_A, dcft_B, dcft_C, geometry, scaling)
     with autocast.suspended(adapter.A):
-        return select(backend, adapter, dcft_A.dtype).delta_weight(adapter)
+        return autograd.delta_weight(adapter, select(backend, adapter, dcft_A.dtype))
 
 
 @torch.no_grad()
@@ -223,9 +210,9 @@ def add_delta_weight_(
         dcft_B: `[J, k]`.
         dcft_C: `[d_out, d_in]`.
         stride: distance between windows, an int or `(out, in)`; None is the kernel size.
-        scaling: factor of the increment; a negative one takes a merge back, but for rounding.
-        stochastic_rounding: of a 16-bit `weight`: round up as often as the sum is far along to the
-            next value, so that increments below half a unit in the last place count in the mean.
+        scaling: factor of the increment; a negative one undoes a merge, up to rounding.
+        stochastic_rounding: of a 16-bit `weight`: round up with the probability that makes the
+            mean exact, so that increments below half a unit in the last place are not lost.
         backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`.
 
     Returns:
@@ -234,7 +221,7 @@ def add_delta_weight_(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices or numbers that do not fit.
-        RuntimeError: a backend named explicitly that cannot run.
+        RuntimeError: a backend requested by name cannot run.
     """
     weight = validation.matrix("weight", weight)
     validation.boolean("stochastic_rounding", stochastic_rounding)
@@ -243,21 +230,16 @@ def add_delta_weight_(
             "stochastic_rounding: expected a float16 or bfloat16 weight to round to, "
             f"got {weight.dtype}; leave it out"
         )
-    adapter = _adapter(
-        dcft_A,
-        dcft_B,
-        dcft_C,
-        in_features=weight.shape[1],
-        out_features=weight.shape[0],
-        scaling=scaling,
-        stride=stride,
-        dropout_p=0.0,
-    )
+    geometry = validation.factors(
+        dcft_A, dcft_B, dcft_C,
+        in_features=weight.shape[1], out_features=weight.shape[0], stride=stride,
+    )  # fmt: skip
+    adapter = _adapter(dcft_A, dcft_B, dcft_C, geometry, scaling)
     validation.same_device("weight", weight, dcft_A=dcft_A)
     runs = select(backend, adapter, weight.dtype)
     seed = draw_seed(weight.device) if stochastic_rounding else None
     with autocast.suspended(weight):
-        runs.merge_(weight, adapter, seed)
+        autograd.merge_(weight, adapter, seed, runs)
     return weight
 
 
@@ -265,80 +247,55 @@ def add_delta_weight_(
 def merged_weight(weight: Tensor, adapter: Adapter, backend: str) -> Tensor:
     """A new `weight + scaling * DW`, rounded once; strides as `weight`'s."""
     with autocast.suspended(weight):
-        return select(backend, adapter, weight.dtype).merge(weight, adapter, None)
+        return autograd.merge(weight, adapter, None, select(backend, adapter, weight.dtype))
 
 
-def checked_layer(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    dcft_A: Tensor,
-    dcft_B: Tensor,
-    dcft_C: Tensor,
-    *,
-    scaling: float,
-    stride: int | Pair | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor | None, Adapter]:
-    """`dcft_linear`'s operands, checked and as autocast wants them, and its adapter."""
-    tensors = (x, weight, bias, dcft_A, dcft_B, dcft_C)
-    looks = _looks(tensors, stride)
-    geometry = None if looks is None else _checked.get(looks)
-    if geometry is None:
-        geometry = _check_layer(*tensors, stride)
-        if looks is not None:
-            if len(_checked) >= _MOST_CHECKED:
-                _checked.clear()
-            _checked[looks] = geometry
-    if autocast.dtype_for(x) is not None:
-        x, weight = autocast.cast(x), autocast.cast(weight)
-        bias = None if bias is None else autocast.cast(bias)
-    scaling = validation.finite_number("scaling", scaling)
-    dropout_p = validation.probability("dropout_p", dropout_p)
-    return x, weight, bias, Adapter(dcft_A, dcft_B, dcft_C, scaling, geometry, dropout_p)
-
-
-# The geometries of operands that have passed `_check_layer`, by all of them that it looks at. A
-# training step calls a layer with the same kinds of operands over and over, and the checks take
-# as long as a small product.
+# Geometries of operands that have passed `_check_layer`, by signature: training steps repeat the
+# same calls, and the checks take as long as a small product.
 _checked: dict[Any, Geometry] = {}
-_MOST_CHECKED = 4096
+_MAX_CHECKED = 4096
 
 
-def _looks(tensors: Sequence[Any], stride: Any) -> Any:
-    """All that `_check_layer` looks at, hashable; None if there is more to some operand than that.
+def _checked_geometry(tensors: Sequence[Any], stride: Any) -> Geometry:
+    """The geometry of `x`, weight, bias, `A`, `B` and `C`, checked against each other."""
+    key = _signature(tensors, stride)
+    geometry = None if key is None else _checked.get(key)
+    if geometry is None:
+        geometry = _check_layer(tensors, stride)
+        if key is not None:
+            if len(_checked) >= _MAX_CHECKED:
+                _checked.clear()
+            _checked[key] = geometry
+    return geometry
 
-    A compiler traces the checks themselves.
+
+def _signature(tensors: Sequence[Any], stride: Any) -> Any:
+    """Everything that `_check_layer` depends on, hashable; None for operands it has to see.
+
+    Those are tensor subclasses, non-tensors, and whatever a compiler traces.
     """
     if torch.compiler.is_compiling():
         return None
-    looks: list[Any] = []
+    signature: list[Any] = []
     for tensor in tensors:
         if tensor is None:
-            looks.append(None)
+            signature.append(None)
         elif type(tensor) is Tensor or type(tensor) is Parameter:
-            looks += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+            signature += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
         else:
             return None
-    shape = looks[0]
+    shape = signature[0]
     steps = stride if type(stride) is tuple else (1 if stride is None else stride,)
-    # True equals 1, and 2.0 equals 2, but they are refused.
+    # True equals 1 and 2.0 equals 2 as keys, but they are refused.
     if not shape or not all(type(step) is int for step in steps):
         return None
-    looks[0] = shape[-1]  # the number of tokens is no matter of the checks
-    return (*looks, autocast.dtype_for(tensors[0]), stride)
+    signature[0] = shape[-1]  # any number of tokens
+    return (*signature, autocast.dtype_for(tensors[0]), stride)
 
 
-def _check_layer(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    dcft_A: Tensor,
-    dcft_B: Tensor,
-    dcft_C: Tensor,
-    stride: int | Pair | None,
-) -> Geometry:
+def _check_layer(tensors: Sequence[Any], stride: Any) -> Geometry:
     """Check `dcft_linear`'s tensors against each other."""
+    x, weight, bias, dcft_A, dcft_B, dcft_C = tensors
     weight = validation.matrix("weight", weight)
     out_features, in_features = weight.shape
     x = validation.tokens("x", x, in_features)
@@ -355,38 +312,21 @@ def _check_layer(
 
 
 def _adapter(
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    in_features: int,
-    out_features: int,
-    scaling: float,
-    stride: int | Pair | None,
-    dropout_p: float,
+    A: Tensor, B: Tensor, C: Tensor, geometry: Geometry, scaling: float, dropout_p: float = 0.0
 ) -> Adapter:
-    """Check an adapter's arguments and bundle them, without dropout as yet."""
-    geometry: Geometry = validation.factors(
-        A, B, C, in_features=in_features, out_features=out_features, stride=stride
-    )
+    """The adapter, its numbers checked, without a dropout seed."""
     scaling = validation.finite_number("scaling", scaling)
-    dropout_p = validation.probability("dropout_p", dropout_p)
-    return Adapter(A, B, C, scaling, geometry, dropout_p)
+    return Adapter(A, B, C, scaling, geometry, validation.probability("dropout_p", dropout_p))
 
 
-def with_dropout(adapter: Adapter, training: bool, device: torch.device) -> Adapter:
-    """`with_seed`, and the `1 / (1 - p)` of what dropout keeps as part of the scaling.
+def _with_dropout(
+    adapter: Adapter, training: bool, device: torch.device, *, rescale: bool = True
+) -> Adapter:
+    """The adapter with a seed if dropout is active: drawn last, so that a failing call draws none.
 
-    The increment is linear in `x`, so its scaling takes that in, and masks are of zeros and ones.
+    With `rescale`, its scaling takes in the `1 / (1 - p)` of what is kept: the increment is linear.
     """
-    adapter = with_seed(adapter, training, device)
-    if adapter.seed is None:
-        return adapter
-    return adapter._replace(scaling=adapter.scaling / (1.0 - adapter.dropout_p))
-
-
-def with_seed(adapter: Adapter, training: bool, device: torch.device) -> Adapter:
-    """Draw the call's seed if dropout is active: last, so that a call that fails draws nothing."""
     if not training or adapter.dropout_p == 0.0:
         return adapter
-    return adapter._replace(seed=draw_seed(device))
+    scaling = adapter.scaling / (1.0 - adapter.dropout_p) if rescale else adapter.scaling
+    return adapter._replace(scaling=scaling, seed=draw_seed(device))

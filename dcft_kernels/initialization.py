@@ -41,10 +41,6 @@ slices of the training splits of STS-B and SST-2: `benchmarks/quality`, study `i
 the highest rate `s_loss` breaks on both, at the lowest `s_output` is far behind on one. An `alpha`
 that is given takes the place of this scaling.
 
-A learning rate of its own for a factor would be nothing more: under Adam, without weight decay and
-without clipping of gradients, a rate of λ h for one factor is the same as h with that factor's σ
-divided by λ and the scaling multiplied by λ.
-
 `"zero"`: B is zero as well, and A and C have the variances that pass the input on at its own size,
 for a scaling of one. For inputs of variance v, `U` sums I of them and `V` sums d_in of `U`:
 
@@ -69,7 +65,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dcft_kernels.geometry import Geometry
+from dcft_kernels.adapter import Geometry
 
 InitName = Literal["balanced", "zero", "paper"]
 INITS: tuple[str, ...] = get_args(InitName)

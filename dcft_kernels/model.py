@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from dcft_kernels import validation
-from dcft_kernels.module import DCFTLinear, why_not_mergeable
-from dcft_kernels.options import DCFTOptions
+from dcft_kernels.linear import DCFTLinear, DCFTOptions, why_not_mergeable
 from dcft_kernels.targets import ALL_LINEAR, Targets, check_patterns, matches, select_layers
 
 _ADAPTER_PREFIX = "dcft_"
@@ -25,25 +24,25 @@ def swap_linear(
 ) -> list[str]:
     """Replace linear layers of `model` by `DCFTLinear`, in place; the base weights are shared.
 
-    By default the model computes what it did before until it is trained: every increment starts at
-    zero, with a scaling that follows from the layer's sizes, so that it learns at LoRA's rates.
+    By default the model's output does not change until it is trained: every increment starts at
+    zero, with a scaling derived from the layer's sizes, so that LoRA's learning rates fit.
 
     Args:
         model: any module; transformers' GPT-2 style `Conv1D` layers count as linear.
         targets: `"all-linear"`: every plain linear layer (no subclasses, which may compute
-            something else) but the output head and layers tied to an embedding. A list:
+            something else) except the output head and layers tied to an embedding. A list:
             names or endings of names (`["query", "value"]`). Any other string: a regular
             expression for the whole name.
-        exclude: layers to leave as they are, a list or a regular expression likewise.
+        exclude: layers to leave alone, a list or a regular expression.
         **dcft_options: `rank`, `kernel_size`, `stride`, `alpha`, `dropout`, `init`, `backend`,
             `adapter_dtype`, `strategy`, `nonlinearity`, see `DCFTLinear`.
 
     Returns:
-        The names of the layers swapped, in the model's order. A layer registered under several
-        names stays one layer, listed under each.
+        The names of the swapped layers, in the model's order. A layer registered under several
+        names stays one layer and is listed under each.
 
     Raises:
-        TypeError: an unknown option, or a target that is no plain linear layer.
+        TypeError: an unknown option, or a target that is not a plain linear layer.
         ValueError: a target that matches nothing (near misses are listed) or is swapped already.
         The model is untouched then.
     """
@@ -58,7 +57,7 @@ def swap_each(model: nn.Module, options: dict[str, DCFTOptions]) -> list[str]:
     for name, layer_options in options.items():
         linear = model.get_submodule(name)
         if linear not in adapted:
-            adapted[linear] = DCFTLinear.beside(linear, layer_options)
+            adapted[linear] = DCFTLinear.wrap(linear, layer_options)
     # Nothing can fail from here on.
     replace_modules(model, adapted)
     _leave_fused_paths(model)
@@ -76,12 +75,12 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, Any]) -> Non
 
 
 def _leave_fused_paths(model: nn.Module) -> None:
-    """Keep PyTorch's encoder, in inference, from reading weights past their layers' forward."""
+    """Turn off PyTorch's fused encoder, which reads weights without calling the layers."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(
             isinstance(child, DCFTLinear) for child in module.children()
         ):
-            # What these tell the fused path is that it cannot be taken.
+            # Disables the fused path.
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder) and any(
             isinstance(inner, DCFTLinear) for inner in module.modules()
@@ -103,9 +102,9 @@ def merge_model(model: nn.Module, *, unload: bool = False) -> None:
 
     Args:
         model: a model with `DCFTLinear` layers, none of them merged.
-        unload: also replace every merged layer by a plain one, of the kind that it was before the
-            swap, and drop the adapters: for export. There is no way back from it. PyTorch's fused
-            encoder path stays off, as the swap left it.
+        unload: also replace every merged layer by a plain one, of the kind it was before the swap,
+            and drop the adapters: for export. It cannot be undone. PyTorch's fused encoder path
+            stays off, as the swap left it.
 
     Raises:
         RuntimeError: some layers are merged already, or have a nonlinearity.
@@ -162,7 +161,7 @@ def freeze_base(model: nn.Module, *, trainable: Targets = ()) -> None:
 
     Args:
         model: a model with `DCFTLinear` layers.
-        trainable: modules or parameters to train beside the adapters, by name or ending of name or
+        trainable: modules or parameters to train as well, by name or ending of name or
             regular expression: `freeze_base(model, trainable=["classifier"])` trains a new head.
 
     Raises:
@@ -174,7 +173,7 @@ def freeze_base(model: nn.Module, *, trainable: Targets = ()) -> None:
         raise RuntimeError(f"model: {merged[0]!r} is merged; call unmerge_model(model) first")
     check_patterns("trainable", trainable)
     entries: list[Targets] = [trainable] if isinstance(trainable, str) else [[t] for t in trainable]
-    # A tied parameter has several names, and any of them may be the one that is meant.
+    # A tied parameter has several names, and the user may mean any of them.
     named = list(model.named_parameters(remove_duplicate=False))
     trained = {parameter for name, parameter in named if _is_adapter(name)}
     for entry in entries:

@@ -1,10 +1,10 @@
-"""LoRA layers of the library PEFT, known by what they hold, so that nothing here imports it.
+"""LoRA layers of the library PEFT, recognised by their attributes, so that nothing imports it.
 
 Such a layer has two containers, `lora_A` and `lora_B`, with one factor for each adapter's name:
 layers (LoRA) or bare parameters (AdaLoRA), `A [r, n]` on the input side and `B [m, r]` on the
-output side. A nonlinearity is put between them as a forward hook on what computes `A x`: names in
-the state dict stay as they are, and whoever calls the layer finds it. What would multiply `B` with
-`A` all the same, merging above all, is refused for as long as the hook is there.
+output side. A nonlinearity is a forward hook on the module that computes `A x`, so the names in the
+state dict do not change. Methods that would still multiply `B` with `A`, such as merging, raise
+while the hook is there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def active_factors(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """`(A [r, n], B [m, r])` of every active adapter.
 
     Adapters of convolutions and of bare parameters (`target_parameters`) hold no such matrices, and
-    an embedding's are in other containers: nothing comes of these.
+    an embedding's are in other containers: these yield nothing.
     """
     if hasattr(layer, "parameter_name"):
         return
@@ -51,7 +51,7 @@ def active_factors(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def why_no_nonlinearity(layer: nn.Module) -> str | None:
-    """Why nothing can stand between the factors of the active adapters, or None if it can."""
+    """Why the active adapters cannot have a nonlinearity, or None if they can."""
     bypassed = f"is a {type(layer).__name__}, which multiplies its factors without calling them"
     if hasattr(layer, "parameter_name"):
         return bypassed
@@ -90,7 +90,7 @@ def put_nonlinearity(layer: nn.Module, nonlinearity: str, adapters: frozenset[st
 
 
 def take_nonlinearity(layer: nn.Module) -> None:
-    """Undo `put_nonlinearity`; nothing happens where nothing was put."""
+    """Undo `put_nonlinearity`, if it was called."""
     for factor in _factors(layer).values():
         hooks = factor._forward_hooks if isinstance(factor, nn.Module) else {}
         for key, hook in list(hooks.items()):
@@ -101,7 +101,7 @@ def take_nonlinearity(layer: nn.Module) -> None:
             delattr(layer, method)
 
 
-# Classes, not closures: models that hold these are copied and pickled like others.
+# Classes, not closures, so that models can be copied and pickled.
 class _NonlinearityHook:
     def __init__(self, nonlinearity: str) -> None:
         self.nonlinearity = nonlinearity
@@ -111,7 +111,7 @@ class _NonlinearityHook:
 
 
 class _MergeGuard:
-    """Its methods stand in for those of a layer that multiply the factors of an adapter."""
+    """Replaces the methods of a layer that multiply the factors of an adapter."""
 
     def __init__(self, layer: nn.Module, nonlinearity: str, adapters: frozenset[str]) -> None:
         self.layer, self.nonlinearity, self.adapters = layer, nonlinearity, adapters
@@ -140,7 +140,7 @@ class _MergeGuard:
 
 
 def _guard(layer: nn.Module, method: str) -> _MergeGuard | None:
-    """What stands in for the layer's method, or None."""
+    """The guard that replaces the layer's method, or None."""
     guard = getattr(layer.__dict__.get(method), "__self__", None)
     return guard if isinstance(guard, _MergeGuard) else None
 
@@ -162,6 +162,6 @@ def _weight(factor: Any) -> Tensor:
 
 
 def _setting(layer: nn.Module, name: str, adapter: str) -> Any:
-    """What a layer's table of settings says of an adapter; None where there is no such table."""
+    """A layer's setting of an adapter; None if the layer has no such table."""
     table: Any = getattr(layer, name, None)
     return table.get(adapter) if isinstance(table, dict) else None

@@ -5,12 +5,12 @@
     TrainingArguments(output_dir, **recipe.training_arguments())
     loss = loss + recipe.penalty(model)
 
-The numbers are those printed, for DeBERTaV3-base. What the tables leave open, or where they are at
-odds with what else is published, is listed here; `dataclasses.replace(recipe, dropout=0.0)` makes
+The numbers are as printed, for DeBERTaV3-base. Where the tables are incomplete, or contradict
+other published material, is listed here; `dataclasses.replace(recipe, dropout=0.0)` makes
 another choice.
 
-- *Scaling.* The published code scales by `lora_alpha / r` with an `r` that is nothing but a
-  divisor: its factors have rank one all the same. So `r = 8` with `lora_alpha = 32` is `rank = 1`,
+- *Scaling.* The published code scales by `lora_alpha / r` with an `r` that is only a
+  divisor: its factors have rank one regardless. So `r = 8` with `lora_alpha = 32` is `rank = 1`,
   `alpha = 4` here. No table prints `lora_alpha`: 32 is what the published scripts pass for CoLA,
   MRPC, STS-B, QNLI and RTE; those for SST-2, QQP and MNLI pass 16, which would be `alpha = 2`.
 - *gamma.* Tables 9 and 10 have a column `γ` that the paper does not define. In AdaLoRA, whose code
@@ -20,7 +20,7 @@ another choice.
   weight of the orthogonality term. The two headings may well be exchanged. Here both columns are
   what their headings say: `dropout` is the adapter's, for which no published script sets anything,
   and `gamma` is recorded and read by nothing. The term's weight is the published code's default,
-  0.1, which the scripts pass too, but for RTE and STS-B (0.3).
+  0.1, which the scripts pass too, except for RTE and STS-B (0.3).
 - *Table 10* calls SQuAD "AQuAD". Its columns `r` and `Epochs` read 10 and 25 for v1.1, 12 and 24
   for v2.0; AdaLoRA trains SQuAD for 10 and 12 epochs, so `r` may hold the epochs, and `Epochs` two
   numbers of Table 9. They are kept as printed: `dataclasses.replace(recipe, epochs=10)` trains as
@@ -28,7 +28,7 @@ another choice.
 - *Table 9* is not always what the published scripts pass: for CoLA a learning rate of 8e-4; for
   QNLI one of 5e-4, a batch of 16 and 5 epochs; for QQP 5 epochs.
 - *init_warmup, delta_T, t_f* are settings of AdaLoRA's rank allocation, which DCFT does not have:
-  recorded, and read by nothing. They are no warm-up of the learning rate.
+  recorded, but nothing reads them. They do not warm up the learning rate.
 - Schedules, warm-up, weight decay, lengths and seeds are in neither table and left to the trainer.
 """
 
@@ -54,13 +54,13 @@ class Recipe:
     """The task, as printed; SQuAD's with its name."""
     learning_rate: float
     batch_size: int
+    published_rank: int
+    """The column `r`, a divisor of the scaling and no rank."""
     epochs: int
     dropout: float
     """Of the adapter's input: Table 9's column "Dropout"; Table 10 has none, so 0."""
     gamma: float
     """The column `γ`, as printed and undefined; nothing reads it."""
-    published_rank: int
-    """The column `r`, a divisor of the scaling and no rank."""
     init_warmup: int
     """Of AdaLoRA; nothing reads it."""
     delta_T: int
@@ -102,7 +102,7 @@ class Recipe:
         A scalar to add to the task's loss in every step; see `constraint_loss`.
 
         Raises:
-            TypeError: `model` is no module.
+            TypeError: `model` is not a module.
             ValueError: `model` has no adapters.
         """
         return self.orthogonality_weight * constraint_loss(
@@ -122,10 +122,10 @@ _TABLE_9: dict[str, tuple[float, int, int, int, float, float, int, int]] = {
     "RTE": (1.2e-3, 32, 8, 50, 0.3, 0.2, 600, 1),
 }
 
-# Table 10: learning rate, batch size, r, epochs, γ, init_warmup, ΔT, t_f.
-_TABLE_10: dict[str, tuple[float, int, int, int, float, int, int, int]] = {
-    "v1.1": (1e-3, 16, 10, 25, 0.1, 5000, 100, 25000),
-    "v2.0": (1e-3, 16, 12, 24, 0.1, 5000, 100, 50000),
+# Table 10, which has no dropout: learning rate, batch size, r, epochs, 0, γ, init_warmup, ΔT, t_f.
+_TABLE_10: dict[str, tuple[float, int, int, int, float, float, int, int, int]] = {
+    "v1.1": (1e-3, 16, 10, 25, 0.0, 0.1, 5000, 100, 25000),
+    "v2.0": (1e-3, 16, 12, 24, 0.0, 0.1, 5000, 100, 50000),
 }
 
 
@@ -136,22 +136,11 @@ def glue(task: str) -> Recipe:
         task: its name in any case, with or without a hyphen: `"SST-2"`, `"sst2"`.
 
     Raises:
-        TypeError: `task` is no string.
+        TypeError: `task` is not a string.
         ValueError: a task that the table does not have; those it has are listed.
     """
     name = _lookup("task", task, {name: [name] for name in _TABLE_9})
-    learning_rate, batch_size, r, epochs, dropout, gamma, init_warmup, delta_T = _TABLE_9[name]
-    return Recipe(
-        name=name,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        epochs=epochs,
-        dropout=dropout,
-        gamma=gamma,
-        published_rank=r,
-        init_warmup=init_warmup,
-        delta_T=delta_T,
-    )
+    return Recipe(name, *_TABLE_9[name])
 
 
 def squad(version: str) -> Recipe:
@@ -161,27 +150,15 @@ def squad(version: str) -> Recipe:
         version: `"v1.1"` or `"v2.0"`; the `v` may be left out.
 
     Raises:
-        TypeError: `version` is no string.
+        TypeError: `version` is not a string.
         ValueError: another version.
     """
     name = _lookup("version", version, {name: [name, name[1:]] for name in _TABLE_10})
-    learning_rate, batch_size, r, epochs, gamma, init_warmup, delta_T, t_f = _TABLE_10[name]
-    return Recipe(
-        name=f"SQuAD {name}",
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        epochs=epochs,
-        dropout=0.0,
-        gamma=gamma,
-        published_rank=r,
-        init_warmup=init_warmup,
-        delta_T=delta_T,
-        t_f=t_f,
-    )
+    return Recipe(f"SQuAD {name}", *_TABLE_10[name])
 
 
 def names() -> dict[str, tuple[str, ...]]:
-    """The names that there are, by the function that takes them."""
+    """The known names, by the function that takes them."""
     return {"glue": tuple(_TABLE_9), "squad": tuple(_TABLE_10)}
 
 

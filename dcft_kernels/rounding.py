@@ -1,7 +1,7 @@
 """Rounding of a wide result into a narrower tensor: to nearest, or stochastically.
 
-Round-to-nearest drops every update below half a unit in the last place, each time anew; rounded
-up with probability equal to the distance from the value below, such updates arrive in the mean.
+Round-to-nearest drops every update below half a unit in the last place, however often it comes.
+Rounded up with a probability equal to the distance from the value below, the mean is exact.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Bits of a float32 that a 16-bit value does not have.
+# Bits of a float32 that a 16-bit value lacks.
 _SURPLUS_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
 # Below its least normal number, float16 counts in steps of its least positive one.

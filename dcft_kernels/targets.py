@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from dcft_kernels.module import DCFTLinear, is_conv1d, why_not_adaptable
+from dcft_kernels.linear import DCFTLinear, is_conv1d, why_not_adaptable
 
 ALL_LINEAR = "all-linear"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dcft_kernels import autocast
-from dcft_kernels.geometry import Geometry, Pair
+from dcft_kernels.adapter import Geometry, Pair
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcft_kernels.adapter import Adapter
-from dcft_kernels.geometry import Geometry, Pair
+from dcft_kernels.adapter import Adapter, Geometry, Pair
 
 
 class Case(NamedTuple):

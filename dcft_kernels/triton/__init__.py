@@ -12,11 +12,11 @@ import os
 
 import torch
 
-# What the kernels are tested with, and the language features that they use, begin here.
+# The oldest version that the kernels are tested with.
 OLDEST_TRITON = (3, 6)
 # Asynchronous copies and bfloat16 matrix instructions.
 OLDEST_CAPABILITY = (8, 0)
-# Matrix cores and wavefronts that the tiles are made for.
+# AMD architectures that the tiles are made for.
 AMD_ARCHITECTURES = ("gfx942", "gfx950")
 
 

@@ -9,22 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcft_kernels.adapter import Adapter
-from dcft_kernels.geometry import Geometry, Side
-from dcft_kernels.triton.backward import Sums, prepare_sums
-from dcft_kernels.triton.launching import (
-    NUMBER,
-    TENSOR,
-    Form,
-    Launch,
-    forms,
-    itemsize_of,
-    prepared,
-    strides,
-)
-from dcft_kernels.triton.layout import layout_of
-from dcft_kernels.triton.tiles import Tile, architecture, lookup, multiprocessors
-from dcft_kernels.triton.windows import window_features
+from dcft_kernels.adapter import Adapter, Geometry, Side
+from dcft_kernels.triton.launch import PER_CALL, Launch, Signature, signatures, strides
+from dcft_kernels.triton.partials import Grads, Sums, prepare_sums
+from dcft_kernels.triton.tiles import Tile, architecture, lookup, multiprocessors, prepared
+from dcft_kernels.triton.windows import layout_of, window_features
 
 # Rank from which `F` is computed window by window and then spread over a window's elements, which
 # divides its cost by the window's area. Below, that costs more than it saves.
@@ -196,8 +185,8 @@ def expand(
             seed draws the same bits on every device and for every tile. None: to nearest.
     """
     tensors = (weight, out, adapter.A, adapter.B, adapter.C, seed)
-    plan = _prepare(adapter.geometry, out.device, forms(tensors))
-    plan.launch(plan.programs, tensors, (adapter.scaling,))
+    plan = _prepare(adapter.geometry, out.device, signatures(tensors))
+    plan.launch(plan.programs, *tensors, adapter.scaling)
 
 
 class _Plan(NamedTuple):
@@ -206,11 +195,11 @@ class _Plan(NamedTuple):
 
 
 @prepared
-def _prepare(geometry: Geometry, device: torch.device, tensors: tuple[Form, ...]) -> _Plan:
-    """The launch for tensors of these forms: weight, out, `A`, `B`, `C`, seed."""
+def _prepare(geometry: Geometry, device: torch.device, tensors: tuple[Signature, ...]) -> _Plan:
+    """The launch for weight, out, `A`, `B`, `C` and seed with these signatures."""
     weight, out, A, B, C, seed = tensors
     inputs, outputs = geometry.inputs, geometry.outputs
-    itemsize = itemsize_of(out)
+    itemsize = out[0].itemsize
     tile = lookup(architecture(device), "expand", itemsize, layout_of(geometry).columns)
     windowed = (
         geometry.rank >= _WINDOWED_RANK
@@ -221,15 +210,15 @@ def _prepare(geometry: Geometry, device: torch.device, tensors: tuple[Form, ...]
         _expand_kernel,
         device,
         [
-            TENSOR, *strides(weight, 2),
-            TENSOR, *strides(out, 2),
-            TENSOR, *strides(A, 2),
-            TENSOR, *strides(B, 2),
-            TENSOR, *strides(C, 2),
-            TENSOR, NUMBER,
+            PER_CALL, *strides(weight, 2),
+            PER_CALL, *strides(out, 2),
+            PER_CALL, *strides(A, 2),
+            PER_CALL, *strides(B, 2),
+            PER_CALL, *strides(C, 2),
+            PER_CALL, PER_CALL,
             outputs.size, inputs.size, outputs.windows, inputs.windows,
         ],
-        {"num_warps": tile.warps, "num_stages": tile.stages},
+        tile,
         K=geometry.rank,
         W_OUT=outputs.width, S_OUT=outputs.stride, W_IN=inputs.width, S_IN=inputs.stride,
         BLOCK_M=tile.tokens, BLOCK_N=tile.outputs,
@@ -284,7 +273,7 @@ def _expand_backward_kernel(
 
     | tensor | shape | |
     | --- | --- | --- |
-    | `g` | `[m, n]` | read once, but for features that windows share |
+    | `g` | `[m, n]` | read once, except for features that windows share |
     | `A`, `B`, `C` | `[K, I]`, `[J, K]`, `[W_OUT, W_IN]` | any float dtype |
     | `gB` | `[J, K]`, contiguous | written once (`NEED_B`) |
     | `partial` | `[programs, ...]` | gradients of A `[K, I]` and C `[W_OUT, W_IN]`, float32 |
@@ -369,28 +358,25 @@ def _expand_backward_kernel(
         )  # fmt: skip
 
 
-def expand_backward(
-    grad: Tensor, adapter: Adapter, needs_A: bool, needs_B: bool, needs_C: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def expand_backward(grad: Tensor, adapter: Adapter, needs: tuple[bool, bool, bool]) -> Grads:
     """The gradients of the factors from that of `scaling * DW`.
 
     Args:
         grad: `[m, n]`, any float dtype.
         adapter: as in the forward.
-        needs_A: whether to compute the gradient of `A`; the others likewise.
-        needs_B: likewise.
-        needs_C: likewise.
+        needs: whether the gradients of `A`, `B` and `C` are needed.
 
     Returns:
         The gradients of `A`, `B` and `C`, contiguous, in their dtypes; None where not needed.
     """
-    if not (needs_A or needs_B or needs_C):
+    if not any(needs):
         return None, None, None
+    needs_A, needs_B, needs_C = needs
     grad_B = adapter.B.new_empty(adapter.B.shape) if needs_B else None
     tensors = (grad, adapter.A, adapter.B, adapter.C, grad_B)
-    plan = _prepare_backward(adapter.geometry, needs_A, needs_C, grad.device, forms(tensors))
+    plan = _prepare_backward(adapter.geometry, needs_A, needs_C, grad.device, signatures(tensors))
     partial = grad.new_empty((plan.programs, plan.sums.columns), dtype=torch.float32)
-    plan.launch(plan.programs, (*tensors, partial), (adapter.scaling,))
+    plan.launch(plan.programs, *tensors, partial, adapter.scaling)
     grad_A, _, grad_C = plan.sums.total(partial, adapter)
     return grad_A, grad_B, grad_C
 
@@ -436,13 +422,13 @@ def _prepare_backward(
     needs_A: bool,
     needs_C: bool,
     device: torch.device,
-    tensors: tuple[Form, ...],
+    tensors: tuple[Signature, ...],
 ) -> _BackwardPlan:
-    """The launches for tensors of these forms: `grad`, `A`, `B`, `C`, the gradient of `B`."""
+    """The launches for `grad`, `A`, `B`, `C` and the gradient of `B` with these signatures."""
     grad, A, B, C, grad_B = tensors
     inputs, outputs = geometry.inputs, geometry.outputs
     columns = layout_of(geometry).columns
-    tile = lookup(architecture(device), "expand_backward", itemsize_of(grad), columns)
+    tile = lookup(architecture(device), "expand_backward", grad[0].itemsize, columns)
     block = _backward_block(tile, geometry)
     blocks = triton.cdiv(outputs.windows, block.windows_out)
     programs = min(blocks, tile.programs * multiprocessors(device))
@@ -452,16 +438,16 @@ def _prepare_backward(
         _expand_backward_kernel,
         device,
         [
-            TENSOR, *strides(grad, 2),
-            TENSOR, *strides(A, 2),
-            TENSOR, *strides(B, 2),
-            TENSOR, *strides(C, 2),
-            TENSOR,
-            TENSOR, max(1, sums.columns), sums.offset_c,
-            NUMBER,
+            PER_CALL, *strides(grad, 2),
+            PER_CALL, *strides(A, 2),
+            PER_CALL, *strides(B, 2),
+            PER_CALL, *strides(C, 2),
+            PER_CALL,
+            PER_CALL, max(1, sums.columns), sums.offset_c,
+            PER_CALL,
             outputs.size, inputs.size, outputs.windows, inputs.windows,
         ],
-        {"num_warps": tile.warps, "num_stages": tile.stages},
+        tile,
         K=geometry.rank, KP=block.ranks,
         W_OUT=outputs.width, S_OUT=outputs.stride,
         WP_OUT=triton.next_power_of_2(outputs.width), BLOCK_J=block.windows_out,

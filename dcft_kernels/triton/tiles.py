@@ -1,11 +1,11 @@
-"""Which tile each kernel runs with: looked up in `tiles.json`, one table per architecture.
+"""The tile each kernel runs with: looked up in `tiles.json`, one table per architecture.
 
 `python -m benchmarks.tune` measures candidates on a GPU and rewrites the table. Nothing is tuned at
 run time: the first step of a new shape costs a compilation of its kernel at most, never a search.
 
-A table is keyed by kernel, by bytes an element of the tokens (2 or 4), and by the columns that
-the tokens are shrunk to (`layout.Layout.columns`); a call takes the entry of the least columns that
-hold its own. A GPU that has no table of its own takes that of the nearest older one whose tiles
+A table is keyed by kernel, by bytes per element of the tokens (2 or 4), and by the columns that
+the tokens are shrunk to (`windows.Layout.columns`); a call takes the entry with the fewest columns
+that hold its own. A GPU without a table takes that of the nearest older architecture whose tiles
 fit into its shared memory.
 """
 
@@ -16,89 +16,79 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 TABLE = Path(__file__).with_name("tiles.json")
 
-KERNELS = (
-    "shrink_expand",
-    "backward",
-    "fused_linear",
-    "fused_backward",
-    "expand",
-    "expand_backward",
-)
+KERNELS = ("shrink_expand", "backward", "expand", "expand_backward")
 
 
 class Tile(NamedTuple):
     """The shape of one program, and how it is compiled."""
 
     tokens: int  # rows of x, g and y that a program holds (rows of DW: expand, expand_backward)
-    features: int  # columns of x, g or W that it takes a step of its loop
+    features: int  # columns of x or g per step of its loop
     outputs: int  # columns of the result that it owns; 0 where it owns whole rows
-    programs: int  # programs to a multiprocessor, each looping over blocks; 0: one a block
+    programs: int  # programs per multiprocessor, each looping over blocks; 0: one per block
     warps: int
     stages: int
-    descriptors: int = 0  # 1: load tiles through the copy engine (TMA), from sm_90 on
 
-    def row(self) -> list[int]:
-        """As it stands in the table."""
-        return list(self if self.descriptors else self[:-1])
-
-    def for_tokens(self, crowd: Crowd) -> Tile:
+    def for_tokens(self, bucket: TokenBucket) -> Tile:
         """The same with fewer rows where there are not enough tokens to keep the GPU busy.
 
         Rows are halved, down to the 16 that a matrix unit takes, until every multiprocessor has a
         program; and warps with them, so that a thread still has wide loads to do. At most three
-        kernels are to be compiled for all numbers of tokens.
+        kernels are compiled for all numbers of tokens.
         """
         rows, warps = self.tokens, self.warps
-        while rows > _FEWEST_ROWS and rows >= crowd.rows:
-            rows, warps = rows // 2, max(_FEWEST_WARPS, warps // 2)
+        while rows > _MIN_ROWS and rows >= bucket.rows:
+            rows, warps = rows // 2, max(_MIN_WARPS, warps // 2)
         return self._replace(tokens=rows, warps=warps)
 
 
-_FEWEST_ROWS, _MOST_ROWS = 16, 256
-_FEWEST_WARPS = 4
+_MIN_ROWS, _MAX_ROWS = 16, 256
+_MIN_WARPS = 4
 
 
-class Crowd(NamedTuple):
-    """All that a launch depends on of the number of tokens: few values, for few launches."""
+class TokenBucket(NamedTuple):
+    """What a launch depends on of the number of tokens: few values, so that few are compiled."""
 
-    # From so many rows on, a tile leaves a multiprocessor without a program. Rounded up to a power
-    # of two, as tiles' rows are, from twice the fewest of them to twice the most.
+    # From this many rows on, a tile leaves a multiprocessor without a program. Rounded up to a
+    # power of two, as tiles' rows are, from twice the fewest of them to twice the most.
     rows: int
-    wide: bool  # whether the number takes 64 bits, which Triton compiles for
+    is_int64: bool  # whether the number takes 64 bits, which Triton compiles for
 
 
-def crowd_of(tokens: int, device: torch.device) -> Crowd:
-    """What of a number of tokens launches on a device depend on."""
-    return _crowd_of(tokens, multiprocessors(device))
+def token_bucket(tokens: int, device: torch.device) -> TokenBucket:
+    """The bucket of a number of tokens on a device."""
+    return _token_bucket(tokens, multiprocessors(device))
 
 
 @functools.lru_cache(maxsize=4096)
-def _crowd_of(tokens: int, multiprocessors: int) -> Crowd:
+def _token_bucket(tokens: int, multiprocessors: int) -> TokenBucket:
     others = multiprocessors - 1
-    rows = 2 * _MOST_ROWS
-    if tokens <= _MOST_ROWS * others:
-        rows = max(2 * _FEWEST_ROWS, 1 << max(0, -(-tokens // others) - 1).bit_length())
-    return Crowd(rows, tokens >= 1 << 31)
+    rows = 2 * _MAX_ROWS
+    if tokens <= _MAX_ROWS * others:
+        rows = max(2 * _MIN_ROWS, 1 << max(0, -(-tokens // others) - 1).bit_length())
+    return TokenBucket(rows, tokens >= 1 << 31)
 
 
-# Whoever keeps what follows from a tile, to be told when others are to be looked up.
-_listeners: list[Callable[[], None]] = []
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_caches: list[Any] = []
 
 
-def when_changed(forget: Callable[[], None]) -> None:
-    """Have `forget` called whenever `as_architecture` or `override` begins or ends."""
-    _listeners.append(forget)
+def prepared(function: _Function) -> _Function:
+    """Cache what `function` returns, until other tiles are to be looked up."""
+    cached = functools.lru_cache(maxsize=2048)(function)
+    _caches.append(cached)
+    return cached  # type: ignore[return-value]
 
 
-def _changed() -> None:
-    for forget in _listeners:
-        forget()
+def _clear_prepared() -> None:
+    for cache in _caches:
+        cache.cache_clear()
 
 
 # Set by `as_architecture`: what to look up instead of the device's own.
@@ -115,12 +105,12 @@ def as_architecture(name: str) -> Iterator[None]:
     if name not in architectures():
         raise ValueError(f"name: expected one of {', '.join(architectures())}, got {name!r}")
     before, _forced = _forced, name
-    _changed()
+    _clear_prepared()
     try:
         yield
     finally:
         _forced = before
-        _changed()
+        _clear_prepared()
 
 
 @contextlib.contextmanager
@@ -130,7 +120,7 @@ def override(kernel: str, tile: Tile) -> Iterator[None]:
         raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
     before = _overrides.get(kernel)
     _overrides[kernel] = tile
-    _changed()
+    _clear_prepared()
     try:
         yield
     finally:
@@ -138,7 +128,7 @@ def override(kernel: str, tile: Tile) -> Iterator[None]:
             del _overrides[kernel]
         else:
             _overrides[kernel] = before
-        _changed()
+        _clear_prepared()
 
 
 @functools.lru_cache(maxsize=1)
@@ -152,9 +142,9 @@ def architectures() -> tuple[str, ...]:
     return tuple(_table())
 
 
-# Shared memory that tiles of a table may fill, in KiB a block.
+# Shared memory that tiles of a table may fill, in KiB per block.
 _SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
-_LEAST_SHARED = 89
+_LEAST_ARCHITECTURE = 89
 
 
 @functools.cache
@@ -165,11 +155,11 @@ def _device_architecture(index: int) -> str:
     capability = properties.major * 10 + properties.minor
     shared = properties.shared_memory_per_block_optin / 1024
     fitting = [k for k, most in _SHARED_KIB.items() if k <= capability and most <= shared]
-    return f"sm_{max(fitting, default=_LEAST_SHARED)}"
+    return f"sm_{max(fitting, default=_LEAST_ARCHITECTURE)}"
 
 
 def architecture(device: torch.device) -> str:
-    """The table for a device: of its own architecture, or of the nearest older one."""
+    """The table for a device: its architecture's, or the nearest older one's."""
     if _forced is not None:
         return _forced
     if device.type != "cuda":
@@ -181,7 +171,7 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def entries(arch: str, kernel: str, itemsize: int) -> dict[int, Tile]:
-    """The tiles of a kernel by number of columns, least first."""
+    """The tiles of a kernel by number of columns, fewest first."""
     rows = _table()[arch][kernel].get(str(itemsize), {})
     return {int(columns): Tile(*rows[columns]) for columns in sorted(rows, key=int)}
 
@@ -192,18 +182,12 @@ def lookup(arch: str, kernel: str, itemsize: int, columns: int) -> Tile:
     Raises:
         ValueError: there is none.
     """
-    tile = find(arch, kernel, itemsize, columns)
-    if tile is None:
-        raise ValueError(f"columns: no tile of {kernel} on {arch} holds {columns}")
-    return tile
-
-
-def find(arch: str, kernel: str, itemsize: int, columns: int) -> Tile | None:
-    """`lookup`, None where there is no tile."""
     if kernel in _overrides:
         return _overrides[kernel]
-    tiles = entries(arch, kernel, itemsize).items()
-    return next((tile for most, tile in tiles if columns <= most), None)
+    for most, tile in entries(arch, kernel, itemsize).items():
+        if columns <= most:
+            return tile
+    raise ValueError(f"columns: no tile of {kernel} on {arch} holds {columns}")
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -1,6 +1,6 @@
 """Pieces of kernels: how a tile of tokens meets a factor, on one side of `DW`.
 
-A side has `L` windows of `WIDTH` features every `STRIDE` (see `dcft_kernels.geometry`) and a factor
+A side has `L` windows of `WIDTH` features every `STRIDE` (`dcft_kernels.adapter.Side`) and a factor
 `f [K, L]`: `A` on the input side, `B^T` on the output side. Kernels walk over a side in tiles of
 `BLOCK_L` windows. A tile's feature axis has `BLOCK_L * WP` columns, column `l*WP + r` being the
 r-th feature of the tile's l-th window, where `WP` is `WIDTH` padded to a power of two. What is
@@ -14,20 +14,58 @@ much as reading the tokens does. It is built in registers out of `BLOCK_L * KP` 
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+from dcft_kernels.adapter import Geometry
+
+# Fewest columns that the matrix units take along each dimension of a product.
+_MIN_COLUMNS = 16
+
+
+class Layout(NamedTuple):
+    """Padded sizes of an adapter, all powers of two."""
+
+    KP: int  # ranks
+    WP_IN: int  # features of an input window
+    WP_OUT: int  # features of an output window
+    GROUP: int  # ranks that are mixed by C in one product
+
+    @property
+    def columns(self) -> int:
+        """What a token is shrunk to, on the wider side."""
+        return self.KP * max(self.WP_IN, self.WP_OUT)
+
+
+@functools.cache
+def layout_of(geometry: Geometry) -> Layout:
+    """Pad so that both sides have 16 columns or more: ranks first, then the narrower window."""
+    rank = _power_of_two(geometry.rank)
+    width_in = _power_of_two(geometry.inputs.width)
+    width_out = _power_of_two(geometry.outputs.width)
+    rank = max(rank, _MIN_COLUMNS // max(width_in, width_out))
+    width_in = max(width_in, _MIN_COLUMNS // rank)
+    width_out = max(width_out, _MIN_COLUMNS // rank)
+    return Layout(rank, width_in, width_out, max(1, _MIN_COLUMNS // min(width_in, width_out)))
+
+
+def windows_per_tile(features: int, padded_width: int) -> int:
+    """Windows in a tile of about `features` columns: at least one, and 16 columns or more."""
+    return max(1, max(features, _MIN_COLUMNS) // padded_width)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
 @triton.jit
 def window_features(
-    tile,
-    L,
-    size,
-    WIDTH: tl.constexpr,
-    STRIDE: tl.constexpr,
-    WP: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
+    tile, L, size,
+    WIDTH: tl.constexpr, STRIDE: tl.constexpr, WP: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
     """Features of the tile's columns and which of them exist, both `[BLOCK_L*WP]`.
 
     Overlapping windows share features: such a side is read more than once, from the caches.
@@ -87,27 +125,6 @@ def expand_tiles(
 
 
 @triton.jit
-def expand_features(
-    tile,
-    L,
-    size,
-    WIDTH: tl.constexpr,
-    STRIDE: tl.constexpr,
-    WP: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
-    """Features of a tile to write and which of them exist, both `[BLOCK_L*WP]`.
-
-    Windows that tile the side are written window by window. Where windows overlap, a tile is a
-    stretch of features, so that no two programs write to one place.
-    """
-    if STRIDE == WIDTH:
-        return window_features(tile, L, size, WIDTH, STRIDE, WP, BLOCK_L)
-    features = tile * (BLOCK_L * WP) + tl.arange(0, BLOCK_L * WP)
-    return features, features < size
-
-
-@triton.jit
 def expand_matrix(
     f_ptr, stride_fk, stride_fl,
     tile, L, size,
@@ -117,13 +134,15 @@ def expand_matrix(
 ):  # fmt: skip
     """Features of a tile to write, which exist, and the matrix `[KP*WP, BLOCK_L*WP]` that expands.
 
-    Windows that tile the side: the transposed `spread`. Overlapping windows: every feature gathers
-    from all the windows over it.
+    Windows that tile the side are written window by window, with the transposed `spread`. Where
+    windows overlap, a tile is a range of features, so that no two programs write to one place, and
+    every feature gathers from all the windows over it.
     """
-    features, valid = expand_features(tile, L, size, WIDTH, STRIDE, WP, BLOCK_L)
     if STRIDE == WIDTH:
+        features, valid = window_features(tile, L, size, WIDTH, STRIDE, WP, BLOCK_L)
         values = factor_tile(f_ptr, stride_fk, stride_fl, tile, L, K, KP, BLOCK_L)
         return features, valid, tl.trans(spread(values, WP, KP, BLOCK_L).to(dtype))
+    features = tile * (BLOCK_L * WP) + tl.arange(0, BLOCK_L * WP)
     column = tl.arange(0, KP * WP)
     kappa = column // WP
     offset = column % WP
@@ -132,7 +151,7 @@ def expand_matrix(
     covers = (start >= 0) & (start % STRIDE == 0) & (window < L)
     covers = covers & (offset < WIDTH)[:, None] & (kappa < K)[:, None]
     where = f_ptr + window.to(tl.int64) * stride_fl + kappa[:, None] * stride_fk
-    return features, valid, tl.load(where, mask=covers, other=0.0).to(dtype)
+    return features, features < size, tl.load(where, mask=covers, other=0.0).to(dtype)
 
 
 @triton.jit

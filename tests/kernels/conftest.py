@@ -30,3 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where kernels run: the CPU under the interpreter, else the GPU."""
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture
+def backend() -> str:
+    return "triton"

@@ -1,12 +1,12 @@
-"""Repairs to Triton's interpreter (3.6 to 3.9), which the tests need and GPUs do not.
+"""Repairs to Triton's interpreter (3.6 to 3.9) that the tests need.
 
 - It stores bfloat16 as the bits of an unsigned integer, truncates when it converts float32 to it,
   and multiplies the bits themselves in `tl.dot`. Repaired: round to nearest even as GPUs do, and
   multiply the values, which are exact in float32, as matrix units do.
-- It wraps the whole language anew at every call of one `@triton.jit` function from another, which
-  takes most of the time. Repaired: only where it is not wrapped yet.
+- It wraps the whole language again whenever one `@triton.jit` function calls another, which takes
+  most of the time. Repaired: only where it is not wrapped yet.
 - It makes integers of the product of a mask and a scalar, and then refuses them (3.9).
-- It takes the bounds of loops out of arrays in a way that NumPy 2.4 has no more (3.6).
+- It reads loop bounds from arrays in a way that NumPy 2.4 has removed (3.6).
 """
 
 from __future__ import annotations
@@ -58,12 +58,15 @@ def _boolean(mask: Any) -> Any:
     return interpreter.TensorHandle(np.asarray(mask.data).astype(bool), tl.int1)
 
 
-def _masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-    return _original_load(self, pointers, _boolean(mask), *rest)
+# Descriptor loads and stores pass the rest by keyword.
+def _masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+    return _original_load(self, pointers, _boolean(mask), *rest, **options)
 
 
-def _masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-    return _original_store(self, pointers, value, _boolean(mask), *rest)
+def _masked_store(
+    self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any
+) -> Any:
+    return _original_store(self, pointers, value, _boolean(mask), *rest, **options)
 
 
 def _patch_tensor(tensor: Any, *scope: Any) -> None:

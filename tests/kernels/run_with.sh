@@ -1,5 +1,5 @@
 #!/bin/sh
-# Run the kernels' tests with a given Triton and PyTorch, in an environment of their own.
+# Run the kernels' tests with a given Triton and PyTorch, in a separate environment.
 #     run_with.sh PYTHON FOLDER TRITON TORCH INDEX [pytest arguments]
 # PYTHON is an interpreter that has all other packages; TRITON may be "newest"; INDEX may be empty.
 set -eu
@@ -10,14 +10,14 @@ environment=$folder/triton-$triton-torch-$torch
 if [ ! -e "$environment/complete" ]; then
     rm -rf "$environment"
     "$python" -m venv "$environment"
-    # What is not installed here is found in PYTHON's environment.
+    # All other packages come from the environment of PYTHON.
     site=$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$site/base.pth"
     pip="$environment/bin/python -m pip --disable-pip-version-check install --quiet"
     if [ "$("$python" -c 'import torch; print(torch.__version__.split("+")[0])')" != "$torch" ]; then
         $pip "torch==$torch" ${index:+--extra-index-url "$index"}
     fi
-    # Last, and without what PyTorch would have in its place.
+    # Last, in place of the version that PyTorch asks for.
     if [ "$triton" = newest ]; then wanted=triton; else wanted="triton==$triton"; fi
     $pip --upgrade --ignore-installed --no-deps "$wanted"
     touch "$environment/complete"

@@ -1,4 +1,4 @@
-"""Dropout inside the kernels: the mask of `dropout.philox_mask`, bit for bit, wherever it acts."""
+"""Dropout inside the kernels uses the mask of `dropout.philox_mask`, bit for bit."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from torch import Tensor
 
 from dcft_kernels import DCFTLinear, dcft_update, dropout
 from dcft_kernels.dropout import draw_seed, philox_mask
-from dcft_kernels.gpu_rates import INTERPRETER
-from dcft_kernels.strategy import Call, why_strategy_cannot
 from tests.adapter_cases import CASES, Case, random_inputs
-from tests.kernels.parity import check, run, to
+from tests.kernels.parity import check, to
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -32,23 +30,8 @@ READABLE = [
 ]
 PAPER, RAGGED, OVERLAP = CASES[0], CASES[3], CASES[6]
 SEEDS = [0, 1, 2**32 + 7, 2**62 - 1]
+P, SEED = 0.4, SEEDS[2]
 TOKENS = 21
-
-
-def takes(strategy: str, case: Case, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether a strategy computes the case."""
-    call = Call(1, case.geometry, dtype, torch.float32, INTERPRETER, dropout=True)
-    return why_strategy_cannot(strategy, call) is None
-
-
-def pairs(cases: list[Case]) -> list[tuple[Case, str]]:
-    """Every case with every strategy that takes it."""
-    return [
-        (case, strategy)
-        for case in cases
-        for strategy in ("row_block", "fused")
-        if takes(strategy, case)
-    ]
 
 
 def mask_in_windows(mask: Tensor, case: Case) -> Tensor:
@@ -58,60 +41,57 @@ def mask_in_windows(mask: Tensor, case: Case) -> Tensor:
     return padded.unfold(1, side.width, side.stride)
 
 
-def arguments(case: Case, A: Tensor, seed: int, p: float, strategy: str) -> tuple:
-    """An adapter, but for `A` all of ones, as operators take it."""
-    B = torch.ones(case.geometry.shape_B, device=A.device)
-    C = torch.ones(case.geometry.shape_C, device=A.device)
-    seeds = torch.tensor(seed, device=A.device)
-    return (A, B, C, seeds, 1.0, list(case.stride), p, strategy)
+def arguments(case: Case, A: Tensor) -> tuple:
+    """An adapter, all of ones except for `A`, as operators take it."""
+    geometry = case.geometry
+    B, C = (torch.ones(shape, device=A.device) for shape in (geometry.shape_B, geometry.shape_C))
+    flat = [geometry.rank, *geometry.outputs, *geometry.inputs]
+    return (A, B, C, torch.tensor(SEED, device=A.device), 1.0, flat, P, "row_block")
 
 
-@pytest.mark.parametrize(("case", "strategy"), pairs(READABLE), ids=str)
-def test_the_mask_of_the_forward(device, case: Case, strategy: str) -> None:
+def mask_of(tokens: int, case: Case, device: torch.device) -> Tensor:
+    return philox_mask(torch.tensor(SEED), P, (tokens, case.in_features), device)
+
+
+every_case = pytest.mark.parametrize("case", READABLE, ids=str)
+
+
+@every_case
+def test_mask_of_the_forward(device, case: Case) -> None:
     """With the identity for `A` and ones for `x`, `U` is the mask in windows."""
-    p, seed = 0.4, SEEDS[2]
     A = torch.eye(case.rank, device=device)
     assert A.shape == case.geometry.shape_A
     x = torch.ones(TOKENS, case.in_features, device=device)
-    weight = torch.zeros(case.out_features, case.in_features, device=device)
-    _, u = OPS.linear(x, weight, None, *arguments(case, A, seed, p, strategy))
-    mask = philox_mask(torch.tensor(seed), p, (TOKENS, case.in_features), device)
-    assert torch.equal(u, mask_in_windows(mask, case))
+    y = torch.zeros(TOKENS, case.out_features, device=device)
+    _, u = OPS.forward(x, None, None, y, *arguments(case, A))
+    assert torch.equal(u, mask_in_windows(mask_of(TOKENS, case, device), case))
 
 
-@pytest.mark.parametrize(("case", "strategy"), pairs(READABLE), ids=str)
-def test_the_mask_of_the_backward(device, case: Case, strategy: str) -> None:
+@every_case
+def test_mask_of_the_backward(device, case: Case) -> None:
     """With ones for all else and no base, `gx` is zero where the mask is, and nowhere else."""
-    p, seed = 0.4, SEEDS[2]
-    shape = (TOKENS, case.in_features)
     A = torch.ones(case.geometry.shape_A, device=device)
     g = torch.ones(TOKENS, case.out_features, device=device)
-    weight = torch.zeros(case.out_features, case.in_features, device=device)
     needs = [True, False, False, False, False, False]
-    gx, *_ = OPS.backward(
-        g, None, None, weight, *arguments(case, A, seed, p, strategy), shape[1], needs, None
-    )
-    assert torch.equal(gx != 0, philox_mask(torch.tensor(seed), p, shape, device))
+    gx, *_ = OPS.backward(g, None, None, None, *arguments(case, A), needs, None)
+    assert torch.equal(gx != 0, mask_of(TOKENS, case, device))
 
 
-@pytest.mark.parametrize("case", READABLE, ids=str)
-def test_the_mask_of_the_gradient_of_A(device, case: Case) -> None:
+@every_case
+def test_mask_of_the_gradient_of_A(device, case: Case) -> None:
     """One token and ones for all else: what is kept in a window counts, times one number."""
-    p, seed = 0.4, SEEDS[2]
     A = torch.ones(case.geometry.shape_A, device=device)
     x = torch.ones(1, case.in_features, device=device)
     g = torch.ones(1, case.out_features, device=device)
     needs = [False, False, False, True, False, False]
-    adapter = arguments(case, A, seed, p, "row_block")
-    *_, grad_A, _, _ = OPS.backward(g, x, None, None, *adapter, case.in_features, needs, None)
+    *_, grad_A, _, _ = OPS.backward(g, x, None, None, *arguments(case, A), needs, None)
     # Every feature's Ub is the sum of all that the output windows cover.
     outputs = case.geometry.outputs
     covered = sum(
         min(outputs.width, outputs.size - window * outputs.stride)
         for window in range(outputs.windows)
     )
-    mask = philox_mask(torch.tensor(seed), p, (1, case.in_features), device)
-    expected = covered * mask_in_windows(mask, case).sum(2)
+    expected = covered * mask_in_windows(mask_of(1, case, device), case).sum(2)
     assert torch.equal(grad_A, expected.expand_as(grad_A))
 
 
@@ -151,33 +131,18 @@ def test_tokens_beyond_32_bits(device, first_token: int, contiguous: bool) -> No
                 assert not torch.equal(expected, low)
 
 
-@pytest.mark.parametrize(("case", "strategy"), pairs([PAPER, RAGGED, OVERLAP]), ids=str)
-def test_parity(device, case: Case, strategy: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", [PAPER, RAGGED, OVERLAP], ids=str)
+def test_parity(device, case: Case, dtype: torch.dtype) -> None:
     """Forward and all gradients drop the elements that the reference drops."""
-    check(to(random_inputs(case, (TOKENS,), torch.float32), device), case, strategy, dropout_p=0.3)
+    inputs = to(random_inputs(case, (TOKENS,), dtype, torch.float32), device)
+    check(inputs, case, dropout_p=0.3)
 
 
-@pytest.mark.parametrize("strategy", ["row_block", "fused"])
-def test_parity_in_16_bit(device, strategy: str) -> None:
-    inputs = to(random_inputs(CASES[2], (TOKENS,), torch.bfloat16, torch.float32), device)
-    check(inputs, CASES[2], strategy, dropout_p=0.3)
-
-
-@pytest.mark.parametrize("strategy", ["row_block", "fused"])
 @pytest.mark.parametrize("p", [1e-6, 0.02, 0.97])
-def test_small_and_large_probabilities(device, p: float, strategy: str) -> None:
+def test_small_and_large_probabilities(device, p: float) -> None:
     inputs = to(random_inputs(RAGGED, (TOKENS,), torch.float32), device)
-    check(inputs, RAGGED, strategy, dropout_p=p)
-
-
-def test_strategies_drop_the_same_elements(device) -> None:
-    inputs = to(random_inputs(RAGGED, (TOKENS,), torch.float32), device)
-    results = [
-        run(inputs, RAGGED, "triton", strategy=strategy, dropout_p=0.5)
-        for strategy in ("row_block", "fused")
-    ]
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    check(inputs, RAGGED, dropout_p=p)
 
 
 def test_update_drops_what_the_reference_drops(device) -> None:
@@ -196,20 +161,10 @@ def test_update_drops_what_the_reference_drops(device) -> None:
 def test_the_mask_does_not_depend_on_strides(device) -> None:
     inputs = to(random_inputs(RAGGED, (TOKENS,), torch.float32), device)
     strided = inputs._replace(x=inputs.x.t().contiguous().t())
-    for strategy in ("row_block", "fused"):
-        results = [
-            run(each, RAGGED, "triton", strategy=strategy, dropout_p=0.5)
-            for each in (strided, inputs)
-        ]
-        for actual, expected in zip(*results, strict=True):
-            torch.testing.assert_close(actual, expected)
+    check(strided, RAGGED, dropout_p=0.5)
 
 
-@pytest.mark.parametrize("strategy", ["row_block", "fused"])
-def test_calls_differ_and_manual_seed_repeats(
-    device, strategy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DCFT_STRATEGY", strategy)
+def test_calls_differ_and_manual_seed_repeats(device) -> None:
     layer = DCFTLinear(48, 64, dropout=0.5, init="paper", backend="triton").to(device)
     for factor in (layer.dcft_A, layer.dcft_B, layer.dcft_C):
         torch.nn.init.normal_(factor)
@@ -230,5 +185,4 @@ def test_calls_differ_and_manual_seed_repeats(
 def test_seeds_are_where_kernels_read_them(device) -> None:
     seed = draw_seed(device)
     assert seed.device.type == device.type
-    assert seed.dtype == torch.int64
-    assert seed.dim() == 0
+    assert (seed.dtype, seed.dim()) == (torch.int64, 0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dcft_kernels import DCFTLinear, dcft_linear
-from dcft_kernels.geometry import window_count
+from dcft_kernels.adapter import window_count
 from tests.adapter_cases import Case, Inputs, random_inputs
 from tests.kernels.parity import check, run, to
 
@@ -29,11 +29,7 @@ pytestmark = [
     ),
 ]
 
-STRATEGIES = ["row_block", "fused", "scratch"]
-# `scratch` computes one product, which cannot drop elements for the adapter alone.
-DROPOUTS = [*((strategy, 0.0) for strategy in STRATEGIES), ("row_block", 0.4), ("fused", 0.4)]
-every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
-with_and_without_dropout = pytest.mark.parametrize(("strategy", "dropout_p"), DROPOUTS)
+with_and_without_dropout = pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 SMALL_LAYER = Case(768, 768, 1, (8, 8), (8, 8))
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -73,17 +69,15 @@ def captured(step: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, li
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: object) -> None:
-    """Equal but for a few roundings of bfloat16, of the largest value."""
+    """Equal up to a few roundings of bfloat16, of the largest value."""
     error = (actual.double() - expected.double()).abs().max()
     # Written so that a NaN fails.
     assert float(error) <= 2**-6 * float(expected.double().abs().max()), what
 
 
-@every_strategy
 @pytest.mark.parametrize("tokens", [77, 1024])
-def test_cuda_graph(device, monkeypatch: pytest.MonkeyPatch, strategy: str, tokens: int) -> None:
+def test_cuda_graph(device, tokens: int) -> None:
     """Forward and backward are captured, and every replay computes from what its inputs hold."""
-    monkeypatch.setenv("DCFT_STRATEGY", strategy)
     layer = layer_on(device)
     x = torch.randn(tokens, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn(tokens, 256, device=device, dtype=torch.bfloat16)
@@ -100,13 +94,11 @@ def test_cuda_graph(device, monkeypatch: pytest.MonkeyPatch, strategy: str, toke
             assert_close(actual, expected, index)
 
 
-@pytest.mark.parametrize("strategy", ["row_block", "fused"])
-def test_cuda_graph_with_dropout(device, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
-    """Every replay draws a mask of its own; its forward and its backward use the same one.
+def test_cuda_graph_with_dropout(device) -> None:
+    """Every replay draws a new mask, and its forward and backward use the same one.
 
     Graphs register the device's default generator, which the seed is drawn from.
     """
-    monkeypatch.setenv("DCFT_STRATEGY", strategy)
     tokens, p = 512, 0.4
     layer = layer_on(device, p)
     with torch.no_grad():
@@ -134,35 +126,30 @@ def test_cuda_graph_with_dropout(device, monkeypatch: pytest.MonkeyPatch, strate
 
 @pytest.mark.slow
 @with_and_without_dropout
-def test_a_hundred_repeats_to_the_bit(device, strategy: str, dropout_p: float) -> None:
+def test_a_hundred_repeats_are_bitwise_equal(device, dropout_p: float) -> None:
     inputs = to(random_inputs(SMALL_LAYER, (4096,), torch.bfloat16, torch.float32), device)
-    first = run(inputs, SMALL_LAYER, "triton", strategy=strategy, dropout_p=dropout_p)
+    first = run(inputs, SMALL_LAYER, "triton", dropout_p=dropout_p)
     assert all(bool(each.isfinite().all()) for each in first)
     for _ in range(99):
-        again = run(inputs, SMALL_LAYER, "triton", strategy=strategy, dropout_p=dropout_p)
+        again = run(inputs, SMALL_LAYER, "triton", dropout_p=dropout_p)
         assert all(map(torch.equal, again, first))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("strategy", "dropout_p"),
-    [("row_block", 0.0), ("row_block", 0.3), ("fused", 0.0), ("fused", 0.3)],
-)
+@with_and_without_dropout
 @pytest.mark.parametrize("in_features", [1024, 1021])
-def test_parity_at_a_real_size(device, in_features: int, strategy: str, dropout_p: float) -> None:
+def test_parity_at_a_real_size(device, in_features: int, dropout_p: float) -> None:
     case = Case(in_features, 4096, 1, (8, 8), (8, 8))
     inputs = to(random_inputs(case, (1000,), torch.bfloat16, torch.float32), device)
-    check(inputs, case, strategy, dropout_p=dropout_p)
+    check(inputs, case, dropout_p=dropout_p)
 
 
-@pytest.mark.parametrize(("strategy", "dropout_p"), [*DROPOUTS, ("torch", 0.0), ("torch", 0.4)])
-def test_no_host_synchronisation(
-    device, monkeypatch: pytest.MonkeyPatch, strategy: str, dropout_p: float
-) -> None:
-    monkeypatch.setenv("DCFT_STRATEGY", strategy)
+@with_and_without_dropout
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_no_host_synchronisation(device, backend: str, dropout_p: float) -> None:
     x = torch.randn(333, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
     layer = layer_on(device, dropout_p)
-    layer.backend = "auto" if strategy == "torch" else "triton"
+    layer.backend = backend
     step = step_of(layer, x, torch.randn_like(x))
     step()
     torch.cuda.synchronize()
@@ -176,11 +163,10 @@ def test_no_host_synchronisation(
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @with_and_without_dropout
-def test_another_device_than_the_current_one(strategy: str, dropout_p: float) -> None:
-    dtype = torch.float32 if strategy == "scratch" else torch.bfloat16
-    inputs = random_inputs(SMALL_LAYER, (100,), dtype, torch.float32)
+def test_another_device_than_the_current_one(dropout_p: float) -> None:
+    inputs = random_inputs(SMALL_LAYER, (100,), torch.bfloat16, torch.float32)
     assert torch.cuda.current_device() == 0
-    results = check(to(inputs, torch.device("cuda", 1)), SMALL_LAYER, strategy, dropout_p=dropout_p)
+    results = check(to(inputs, torch.device("cuda", 1)), SMALL_LAYER, dropout_p=dropout_p)
     assert {each.device.index for each in results} == {1}
     assert torch.cuda.current_device() == 0
 
@@ -198,9 +184,9 @@ def peak_of(step: Callable[[], object]) -> int:
     return peak
 
 
-@pytest.mark.parametrize(("strategy", "dropout_p"), [d for d in DROPOUTS if d[0] != "scratch"])
-def test_peak_memory(device, strategy: str, dropout_p: float) -> None:
-    """Beside `y`, `gx` and the products' workspaces: `U` and the partial sums of gradients."""
+@with_and_without_dropout
+def test_peak_memory(device, dropout_p: float) -> None:
+    """More than `y`, `gx` and the products' workspaces: `U` and the gradients' partial sums."""
     tokens, size, width = 1024, 4096, 8
     case = Case(size, size, 1, (width, width), (width, width))
     inputs = to(random_inputs(case, (tokens,), torch.bfloat16, torch.float32), device)
@@ -208,7 +194,7 @@ def test_peak_memory(device, strategy: str, dropout_p: float) -> None:
     operands = (some.x, some.A, some.B, some.C)
 
     def step() -> list[Tensor]:
-        y = dcft_linear(*some.operands, dropout_p=dropout_p, backend="triton", strategy=strategy)
+        y = dcft_linear(*some.operands, dropout_p=dropout_p, backend="triton")
         return [y, *torch.autograd.grad(y, operands, some.grad)]
 
     def frozen() -> list[Tensor]:
@@ -235,7 +221,7 @@ def test_compute_sanitizer(tool: str) -> None:
     """No access out of bounds, and no race in shared memory, in any of the kernels."""
     environment = {
         **os.environ,
-        # Every tensor an allocation of its own, so that leaving one shows.
+        # A separate allocation for every tensor, so that an access outside of one shows.
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
         "PYTHONPATH": str(REPOSITORY),
     }

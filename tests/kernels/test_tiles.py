@@ -1,4 +1,4 @@
-"""Which tile a kernel runs with: the table, whose table, and how many rows for few tokens."""
+"""The tile of a kernel: the table, the architecture it is for, and fewer rows for few tokens."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dcft_kernels import cost_model, precision
 from dcft_kernels.triton import tiles
-from dcft_kernels.triton.tiles import Tile, as_architecture, crowd_of, entries, lookup, override
+from dcft_kernels.triton.launch import may_use_tf32
+from dcft_kernels.triton.tiles import (
+    Tile,
+    as_architecture,
+    entries,
+    lookup,
+    override,
+    token_bucket,
+)
 
 CPU = torch.device("cpu")
 GPUS = ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"]
@@ -27,15 +34,7 @@ def test_every_architecture_has_a_complete_table() -> None:
                     assert tile.stages >= 1, tile
 
 
-def test_adapters_that_one_product_has_room_for_are_those_of_the_cost_model() -> None:
-    for architecture in GPUS:
-        assert max(entries(architecture, "fused_backward", 2)) == cost_model._MERGED_COLUMNS
-        assert not entries(architecture, "fused_backward", 4)
-        assert tiles.find(architecture, "fused_backward", 4, 16) is None
-        assert tiles.find(architecture, "fused_backward", 2, 64) is None
-
-
-def test_a_call_takes_the_entry_of_the_least_columns_that_hold_it() -> None:
+def test_lookup_takes_the_narrowest_entry_that_fits() -> None:
     table = entries("sm_90", "backward", 2)
     for columns in (16, 17, 32, 33, 128):
         least = min(c for c in table if c >= columns)
@@ -48,7 +47,7 @@ def test_a_call_takes_the_entry_of_the_least_columns_that_hold_it() -> None:
     ("capability", "shared_kib", "expected"),
     [
         ((8, 0), 163, "sm_80"),
-        ((8, 6), 99, "sm_89"),  # as little shared memory as its successor
+        ((8, 6), 99, "sm_89"),  # as little shared memory as sm_89
         ((8, 7), 163, "sm_80"),
         ((8, 9), 99, "sm_89"),
         ((9, 0), 227, "sm_90"),
@@ -75,16 +74,20 @@ def test_fewer_rows_until_every_multiprocessor_has_a_program(monkeypatch) -> Non
     monkeypatch.setattr(tiles, "multiprocessors", lambda device: 132)
     tile = Tile(64, 128, 0, 0, 4, 3)
     rows = {
-        tokens: tile.for_tokens(crowd_of(tokens, CPU)).tokens
+        tokens: tile.for_tokens(token_bucket(tokens, CPU)).tokens
         for tokens in (1, 2048, 4096, 8448, 10**6)
     }
     assert rows == {1: 16, 2048: 16, 4096: 16, 8448: 64, 10**6: 64}
-    assert tile.for_tokens(crowd_of(6000, CPU)).tokens == 32
+    assert tile.for_tokens(token_bucket(6000, CPU)).tokens == 32
     # However many tokens: three kernels to compile, no more.
-    assert {tile.for_tokens(crowd_of(t, CPU)).tokens for t in range(1, 20000, 7)} == {16, 32, 64}
+    assert {tile.for_tokens(token_bucket(t, CPU)).tokens for t in range(1, 20000, 7)} == {
+        16,
+        32,
+        64,
+    }
 
 
-def test_overrides_end_with_their_block() -> None:
+def test_overrides_and_architectures_end_with_their_block() -> None:
     before = lookup("sm_90", "expand", 2, 16)
     other = Tile(16, 0, 16, 0, 4, 1)
     with override("expand", other):
@@ -99,8 +102,20 @@ def test_overrides_end_with_their_block() -> None:
         pass
 
 
+def test_prepared_launches_follow_the_table() -> None:
+    @tiles.prepared
+    def tile_of(columns: int) -> Tile:
+        return lookup("sm_90", "expand", 2, columns)
+
+    before, other = tile_of(16), Tile(16, 0, 16, 0, 4, 1)
+    with override("expand", other):
+        assert tile_of(16) == other
+    assert tile_of(16) == before
+
+
 def test_tf32_by_either_of_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert precision.tf32_is_allowed() is torch.backends.cuda.matmul.allow_tf32
+    assert may_use_tf32(torch.float32) is torch.backends.cuda.matmul.allow_tf32
+    assert not may_use_tf32(torch.bfloat16)
 
     class Newer:
         fp32_precision = "tf32"
@@ -110,4 +125,4 @@ def test_tf32_by_either_of_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError("mix of the legacy and new APIs")
 
     monkeypatch.setattr(torch.backends.cuda, "matmul", Newer())
-    assert precision.tf32_is_allowed()
+    assert may_use_tf32(torch.float32)

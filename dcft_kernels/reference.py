@@ -1,4 +1,4 @@
-"""DCFT as published: build `DW` with a transposed convolution, then multiply with it.
+"""The oracle: DCFT as published, which builds `DW` by a transposed convolution.
 
 Plain differentiable PyTorch, so autograd, double backward, `torch.func` transforms and every float
 dtype up to float64 work. It costs three full matrix products a layer and a dense gradient of `DW`:
@@ -52,8 +52,3 @@ def merge(
     out = torch.empty_like(weight) if out is None else out
     store(weight + delta_weight(adapter.widened(weight.dtype)), out, seed)
     return out
-
-
-def merge_(weight: Tensor, adapter: Adapter, seed: Tensor | None) -> None:
-    """`merge` in place."""
-    merge(weight, adapter, seed, out=weight)

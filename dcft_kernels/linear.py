@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import warnings
 from collections.abc import Callable
@@ -12,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcft_kernels import validation
-from dcft_kernels.adapter import Adapter
+from dcft_kernels.adapter import Adapter, Geometry, Pair
+from dcft_kernels.backends import check_backend, check_nonlinear, check_strategy
 from dcft_kernels.functional import dcft_linear, delta_weight, merged_weight
-from dcft_kernels.geometry import Geometry, Pair
-from dcft_kernels.initialization import default_alpha, initialize
-from dcft_kernels.options import DCFTOptions
+from dcft_kernels.initialization import check_init, default_alpha, initialize
 
 _HOOK_TABLES = (
     "_forward_hooks",
@@ -30,6 +30,64 @@ _HOOK_TABLES = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class DCFTOptions:
+    """The keyword options of `DCFTLinear`, normalised: pairs as pairs, numbers as numbers."""
+
+    rank: int = 1
+    kernel_size: int | Pair = 8
+    stride: int | Pair | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
+    init: str = "balanced"
+    backend: str = "auto"
+    adapter_dtype: torch.dtype | None = None
+    strategy: str = "auto"
+    nonlinearity: str | None = None
+
+    def __post_init__(self) -> None:
+        kernel_size = validation.pair("kernel_size", self.kernel_size)
+        checked: dict[str, Any] = {
+            "rank": validation.positive_int("rank", self.rank),
+            "kernel_size": kernel_size,
+            "stride": validation.stride_pair(self.stride, kernel_size),
+            "dropout": validation.probability("dropout", self.dropout),
+        }
+        if self.alpha is not None:
+            checked["alpha"] = validation.finite_number("alpha", self.alpha)
+        if self.adapter_dtype is not None:
+            validation.float_dtype("adapter_dtype", self.adapter_dtype)
+        check_init(self.init)
+        check_backend(self.backend)
+        check_strategy(self.strategy)
+        if self.nonlinearity is not None:
+            check_nonlinear(self.nonlinearity, self.backend, self.strategy)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_keywords(cls, keywords: dict[str, Any]) -> DCFTOptions:
+        """Build from keyword arguments; TypeError lists the known names for an unknown one."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in keywords if name not in known]
+        if unknown:
+            raise TypeError(
+                f"{', '.join(unknown)}: not a DCFT option; the options are {', '.join(known)}"
+            )
+        return cls(**keywords)
+
+    def geometry(self, in_features: int, out_features: int) -> Geometry:
+        """The geometry of a layer of these sizes."""
+        # __post_init__ has turned both into pairs.
+        return Geometry.build(
+            in_features,
+            out_features,
+            self.rank,
+            self.kernel_size,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+        )
+
+
 class DCFTLinear(nn.Linear):
     """A frozen linear layer plus `scaling * DW`, `DW = ConvTranspose2d(B A, C)` (equations 5, 6).
 
@@ -40,7 +98,7 @@ class DCFTLinear(nn.Linear):
     | parameter | shape | |
     | --- | --- | --- |
     | `dcft_A` | `[rank, I]` | the input side, `I = ceil((in_features - d_in) / s_in) + 1` windows |
-    | `dcft_B` | `[J, rank]` | the output side, `J` windows likewise |
+    | `dcft_B` | `[J, rank]` | the output side, with `J` windows |
     | `dcft_C` | `[d_out, d_in]` | the transposed-convolution kernel |
 
     The state dict never depends on `merged`: it always holds the base weight and the adapter.
@@ -56,12 +114,12 @@ class DCFTLinear(nn.Linear):
         dropout: probability of zeroing an element of the adapter's own view of the input.
         init: `"balanced"`, `"zero"`: the layer starts at its base; `"paper"`: near it. See
             `dcft_kernels.initialization`.
-        backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`, see `dcft_kernels.dispatch`.
+        backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`, see `dcft_kernels.backends`.
         device: of all parameters.
         dtype: of `weight` and `bias`.
         adapter_dtype: of the adapter; None gives float32 over a 16-bit base, where 16-bit
             parameters would lose small optimizer steps, else `dtype`.
-        strategy: how the Triton kernels compute the layer, see `dcft_kernels.strategy`.
+        strategy: `"auto"`, `"row_block"` or `"torch"`, see `dcft_kernels.backends`.
         nonlinearity: None, or `"relu"`, `"gelu"`, `"silu"`, `"tanh"` between the factors (MPC_n,
             see `dcft_kernels.constraints`). Such a layer is computed by PyTorch operations at the
             same cost, has no `DW`, and cannot be merged.
@@ -118,10 +176,10 @@ class DCFTLinear(nn.Linear):
         *,
         fan_in_fan_out: bool,
     ) -> None:
-        """Take these very parameters as the base and create an adapter beside them."""
+        """Take these very parameters as the base and create the adapter."""
         self.rank = options.rank
-        self.kernel_size = options.kernel_size
-        self.stride = options.stride
+        self.kernel_size: Pair = options.kernel_size  # type: ignore[assignment]
+        self.stride: Pair = options.stride  # type: ignore[assignment]
         self.alpha = options.alpha
         self.dropout = options.dropout
         self.init = options.init
@@ -130,8 +188,8 @@ class DCFTLinear(nn.Linear):
         self.nonlinearity = options.nonlinearity
         # Whether `weight` is stored [n, m], as GPT-2's Conv1D does.
         self.fan_in_fan_out = fan_in_fan_out
-        # The base weight while a merged one stands in for it. A tuple: nn.Module would register
-        # a bare parameter a second time.
+        # The base weight while `weight` is the merged one. In a tuple, since nn.Module would
+        # register a bare parameter.
         self._base_while_merged: tuple[nn.Parameter, ...] = ()
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
@@ -167,15 +225,15 @@ class DCFTLinear(nn.Linear):
         reason = why_not_adaptable(linear)
         if reason is not None:
             raise TypeError(f"linear: {reason}")
-        layer = cls.beside(linear, options)
+        layer = cls.wrap(linear, options)
         layer.freeze_base()
         return layer
 
     @classmethod
-    def beside(cls, linear: nn.Module, options: DCFTOptions) -> DCFTLinear:
+    def wrap(cls, linear: nn.Module, options: DCFTOptions) -> DCFTLinear:
         """`from_linear` without its checks, and with the base not frozen yet.
 
-        `linear` is as it was, so that several layers can be prepared before any is replaced.
+        `linear` is not changed, so that several layers can be prepared before any is replaced.
         """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -186,7 +244,7 @@ class DCFTLinear(nn.Linear):
             options,
             fan_in_fan_out=is_conv1d(linear),
         )
-        # The very tables, not copies: handles that users hold remove their hooks from these.
+        # The tables themselves, so that handles that users hold can remove their hooks.
         for table in _HOOK_TABLES:
             layer.__dict__[table] = linear.__dict__[table]
         layer.train(linear.training)
@@ -212,7 +270,14 @@ class DCFTLinear(nn.Linear):
     @property
     def geometry(self) -> Geometry:
         """The adapter's shapes."""
-        return self.options.geometry(self.in_features, self.out_features)
+        return Geometry.build(
+            self.in_features, self.out_features, self.rank, self.kernel_size, self.stride
+        )
+
+    @property
+    def adapter(self) -> Adapter:
+        """The factors and their settings as backends take them, without dropout."""
+        return Adapter(self.dcft_A, self.dcft_B, self.dcft_C, self.scaling, self.geometry)
 
     @property
     def options(self) -> DCFTOptions:
@@ -227,7 +292,8 @@ class DCFTLinear(nn.Linear):
             self.init,
             self.backend,
             None if dcft_A is None else dcft_A.dtype,
-            nonlinearity=self.nonlinearity,
+            self.strategy,
+            self.nonlinearity,
         )
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear has
@@ -329,8 +395,7 @@ class DCFTLinear(nn.Linear):
         if self.weight.is_meta:
             raise ValueError("merge: the weight is on the meta device; load its values first")
         base = self.weight.t() if self.fan_in_fan_out else self.weight
-        adapter = Adapter(self.dcft_A, self.dcft_B, self.dcft_C, self.scaling, self.geometry)
-        merged = merged_weight(base, adapter, self.backend)
+        merged = merged_weight(base, self.adapter, self.backend)
         if self.fan_in_fan_out:
             merged = merged.t()
         if not bool(torch.isfinite(merged).all()):
@@ -358,7 +423,7 @@ class DCFTLinear(nn.Linear):
         self.reset_dcft_parameters()
 
     def reset_dcft_parameters(self) -> None:
-        """Draw the adapter anew as `init` says; the base stays.
+        """Draw the adapter again as `init` says; the base stays.
 
         Raises:
             RuntimeError: the layer is merged.

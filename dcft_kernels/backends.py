@@ -1,0 +1,187 @@
+"""The one place that decides how a call is computed.
+
+| `backend` | runs |
+| --- | --- |
+| `"auto"` | the Triton kernels on a GPU that can run them, `torch` everywhere else |
+| `"torch"` | the factored identity as PyTorch operations, on any device |
+| `"reference"` | the paper's equation, materialised: the oracle; `torch.func` transforms need it |
+| `"triton"` | the Triton kernels; raises, and says why, where they cannot run |
+
+| `strategy` | forward | backward |
+| --- | --- | --- |
+| `row_block` | one kernel over rows of `x`, then `y += x W^T` | one over rows of `g`, `gx += g W` |
+| `torch` | the factored identity as PyTorch operations | the same |
+
+`"auto"` runs `row_block` wherever the kernels can run on the device (`triton.why_unavailable`) and
+take the adapter (`why_kernels_cannot`), and `torch` otherwise. There is no silent fallback: what
+was requested by name runs or raises. A call of no tokens launches nothing and is PyTorch's.
+
+A layer with a nonlinearity between its factors always runs on PyTorch operations; `"triton"` and
+`"reference"` raise (`check_nonlinear`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, get_args
+
+import torch
+
+from dcft_kernels.adapter import Adapter, Geometry
+from dcft_kernels.nonlinearity import check_nonlinearity
+
+BackendName = Literal["auto", "torch", "reference", "triton"]
+BACKENDS: tuple[str, ...] = get_args(BackendName)
+StrategyName = Literal["auto", "row_block", "torch"]
+STRATEGIES: tuple[str, ...] = get_args(StrategyName)
+
+_TOKEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_WIDTH = 64
+_MAX_COLUMNS = 128
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless `backend` is a known name."""
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
+        )
+
+
+def check_strategy(strategy: object) -> None:
+    """Raise ValueError unless `strategy` is a known name."""
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
+        raise ValueError(
+            f"strategy: expected one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}"
+        )
+
+
+def select(backend: str, adapter: Adapter, dtype: torch.dtype, strategy: str = "auto") -> str:
+    """What runs a call: `"row_block"`, `"torch"` or `"reference"`.
+
+    Args:
+        backend: the name that was requested.
+        adapter: the call's adapter, checked; its device is the call's.
+        dtype: of the tokens, or of the result of `delta_weight`.
+        strategy: the strategy that was requested.
+
+    Raises:
+        ValueError: an unknown backend or strategy, or two that do not go together.
+        RuntimeError: what was requested by name cannot run, or is inside a `torch.func` transform.
+    """
+    call = (backend, strategy, adapter.geometry, adapter.A.device, dtype, *_factor_dtypes(adapter))
+    if torch.compiler.is_compiling():
+        return _select(*call)
+    if backend != "reference" and torch._C._are_functorch_transforms_active():
+        check_backend(backend)
+        raise RuntimeError(
+            f"backend={backend!r}: torch.func transforms (vmap, grad, jvp) cannot pass through "
+            "its operators; use backend='reference' inside them"
+        )
+    return _select_cached(*call)
+
+
+def _select(
+    backend: str,
+    strategy: str,
+    geometry: Geometry,
+    device: torch.device,
+    dtype: torch.dtype,
+    *factors: torch.dtype,
+) -> str:
+    """`select`, given all that it depends on."""
+    check_backend(backend)
+    check_strategy(strategy)
+    if backend in ("torch", "reference") and strategy not in ("auto", "torch"):
+        raise ValueError(
+            f"strategy: {strategy!r} is one of the Triton kernels', got backend={backend!r}; "
+            "use backend='auto' or 'triton'"
+        )
+    if backend == "triton" and strategy == "torch":
+        raise ValueError("strategy: 'torch' is not one of backend='triton'; use backend='torch'")
+    if backend == "reference":
+        return "reference"
+    if "torch" in (backend, strategy):
+        return "torch"
+    reason = _why_not_triton(geometry, device, dtype, *factors)
+    if reason is None:
+        return "row_block"
+    if strategy != "auto":
+        raise RuntimeError(
+            f"strategy={strategy!r} cannot run: {reason}; use strategy='auto' or 'torch'"
+        )
+    if backend == "triton":
+        raise RuntimeError(f"backend='triton' cannot run: {reason}; use backend='auto' or 'torch'")
+    return "torch"
+
+
+# A training step asks the same over and over. (A compiler traces the function itself.)
+_select_cached = functools.lru_cache(maxsize=4096)(_select)
+
+
+def check_nonlinear(nonlinearity: str, backend: str, strategy: str = "auto") -> None:
+    """Check that a layer with a nonlinearity between its factors can run as requested.
+
+    Raises:
+        ValueError: an unknown name, or a backend or strategy that does not compute nonlinearities.
+    """
+    check_nonlinearity(nonlinearity)
+    check_backend(backend)
+    check_strategy(strategy)
+    if backend in ("triton", "reference"):
+        raise ValueError(
+            f"backend: {backend!r} does not compute nonlinearity={nonlinearity!r}, PyTorch "
+            "operations do; use backend='auto' or 'torch', or leave the nonlinearity out"
+        )
+    if strategy not in ("auto", "torch"):
+        raise ValueError(
+            f"strategy: {strategy!r} is one of the Triton kernels', which do not compute "
+            f"nonlinearity={nonlinearity!r}; use strategy='auto', or leave the nonlinearity out"
+        )
+
+
+def why_not_triton(adapter: Adapter, dtype: torch.dtype) -> str | None:
+    """The reason why `"auto"` runs PyTorch for this call, or None if it runs the kernels."""
+    return _why_not_triton(adapter.geometry, adapter.A.device, dtype, *_factor_dtypes(adapter))
+
+
+def _why_not_triton(
+    geometry: Geometry, device: torch.device, dtype: torch.dtype, *factors: torch.dtype
+) -> str | None:
+    from dcft_kernels.triton import why_unavailable
+
+    reason = why_unavailable(device)
+    for factor in factors:
+        reason = reason or why_kernels_cannot(geometry, dtype, factor)
+    return reason
+
+
+def why_kernels_cannot(
+    geometry: Geometry, dtype: torch.dtype, adapter_dtype: torch.dtype = torch.float32
+) -> str | None:
+    """Why the Triton kernels cannot take an adapter, or None if they can.
+
+    This is the whole rule; they take
+
+    - tokens in float32, bfloat16 or float16;
+    - factors in any of these, the same or another;
+    - kernel sizes up to 64;
+    - rank times the larger kernel size up to 128.
+    """
+    for what, got in (("tokens", dtype), ("factors", adapter_dtype)):
+        if got not in _TOKEN_DTYPES:
+            short = str(got).removeprefix("torch.")
+            return f"the kernels take {what} in float32, bfloat16 or float16, not {short}"
+    width = max(geometry.outputs.width, geometry.inputs.width)
+    if width > _MAX_WIDTH:
+        return f"the kernels take kernel sizes up to {_MAX_WIDTH}, not {width}"
+    if geometry.rank * width > _MAX_COLUMNS:
+        return (
+            f"the kernels take rank * kernel_size up to {_MAX_COLUMNS}, "
+            f"not {geometry.rank} * {width} = {geometry.rank * width}"
+        )
+    return None
+
+
+def _factor_dtypes(adapter: Adapter) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    return adapter.A.dtype, adapter.B.dtype, adapter.C.dtype

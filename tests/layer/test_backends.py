@@ -1,0 +1,137 @@
+"""What runs a call: the rule of `"auto"`, refusals, the options of a layer, and `explain`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import dcft_kernels.triton
+from dcft_kernels import DCFTLinear, backends, explain
+from dcft_kernels.backends import select, why_kernels_cannot
+from tests.adapter_cases import Case, adapter_of, random_inputs
+
+PAPER = Case(48, 64, 1, (8, 8), (8, 8))
+TOO_WIDE = Case(64, 64, 17, (8, 8), (8, 8))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels can run on any device."""
+    monkeypatch.setattr(dcft_kernels.triton, "why_unavailable", lambda device: None)
+    backends._select_cached.cache_clear()
+    yield
+    backends._select_cached.cache_clear()
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No device runs kernels."""
+    monkeypatch.setattr(dcft_kernels.triton, "why_unavailable", lambda device: "no GPU here")
+    backends._select_cached.cache_clear()
+    yield
+    backends._select_cached.cache_clear()
+
+
+def selected(
+    backend: str = "auto",
+    strategy: str = "auto",
+    case: Case = PAPER,
+    dtype: torch.dtype = torch.float32,
+) -> str:
+    return select(backend, adapter_of(random_inputs(case, dtype=dtype), case), dtype, strategy)
+
+
+def test_auto_runs_the_kernels_wherever_they_take_the_adapter(gpu) -> None:
+    assert selected() == "row_block"
+    assert selected(case=TOO_WIDE) == "torch"
+    assert selected(dtype=torch.float64) == "torch"
+    assert selected("triton") == selected(strategy="row_block") == "row_block"
+    assert selected("torch") == selected(strategy="torch") == "torch"
+    assert selected("reference") == "reference"
+
+
+def test_auto_runs_torch_without_a_gpu(no_gpu) -> None:
+    assert selected() == "torch"
+    assert selected("reference") == "reference"
+    with pytest.raises(RuntimeError, match=r"backend='triton' cannot run: no GPU here; use backen"):
+        selected("triton")
+    with pytest.raises(RuntimeError, match=r"strategy='row_block' cannot run: no GPU here; use st"):
+        selected(strategy="row_block")
+
+
+@pytest.mark.parametrize(
+    ("backend", "strategy", "message"),
+    [
+        ("cuda", "auto", r"^backend: expected one of 'auto', 'torch', .*got 'cuda'"),
+        ("auto", "fused", r"^strategy: expected one of 'auto', 'row_block', 'torch', got 'fused'"),
+        ("torch", "row_block", r"^strategy: 'row_block' is one of .*got backend='torch'"),
+        ("reference", "row_block", r"^strategy: 'row_block' is one of .*got backend='reference'"),
+        ("triton", "torch", r"^strategy: 'torch' is not one of backend='triton'"),
+    ],
+)
+def test_names_that_do_not_exist_or_go_together(gpu, backend, strategy, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        selected(backend, strategy)
+
+
+def test_what_the_kernels_take() -> None:
+    geometry = PAPER.geometry
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert why_kernels_cannot(geometry, dtype, torch.float32) is None
+    assert "tokens in float32, bfloat16 or float16, not float64" in str(
+        why_kernels_cannot(geometry, torch.float64)
+    )
+    assert "factors" in str(why_kernels_cannot(geometry, torch.float32, torch.float64))
+    assert "kernel sizes up to 64, not 65" in str(
+        why_kernels_cannot(Case(99, 99, 1, (8, 65), (8, 65)).geometry, torch.float32)
+    )
+    assert "not 17 * 8 = 136" in str(why_kernels_cannot(TOO_WIDE.geometry, torch.float32))
+    assert why_kernels_cannot(Case(64, 64, 16, (8, 8), (8, 8)).geometry, torch.float32) is None
+
+
+def test_options_keep_every_setting() -> None:
+    """A layer built from another one's options is the same, its strategy included."""
+    layer = DCFTLinear(
+        48, 64, rank=2, kernel_size=(4, 8), stride=(2, 8), alpha=3.0, dropout=0.1, init="zero",
+        backend="auto", adapter_dtype=torch.float64, strategy="row_block",
+    )  # fmt: skip
+    assert layer.options.strategy == "row_block"
+    twin = DCFTLinear.from_linear(nn.Linear(48, 64), **vars(layer.options))
+    assert twin.options == layer.options
+
+
+def test_explain_names_what_runs_and_why(no_gpu) -> None:
+    layer = DCFTLinear(64, 96, device="meta")
+    told = explain(layer, tokens=100)
+    assert (told.strategy, told.reason) == ("torch", "no GPU here")
+    assert "64 -> 96" in str(told)
+    assert "runs torch: no GPU here" in str(told)
+    layer.backend = "reference"
+    assert explain(layer, tokens=1).reason == "requested by backend='reference'"
+    layer.backend, layer.nonlinearity = "auto", "relu"
+    assert "nonlinearity='relu'" in explain(layer, tokens=1).reason
+    layer.nonlinearity, layer.strategy = None, "row_block"
+    with pytest.raises(RuntimeError, match="strategy='row_block' cannot run: no GPU here"):
+        explain(layer, tokens=1)
+    merged = DCFTLinear(16, 16)
+    merged.merge()
+    assert explain(merged, tokens=1).strategy == "merged"
+    assert explain(merged, tokens=1).adapter == (0, 0)
+
+
+def test_explain_on_a_gpu(gpu) -> None:
+    layer = DCFTLinear(64, 96, dtype=torch.bfloat16)
+    told = explain(layer, tokens=100)
+    assert (told.strategy, told.reason) == ("row_block", "the kernels take this layer")
+    T, n, m, U = 100, 64, 96, 8
+    assert told.frozen == (2 * 2 * (T * (n + m) + n * m), 4 * T * n * m)
+    assert told.adapter.bytes == 2 * T * (4 * n + 3 * m + 2 * U)
+    assert "float64" in explain(layer, tokens=1, dtype=torch.float64).reason
+
+
+def test_explain_refuses_what_is_no_layer() -> None:
+    with pytest.raises(TypeError, match="layer: expected a DCFTLinear, got Linear"):
+        explain(nn.Linear(2, 2), tokens=1)
+    with pytest.raises(ValueError, match="tokens: expected a positive int, got 0"):
+        explain(DCFTLinear(2, 2), tokens=0)
