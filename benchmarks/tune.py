@@ -45,8 +45,7 @@ FILE = "tune.jsonl"
 Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
 Shape = tuple[int, int, int]
 
-# The fields of a tile, as they stand in the table, that a kernel has a use for.
-_COLUMNS = ("tokens", "features", "outputs", "programs", "warps", "stages")
+# The fields of a tile that a kernel has a use for.
 _FIELDS = {
     "shrink_expand": ("tokens", "features", "warps", "stages"),
     "backward": ("tokens", "features", "programs", "warps", "stages"),
@@ -80,11 +79,6 @@ class Settings(NamedTuple):
 _DRY = Settings(((20, 32, 48),), Plan(budget_s=0.0, footprint=False), 1, 1)
 
 
-def row_of(tile: Tile) -> list[int]:
-    """A tile as it stands in the table."""
-    return [getattr(tile, column) for column in _COLUMNS]
-
-
 class Job(NamedTuple):
     """One entry of the table."""
 
@@ -111,7 +105,7 @@ def read_table(path: Path) -> Table:
 def store_tile(path: Path, job: Job, architecture: str, tile: Tile) -> None:
     """Change one entry of the table; the file is replaced as a whole."""
     table = read_table(path)
-    table[architecture][job.kernel][job.itemsize][str(job.columns)] = row_of(tile)
+    table[architecture][job.kernel][job.itemsize][str(job.columns)] = list(tile)
     temporary = path.with_suffix(".partial")
     temporary.write_text(_format(table), encoding="utf-8")
     temporary.replace(path)
@@ -222,7 +216,7 @@ class Tuner:
             case,
             [
                 Provider(
-                    "-".join(map(str, row_of(tile))),
+                    "-".join(map(str, tile)),
                     partial(workload, kernel=job.kernel, tile=tile),
                 )
                 for tile in chosen
@@ -260,7 +254,7 @@ class Tuner:
                 times.append(self.times(job, shape, columns, right))
                 right = list(times[-1])
             if best not in right:
-                raise RuntimeError(f"the table's tile {row_of(best)} fails, see {self.file}")
+                raise RuntimeError(f"the table's tile {list(best)} fails, see {self.file}")
             times = times[len(widest) :]
             by_round = {tile: ratios(times, tile, best) for tile in right if tile != best}
             won = [tile for tile, values in by_round.items() if wins(values)]
@@ -321,10 +315,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{job}: failed: {error}", file=sys.stderr)
             continue
         if best == first:
-            print(f"{job}: {row_of(first)} stays", flush=True)
+            print(f"{job}: {list(first)} stays", flush=True)
         else:
             store_tile(options.table, job, tuner.architecture, best)
-            print(f"{job}: {row_of(first)} -> {row_of(best)}, {ratio:.2f} of the time", flush=True)
+            print(f"{job}: {list(first)} -> {list(best)}, {ratio:.2f} of the time", flush=True)
     return 1 if failures else 0
 
 

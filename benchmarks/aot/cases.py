@@ -8,11 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from dcft_kernels.adapter import Adapter
-from dcft_kernels.geometry import Geometry
-from dcft_kernels.triton.backward import backward
+from dcft_kernels.adapter import Adapter, Geometry
 from dcft_kernels.triton.expand import expand, expand_backward
-from dcft_kernels.triton.shrink_expand import shrink_expand
+from dcft_kernels.triton.row_block import backward, shrink_expand
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -79,18 +77,14 @@ def _forward(t: Tensors) -> None:
     shrink_expand(t.x, t.adapter, u=t.u, bias=t.bias, y=t.y)
 
 
+def _update(t: Tensors) -> None:
+    shrink_expand(t.x, t.adapter, u=t.u, base=t.y, y=t.y)
+
+
 def _backward(t: Tensors, needs: str = "xABC") -> object:
     """Of the gradients `x`, `A`, `B`, `C`, those in `needs`."""
-    return backward(
-        t.adapter,
-        g=t.y,
-        x=t.x if "A" in needs else None,
-        u=t.u if "B" in needs or "C" in needs else None,
-        gx=t.x if "x" in needs else None,
-        needs_A="A" in needs,
-        needs_B="B" in needs,
-        needs_C="C" in needs,
-    )
+    factors = ("A" in needs, "B" in needs, "C" in needs)
+    return backward(t.y, t.x, t.u, t.adapter, t.x if "x" in needs else None, factors)
 
 
 def _expand(t: Tensors) -> None:
@@ -98,7 +92,7 @@ def _expand(t: Tensors) -> None:
 
 
 def _expand_backward(t: Tensors) -> object:
-    return expand_backward(t.weight, t.adapter, True, True, True)
+    return expand_backward(t.weight, t.adapter, (True, True, True))
 
 
 def _stochastic(t: Tensors) -> None:
@@ -114,10 +108,7 @@ def _cases() -> Iterator[Case]:
         yield Case(launcher, "dropout", _MAIN, launch, dropout=True)
         yield Case(launcher, "tf32", _MAIN, launch, tf32=True, dtypes=("fp32",))
         yield Case(launcher, "tokens16", _MAIN, launch, tokens=16)
-    forward = partial(Case, "shrink_expand", geometry=_MAIN)
-    yield forward("update", launch=lambda t: shrink_expand(t.x, t.adapter, u=t.u, base=t.y, y=t.y))
-    yield forward("shrink", launch=lambda t: shrink_expand(t.x, t.adapter, u=t.u))
-    yield forward("expand", launch=lambda t: shrink_expand(None, t.adapter, u=t.u, y=t.y))
+    yield Case("shrink_expand", "update", _MAIN, _update)
     for needs in ("x", "xBC", "ABC"):
         yield Case("backward", f"needs-{needs}", _MAIN, partial(_backward, needs=needs))
     for name, geometry in _GEOMETRIES.items():

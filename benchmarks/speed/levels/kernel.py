@@ -18,8 +18,7 @@ from benchmarks.speed import gate
 from benchmarks.speed.cases import DTYPES, Case, Scope
 from benchmarks.speed.provider import BASELINE, Provider, UnavailableError, Workload
 from dcft_kernels import triton
-from dcft_kernels.adapter import Adapter
-from dcft_kernels.geometry import Geometry
+from dcft_kernels.adapter import Adapter, Geometry
 
 Results = Mapping[str, Tensor | None]
 
@@ -100,7 +99,7 @@ class KernelCall(NamedTuple):
 
 
 def _shrink_expand(p: KernelProblem) -> KernelCall:
-    from dcft_kernels.triton.shrink_expand import shrink_expand
+    from dcft_kernels.triton.row_block import shrink_expand
 
     y, u = p.empty(p.T, p.m), p.empty(p.T, p.rank * p.width)
 
@@ -112,14 +111,12 @@ def _shrink_expand(p: KernelProblem) -> KernelCall:
 
 
 def _backward(p: KernelProblem) -> KernelCall:
-    from dcft_kernels.triton.backward import backward
+    from dcft_kernels.triton.row_block import backward
 
     gx = p.empty(p.T, p.n)
 
     def launch() -> Results:
-        gA, gB, gC = backward(
-            p.adapter, g=p.g, x=p.x, u=p.u, gx=gx, needs_A=True, needs_B=True, needs_C=True
-        )
+        gA, gB, gC = backward(p.g, p.x, p.u, p.adapter, gx, (True, True, True))
         return {"gx": gx, "gA": gA, "gB": gB, "gC": gC}
 
     return KernelCall(launch, (gx,), "x y x U", 2 * p.T * p.rank * (p.n + p.m))
@@ -141,7 +138,7 @@ def _expand_backward(p: KernelProblem) -> KernelCall:
     from dcft_kernels.triton.expand import expand_backward
 
     def launch() -> Results:
-        gA, gB, gC = expand_backward(p.weight, p.adapter, True, True, True)
+        gA, gB, gC = expand_backward(p.weight, p.adapter, (True, True, True))
         return {"gA of DW": gA, "gB of DW": gB, "gC of DW": gC}
 
     return KernelCall(launch, (), "W", 3 * p.n * p.m)
