@@ -272,7 +272,7 @@ def _with_times(row: Row, samples: Sequence[Sample], baseline: Sequence[Sample])
 
 def _times(clock: str, seconds: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
     """A clock's columns; the ratio only where the baseline ran in the same rounds."""
-    found = {f"{clock}_ms_{p}": v for p, v in percentiles(seconds)._asdict().items()}
+    found = {f"{clock}_ms_{p}": v for p, v in percentiles(seconds).items()}
     if len(baseline) == len(seconds):
         found[f"ratio_to_frozen_{clock}"] = median_ratio(seconds, baseline)
     return found

@@ -38,14 +38,8 @@ class ModelSpec:
         return model.to(dtype).train()
 
     def batched(self, T: int) -> tuple[int, int]:
-        """`T` tokens as a batch of sequences, `(batch, length)`.
-
-        Raises:
-            ValueError: not a whole number of sequences.
-        """
+        """`T` tokens as a batch of sequences, `(batch, length)`."""
         length = min(T, self.length)
-        if T % length:
-            raise ValueError(f"T: expected a multiple of {length}, the sequence length, got {T}")
         return T // length, length
 
 

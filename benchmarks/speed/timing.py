@@ -234,15 +234,9 @@ def order(names: Sequence[str], number: int) -> list[str]:
     return rotated[::-1] if number % 2 else rotated
 
 
-class Percentiles(NamedTuple):
-    p20: float
-    p50: float
-    p80: float
-
-
-def percentiles(seconds: Sequence[float]) -> Percentiles:
-    """The 20th, 50th and 80th percentile in milliseconds."""
-    return Percentiles(*(float(p) for p in np.percentile(np.asarray(seconds) * 1e3, (20, 50, 80))))
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """The 20th, 50th and 80th percentile in milliseconds, as "p20" and so on."""
+    return {f"p{p}": float(np.percentile(seconds, p)) * 1e3 for p in (20, 50, 80)}
 
 
 def median_ratio(seconds: Sequence[float], baseline: Sequence[float]) -> float:

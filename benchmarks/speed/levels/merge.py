@@ -49,6 +49,7 @@ class MergeProblem:
     def __post_init__(self) -> None:
         n, m = self.case.n or 0, self.case.m or 0
         self.dtype = DTYPES[self.case.dtype]
+        self.unmerging = self.case.direction == "unmerge"
         on_device = torch.Generator(self.device).manual_seed(0)
         values = torch.randn((m, n), generator=on_device, device=self.device) * n**-0.5
         self.weight = values.to(self.dtype)
@@ -62,19 +63,15 @@ class MergeProblem:
         return method.build(linear, self.generator)
 
 
+@dataclass
 class _MergeStep:
     """Merges or unmerges, starting from the base or from the merged weight."""
 
-    def __init__(
-        self,
-        problem: MergeProblem,
-        weight: Callable[[], Tensor],
-        restore: Callable[[], object],  # the base, whether it is merged or not
-        merge: Callable[[], object],
-        unmerge: Callable[[], object] = lambda: None,
-    ) -> None:
-        self.unmerging = problem.case.direction == "unmerge"
-        self.weight, self.restore, self.merge, self.unmerge = weight, restore, merge, unmerge
+    unmerging: bool
+    weight: Callable[[], Tensor]
+    restore: Callable[[], object]  # the base, whether it is merged or not
+    merge: Callable[[], object]
+    unmerge: Callable[[], object]
 
     def prepare(self) -> None:
         self.restore()
@@ -115,8 +112,11 @@ def _workload(problem: MergeProblem, adapted: AdaptedLayer, step: _MergeStep) ->
 
 def _copy(problem: MergeProblem) -> Workload:
     out = torch.full_like(problem.weight, math.nan)
-    step = _MergeStep(problem, lambda: out, lambda: None, lambda: out.copy_(problem.weight))
-    step.unmerging = False
+
+    def copy() -> None:
+        out.copy_(problem.weight)
+
+    step = _MergeStep(False, lambda: out, lambda: None, copy, lambda: None)
 
     def check() -> str | None:
         return None if torch.equal(out, problem.weight) else "the copy differs from its source"
@@ -133,7 +133,7 @@ def _dcft(problem: MergeProblem, method: Method) -> Workload:
         if layer.merged:
             layer.unmerge()
 
-    step = _MergeStep(problem, lambda: layer.weight, restore, layer.merge, layer.unmerge)
+    step = _MergeStep(problem.unmerging, lambda: layer.weight, restore, layer.merge, layer.unmerge)
     return _workload(problem, adapted, step)
 
 
@@ -147,7 +147,7 @@ def _in_place(problem: MergeProblem, method: Method) -> Workload:
         add_delta_weight_(weight, layer.dcft_A, layer.dcft_B, layer.dcft_C, scaling=scaling)
 
     step = _MergeStep(
-        problem,
+        problem.unmerging,
         lambda: weight,
         lambda: weight.copy_(problem.weight),
         lambda: add(1.0),
@@ -168,7 +168,7 @@ def _peft(problem: MergeProblem, method: Method) -> Workload:
         with torch.no_grad():
             weight.copy_(problem.weight)
 
-    step = _MergeStep(problem, lambda: weight, restore, layer.merge, layer.unmerge)
+    step = _MergeStep(problem.unmerging, lambda: weight, restore, layer.merge, layer.unmerge)
     return _workload(problem, adapted, step)
 
 

@@ -29,21 +29,20 @@ from benchmarks.speed.models import MODELS, ModelSpec, adapted_layers
 from benchmarks.speed.provider import BASELINE, Provider, Workload
 
 _LEARNING_RATE = 1e-4
+_METHODS = (
+    f"{BASELINE} dcft lora_r8 lora_r1 lora_r8_16bit published lora_by_hand full lokr dora "
+    "frozen_compiled"
+)
 
 
 def block_cases(scope: Scope) -> list[Case]:
     """Blocks of real models."""
     if scope.tiny:
-        return [
-            _case("block", "tiny-llama", 16, "fp32"),
-            _case("block", "tiny-roberta", 16, "fp32"),
-        ]
+        return [_case("block", name, 16, "fp32") for name in ("tiny-llama", "tiny-roberta")]
     if not scope.gpu:
         return [_case("block", "deberta-v3-base", 512, "fp32")]
-    found = [_case("block", "llama-3-8b", T, "bf16") for T in (4096, 2048)]
-    return found + [
-        _case("block", name, 4096, "bf16") for name in ("deberta-v3-base", "roberta-large")
-    ]
+    names = ("llama-3-8b", "deberta-v3-base", "roberta-large")
+    return [_case("block", name, 4096, "bf16") for name in names]
 
 
 def step_cases(scope: Scope) -> list[Case]:
@@ -63,20 +62,7 @@ def _case(level: str, name: str, T: int, dtype: str, direction: str = "fwd+bwd")
 
 def providers(case: Case) -> list[Provider]:
     """The methods that a case compares."""
-    chosen = methods.by_name(
-        BASELINE,
-        "dcft",
-        "lora_r8",
-        "lora_r1",
-        "lora_r8_16bit",
-        "published",
-        "lora_by_hand",
-        "full",
-        "lokr",
-        "dora",
-        "frozen_compiled",
-    )
-    return [method.provider(workload_of) for method in chosen]
+    return [method.provider(workload_of) for method in methods.by_name(*_METHODS.split())]
 
 
 @dataclass
@@ -175,25 +161,23 @@ def _shallow_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo=dict(shared))
 
 
+@dataclass
 class ModelStep:
     """Forward and backward of a model, and an optimizer's step at the step level.
 
     Every run starts from the same parameters, which the gate computes from as well.
     """
 
-    def __init__(
-        self,
-        problem: ModelProblem,
-        model: nn.Module,
-        trained: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer | None,
-    ) -> None:
-        self.x, self.g = problem.x, problem.g
-        self.model, self.trained, self.optimizer = model, trained, optimizer
+    problem: ModelProblem
+    model: nn.Module
+    trained: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer | None
+
+    def __post_init__(self) -> None:
+        self.x = self.problem.x
         self.y: Tensor | None = None
-        self._initial = {}
-        if optimizer is not None:
-            self._initial = {name: p.detach().clone() for name, p in trained.items()}
+        moved = self.trained if self.optimizer is not None else {}
+        self._initial = {name: p.detach().clone() for name, p in moved.items()}
 
     def prepare(self) -> None:
         self.release()
@@ -210,8 +194,8 @@ class ModelStep:
         return [n for n, value in self._initial.items() if torch.equal(self.trained[n], value)]
 
     def run(self) -> None:
-        self.y = self.model(inputs_embeds=self.x).last_hidden_state
-        self.y.backward(self.g)
+        y = self.y = self.model(inputs_embeds=self.x).last_hidden_state
+        y.backward(self.problem.g)
         if self.optimizer is not None:
             self.optimizer.step()
 
