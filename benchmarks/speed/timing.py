@@ -13,10 +13,10 @@ On a GPU a sample has three clocks:
 | `host` | the GPU is idle | all launches are queued | host overhead |
 | `device` | all launches are queued | the last one ends | the GPU's work |
 
-`device` is a run of its own: the step is queued behind a sleep that outlasts the launches, so the
-GPU never waits for one, and behind a read of other memory that flushes the L2 cache. A step of more
-than `LAUNCHES_QUEUED` launches does not fit the GPU's queue and has no `device` time. A fourth
-time, `graph`, is the `device` time of the step's CUDA graph (`Replay`).
+`device` is measured in a separate run: the step is queued behind a sleep that outlasts the
+launches, so the GPU never waits for one, and behind a read of other memory that flushes the L2
+cache. A step of more than `LAUNCHES_QUEUED` launches does not fit the GPU's queue and has no
+`device` time. A fourth time, `graph`, is the `device` time of the step's CUDA graph (`Replay`).
 """
 
 from __future__ import annotations
