@@ -1,7 +1,7 @@
 """The offline tuner: measures tiles on a GPU and writes the faster ones into `tiles.json`.
 
-    python -m benchmarks.tune --out DIR [--only 'backward bf16'] [--budget SECONDS]
-    TRITON_INTERPRET=1 python -m benchmarks.tune --dry-run --out DIR --table COPY     # on a CPU
+    python -m benchmarks.tune [--only 'backward bf16'] [--budget SECONDS]
+    TRITON_INTERPRET=1 python -m benchmarks.tune --dry-run --table COPY     # on a CPU
 
 For every kernel, dtype and class of columns it climbs from the table's tile: neighbours of the best
 tile so far, with one or two fields changed, are compiled, checked against PyTorch on every shape,
@@ -33,6 +33,7 @@ import torch
 import triton
 
 from benchmarks import environment, rows
+from benchmarks.__main__ import results_folder
 from benchmarks.speed.cases import DTYPES, Case
 from benchmarks.speed.levels.kernel import ADAPTERS, KERNELS, KernelProblem, LaunchStep
 from benchmarks.speed.measure import measure
@@ -284,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.tune", description="Measure tiles on a GPU."
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help=f"for {FILE}")
+    add("--out", type=Path, metavar="DIR", help=f"for {FILE} (benchmarks/results/<device>)")
     add("--only", default="", metavar="REGEX", help="over entries such as 'backward bf16 16'")
     add("--budget", type=float, default=480.0, metavar="SECONDS", help="start no entry after this")
     add("--table", type=Path, default=tiles.TABLE, metavar="FILE", help="the tiles to change")
@@ -301,7 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--table: a dry run must not change the package's own")
     device = torch.device("cpu" if dry else "cuda")
     settings = _DRY if dry else Settings()
-    tuner = Tuner(device, settings, options.table, options.out / FILE)
+    file = results_folder(options.out, device.type, tiny=dry) / FILE
+    tuner = Tuner(device, settings, options.table, file)
     failures = 0
     start = time.monotonic()
     for job in jobs(read_table(options.table), tuner.architecture, options.only):
