@@ -56,9 +56,9 @@ def test_leading_dimensions(device) -> None:
 
 
 def scattered(tensor: Tensor) -> Tensor:
-    """The same values with gaps between them along every dimension, in NaN."""
-    wide = torch.full([2 * size for size in tensor.shape], float("nan"), dtype=tensor.dtype)
-    view = wide.to(tensor.device)[tuple(slice(1, None, 2) for _ in tensor.shape)]
+    """The same values with NaN between and around them along every dimension."""
+    wide = torch.full([2 * size + 3 for size in tensor.shape], float("nan"), dtype=tensor.dtype)
+    view = wide.to(tensor.device)[tuple(slice(2, 2 * size + 2, 2) for size in tensor.shape)]
     return view.copy_(tensor)
 
 
@@ -67,12 +67,13 @@ def transposed(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("rearrange", [transposed, scattered])
+@pytest.mark.parametrize("case", [RAGGED, OVERLAP], ids=str)
 @pytest.mark.parametrize("which", range(len(Inputs._fields)), ids=Inputs._fields)
-def test_any_strides(device, which: int, rearrange) -> None:
-    inputs = to(random_inputs(RAGGED, (19,), torch.float32), device)
+def test_any_strides(device, which: int, case: Case, rearrange) -> None:
+    inputs = to(random_inputs(case, (19,), torch.float32), device)
     strided = list(inputs)
     strided[which] = rearrange(strided[which])
-    check(Inputs(*strided), RAGGED)
+    check(Inputs(*strided), case)
 
 
 def test_offsets_beyond_32_bits(device) -> None:
