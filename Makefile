@@ -30,7 +30,7 @@ test test-matrix: export MKL_NUM_THREADS ?= 1
 # Pairs of Triton and PyTorch that `make test-matrix` tests; newest: whatever there is.
 MATRIX ?= 3.6.0:2.11.0 3.7.1:2.13.0 newest:2.13.0
 
-.PHONY: help demo test test-matrix aot bench bench-full quality report lint format hooks clean distclean
+.PHONY: help demo test test-matrix aot bench quality report lint format hooks clean distclean
 
 help: ## show this list
 	@printf 'usage: make TARGET [VARIABLE=value ...]\n\n'
@@ -64,15 +64,11 @@ test-matrix: $(VENV)/stamp-test ## run the kernels' tests on every supported Tri
 	        $(XDIST) $(PYTEST_ARGS) || exit 1; \
 	done
 
-aot: $(VENV)/stamp-test ## compile every kernel for every architecture and store what it needs
+aot: $(VENV)/stamp-test ## compile every kernel for every architecture, without a GPU
 	$(PY) -m benchmarks.aot
 
 bench: $(VENV)/stamp-bench ## run the benchmarks (minutes), store the rows, write the report
-	$(PY) -m pytest benchmarks --benchmark-only $(BENCH_ARGS)
-	$(PY) -m benchmarks.report
-
-bench-full: $(VENV)/stamp-bench ## the same with every sweep (an hour or more)
-	$(PY) -m pytest benchmarks --benchmark-only --size full $(BENCH_ARGS)
+	$(PY) -m pytest benchmarks/speed --benchmark-only $(BENCH_ARGS)
 	$(PY) -m benchmarks.report
 
 quality: $(VENV)/stamp-bench $(VENV)/stamp-model ## fine-tune and score: QUALITY_ARGS="--task cola --data DIR"

@@ -1,1 +1,1 @@
-"""Speed and memory of DCFT beside what a user would pick instead; see README.md in this folder."""
+"""Measurements of DCFT and its peers: speed and memory (`speed`), and quality (`quality`)."""

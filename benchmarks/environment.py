@@ -1,4 +1,4 @@
-"""What the measurements were made with: device, versions, commit."""
+"""The device, versions and commit that a measurement was made with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-# What can change a measurement. Results and their README are written by the benchmarks themselves.
+# What can change a measurement.
 _MEASURED_CODE = (
     "dcft_kernels",
     "benchmarks",
@@ -29,7 +29,7 @@ _MEASURED_CODE = (
 
 @dataclass(frozen=True)
 class Environment:
-    """The part of a row that is the same for a whole run."""
+    """The columns of a row that are the same for a whole run."""
 
     device: str
     torch: str
@@ -45,7 +45,7 @@ class Environment:
 
 @functools.cache
 def describe(device_type: str) -> Environment:
-    """The environment for runs on a device of this type; looked up once a process."""
+    """The environment of a device of this type; looked up once per process."""
     return Environment(
         device=device_name(torch.device(device_type)),
         torch=torch.__version__,
@@ -68,22 +68,8 @@ def device_name(device: torch.device) -> str:
     return f"{_processor()} ({', '.join(parts)})"
 
 
-def busy() -> str | None:
-    """A warning if other processes seem to use the processor, else None. Ask before measuring."""
-    load_average = getattr(os, "getloadavg", None)  # not on every system
-    if load_average is None:
-        return None
-    load, cores = load_average()[0], _cores()
-    if load < 0.5 * cores:
-        return None
-    return (
-        f"warning: load average {load:.1f} on {cores} cores; threads that wait for each other "
-        "while other processes run distort times and ratios, those of short steps most"
-    )
-
-
 def commit(folder: Path) -> str:
-    """The short commit, with "-dirty" if code that is measured differs from it, or "unknown"."""
+    """The short commit, with "-dirty" if measured code differs from it, or "unknown"."""
     head = _git(folder, "rev-parse", "--short", "HEAD")
     if not head:
         return "unknown"
@@ -123,26 +109,3 @@ def package_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def main() -> None:
-    """Print what a run on this machine is made with, a line each."""
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    lines: dict[str, object] = dict(vars(describe(device_type)))
-    lines |= {"python": platform.python_version(), "system": platform.platform()}
-    lines |= {p: package_version(p) for p in ("transformers", "numpy", "lycoris-lora", "unsloth")}
-    if device_type == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        lines |= {
-            "cuda": torch.version.cuda or torch.version.hip,
-            "compute capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory, GiB": round(properties.total_memory / 2**30, 1),
-            "devices": torch.cuda.device_count(),
-        }
-    for name, value in lines.items():
-        print(f"{name}: {value}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,129 +1,186 @@
-"""Report on stored rows: `python -m benchmarks.report [results/<device> ...]`.
+"""Report on stored rows: `python -m benchmarks.report [FOLDER ...]`.
 
-For every device folder (those under benchmarks/results that hold a `rows.jsonl`) writes `report.md`
-and its plots into the folder, and a short section into the README beside the results. Nothing is
-measured here. `--summary FOLDER` prints a page on a folder instead and writes nothing.
+Writes `report.md` and its plots into every folder that holds a `rows.jsonl`, by default all under
+benchmarks/results. Nothing is measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import goals, plots, sections, summary, tables
+from benchmarks import plots, rows
 from benchmarks.environment import RESULTS
-from benchmarks.stored import ROWS, Stored, load
+from benchmarks.rows import Row
+from benchmarks.speed.provider import BASELINE
+from benchmarks.stored import MAIN_SWEEPS, Group, Stored, label, load, order, provenance
+from benchmarks.tables import NONE, mib, milliseconds, ratio, table
 
-REPORT = "report.md"
+FILE = "report.md"
 
-BEGIN = "<!-- results: written by `python -m benchmarks.report`, do not edit -->"
-END = "<!-- end of results -->"
-
-_PLOTS: dict[str, Callable[[Stored, Path], bool]] = {
-    "layer": plots.layer,
-    "roofline": plots.roofs,
-    "memory": plots.memory,
-    "scaling": plots.scaling,
+_PREFACE = (
+    "Written by `python -m benchmarks.report`; do not edit. Ratios are medians, over the rounds of "
+    f"a case, of the ratio to the frozen `nn.Linear` in the same round; {NONE} is not measured."
+)
+# The last two are of earlier versions and have stored rows.
+_LEVELS = {
+    "layer": "Layers",
+    "block": "Blocks",
+    "step": "Training steps",
+    "kernel": "Kernels",
+    "merge": "Merging",
+    "files": "Adapter files",
+    "optimizer": "AdamW over the adapters of a model",
+    "ceiling": "Copy and matrix product",
+}
+_DIRECTIONS = {
+    "fwd+bwd": "Forward + backward",
+    "fwd": "Forward",
+    "bwd": "Backward",
+    "step": "Training step",
+}
+_CLOCKS = {
+    "device": "Ratio to the frozen layer, device time",
+    "wall": "Ratio to the frozen layer, wall time",
+    "graph": "Ratio to the frozen layer, device time of the step as a CUDA graph",
+    "host": "Ratio to the frozen layer, host overhead",
 }
 
 
+def report(stored: Stored, drawn: Sequence[str] = ()) -> str:
+    """A device's report, with the plots that were drawn, as Markdown."""
+    parts = [f"# {stored.device}", _PREFACE, _source(stored)]
+    parts += [f"![{name}]({name}.png)" for name in drawn]
+    for level, title in _LEVELS.items():
+        sections = []
+        for direction, sweep in stored.cases(level):
+            heading = _DIRECTIONS.get(direction, direction.capitalize())
+            found = list(_tables(stored, stored.groups(level, sweep, direction)))
+            if found:
+                sections += [f"### {heading}" + f", by {sweep}" * (sweep != "main"), *found]
+        parts += [f"## {title}", *sections] if sections else []
+    failed = [r for r in stored.rows if r.error is not None and r.milliseconds() is None]
+    ungraphed = [r for r in stored.rows if r.graph_error is not None]
+    parts += ["## Without a time", _reasons(failed)] if failed else []
+    parts += ["## Not captured as a CUDA graph", _reasons(ungraphed)] if ungraphed else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _source(stored: Stored) -> str:
+    return f"From [`{rows.FILE}`]({rows.FILE}): {provenance(stored.rows)}."
+
+
+def _tables(stored: Stored, groups: Sequence[Group]) -> Iterator[str]:
+    """What there is to say of cases that differ in shape and dtype alone."""
+    first = groups[0].first
+    for clock in stored.clocks:
+        text = _ratios(groups, clock)
+        if text:
+            yield f"{_CLOCKS[clock]}:"
+            yield text
+    metrics: dict[str, Callable[[Row], str]] = {}
+    if first.level == "kernel" or not any(group.of(BASELINE) for group in groups):
+        metrics["Milliseconds"] = lambda row: milliseconds(row.milliseconds())
+    if first.sweep in MAIN_SWEEPS and first.direction in ("fwd+bwd", "step"):
+        metrics |= {
+            "Saved for backward, MiB, parameters not counted": lambda row: mib(row.saved_bytes),
+            "Peak of a step above what was held before it, MiB": lambda row: mib(row.peak_bytes),
+            "Kernels launched": lambda row: str(row.launches or NONE),
+        }
+    if first.level in ("kernel", "merge", "ceiling"):
+        metrics["GB/s, counted"] = lambda row: ratio(row.gb_per_s)
+    if first.level == "files":
+        metrics = {
+            "Milliseconds": metrics["Milliseconds"],
+            "MiB on disk": lambda row: mib(row.moved_bytes),
+        }
+    for title, cell in metrics.items():
+        text = _matrix(groups, cell)
+        if text:
+            yield f"{title}:"
+            yield text
+
+
+def _ratios(groups: Sequence[Group], clock: str) -> str:
+    """Median ratios to the frozen layer, and its times."""
+
+    def cell(row: Row) -> str:
+        return NONE if row.provider == BASELINE else ratio(row.ratio(clock))
+
+    def frozen(group: Group) -> str:
+        row = group.of(BASELINE)
+        return NONE if row is None else milliseconds(row.milliseconds(clock))
+
+    return _matrix(groups, cell, {"frozen, ms": frozen, "rounds": lambda group: str(group.rounds)})
+
+
+def _matrix(
+    groups: Sequence[Group],
+    cell: Callable[[Row], str],
+    sums: dict[str, Callable[[Group], str]] | None = None,
+) -> str:
+    """A line for every provider, a column for every case.
+
+    Args:
+        groups: the cases.
+        cell: the text of a row.
+        sums: by title, the text of a whole case.
+
+    Returns:
+        A table without empty providers and cases, or an empty text if nothing is left.
+    """
+    texts = [{row.variant: cell(row) for row in group.rows} for group in groups]
+    kept = [i for i, of_case in enumerate(texts) if any(t != NONE for t in of_case.values())]
+    lines = [[title, *(text(groups[i]) for i in kept)] for title, text in (sums or {}).items()]
+    variants = {row.variant: row for i in kept for row in groups[i].rows}
+    for row in sorted(variants.values(), key=order):
+        cells = [texts[i].get(row.variant, NONE) for i in kept]
+        if any(text != NONE for text in cells):
+            lines.append([label(row), *cells])
+    return table(["provider", *(groups[i].name for i in kept)], lines) if kept else ""
+
+
+def _reasons(found: Sequence[Row]) -> str:
+    """A list of who and why, and in how many cases."""
+    counts: dict[tuple[str, str, str], int] = {}
+    for row in sorted(found, key=lambda row: (row.level, order(row))):
+        wrong = "wrong result: " if row.gate == "failed" else ""
+        key = (row.level, label(row), f"{wrong}{row.error or row.graph_error}")
+        counts[key] = counts.get(key, 0) + 1
+    return "\n".join(
+        f"- {name} ({level}, {count} case{'s' * (count != 1)}): {_as_text(error)}"
+        for (level, name, error), count in counts.items()
+    )
+
+
+def _as_text(error: str) -> str:
+    """An error as Markdown that shows it unchanged."""
+    return " ".join(error.split()).replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+
+
+def write(stored: Stored) -> None:
+    """Report and plots, into the device's folder."""
+    drawn = plots.draw(stored)
+    file = stored.folder / FILE
+    file.write_text(report(stored, drawn), encoding="utf-8")
+    print(f"wrote {file} and {len(drawn)} plots")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write reports, or print a summary; the exit status is 1 if there is nothing to report on."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "folders",
-        nargs="*",
-        type=Path,
-        metavar="FOLDER",
-        help=f"folder with {ROWS} (all under benchmarks/results)",
-    )
-    parser.add_argument("--summary", type=Path, metavar="FOLDER", help="print a page and stop")
+    """Write reports; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
     options = parser.parse_args(arguments)
-    if options.summary is not None and options.folders:
-        parser.error("--summary: expected no other folders beside it")
+    folders = options.folders or sorted(f.parent for f in RESULTS.glob(f"*/{rows.FILE}"))
     try:
-        if options.summary is not None:
-            print(summary.text(load(options.summary)))
-        else:
-            write([load(folder) for folder in options.folders or _all_folders(RESULTS)])
-    except (OSError, ValueError, ModuleNotFoundError) as error:
+        for folder in folders:
+            write(load(folder))
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _all_folders(results: Path) -> list[Path]:
-    found = sorted(file.parent for file in results.glob(f"*/{ROWS}"))
-    if not found:
-        raise ValueError(f"{results}: no */{ROWS}; `python -m benchmarks.run` measures one")
-    return found
-
-
-def write(devices: Sequence[Stored]) -> None:
-    """Reports and plots into the devices' folders, and their sections into READMEs."""
-    for stored in devices:
-        drawn = _draw(stored)
-        file = stored.folder / REPORT
-        file.write_text(sections.report(stored, drawn), encoding="utf-8")
-        print(f"wrote {file}" + f" and {len(drawn)} plots" * bool(drawn))
-    for results in dict.fromkeys(stored.folder.resolve().parent for stored in devices):
-        readme = results.parent / "README.md"
-        if readme.is_file():
-            # Devices that are not reported on this time keep their place.
-            reported = [file.parent for file in sorted(results.glob(f"*/{REPORT}"))]
-            parts = [readme_section(load(f), readme) for f in reported if (f / ROWS).is_file()]
-            if insert(readme, "\n\n".join(parts)):
-                print(f"updated {readme}")
-
-
-def _draw(stored: Stored) -> set[str]:
-    """Draw what there are rows for; the names of the plots. Those without rows are removed."""
-    drawn = set()
-    for name, draw in _PLOTS.items():
-        if draw(stored, stored.folder / name):
-            drawn.add(name)
-        else:
-            for suffix in (".png", ".svg"):
-                (stored.folder / f"{name}{suffix}").unlink(missing_ok=True)
-    return drawn
-
-
-def readme_section(stored: Stored, readme: Path) -> str:
-    """One device's part of the README: the plot, the layer's table, and where the rest is."""
-    place = os.path.relpath(stored.folder.resolve(), readme.parent.resolve()).replace(os.sep, "/")
-    table = tables.ratios(goals.layer_cases(stored), only=tuple(plots.COLOURS))
-    clock = f"{stored.clocks[0]} time"
-    plot = (stored.folder / "layer.png").is_file()
-    parts = [
-        f"### {stored.device}",
-        sections.source(stored.rows, f"{place}/{ROWS}"),
-        f"![{sections.PLOTS['layer']}]({place}/layer.png)" if plot else "",
-        f"Forward + backward, median ratio to the frozen `nn.Linear` by {clock}:" if table else "",
-        table,
-        f"Everything else, goals and failures included: [{place}/{REPORT}]({place}/{REPORT}).",
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-def insert(readme: Path, section: str) -> bool:
-    """Put `section` between the markers of a README; whether that changed the file."""
-    text = readme.read_text(encoding="utf-8")
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        return False
-    updated = f"{head}{BEGIN}\n\n{section}\n\n{END}{tail}"
-    if updated == text:
-        return False
-    readme.write_text(updated, encoding="utf-8")
-    return True
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Result rows: one measurement a line, JSON, appended and flushed as soon as it is known."""
+"""Result rows: JSON lines, one measurement each, appended and flushed as soon as it is known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILE = "rows.jsonl"
-"""In the folder of a device."""
+"""In a device's folder."""
+
+# Names of stored rows that have changed since.
+_RENAMED = {
+    "provider": {"lora_autograd": "lora_by_hand"},
+    "level": {"load": "files"},
+}
 
 
 @dataclass(frozen=True)
@@ -21,9 +27,9 @@ class Row:
     """
 
     provider: str
-    level: str  # what is measured: a key of benchmarks.levels.LEVELS
-    model: str | None  # the model whose shape this is, where there is one
-    direction: str  # one of cases.DIRECTIONS or cases.OTHER_DIRECTIONS
+    level: str  # a key of benchmarks.speed.levels.LEVELS
+    model: str | None  # whose shape this is, if it is a model's
+    direction: str  # "fwd", "bwd", "fwd+bwd", or what else the level times, such as "merge"
     dtype: str
     T: int | None
     n: int | None
@@ -36,8 +42,8 @@ class Row:
     triton: str | None
     peft: str | None
     commit: str
-    time: str  # start of the case: rows of one case with the same time were measured together
-    sweep: str = "main"  # what varies: cases of one sweep are drawn as a curve
+    time: str  # start of the case: rows of a case with the same time were measured together
+    sweep: str = "main"  # what varies: the cases of a sweep are drawn as a curve
     rounds: int = 0
     device_ms_p20: float | None = None
     device_ms_p50: float | None = None
@@ -45,29 +51,27 @@ class Row:
     wall_ms_p20: float | None = None
     wall_ms_p50: float | None = None
     wall_ms_p80: float | None = None
-    graph_ms_p20: float | None = None  # the step as a CUDA graph, device time
+    graph_ms_p20: float | None = None  # device time of the step as a CUDA graph
     graph_ms_p50: float | None = None
     graph_ms_p80: float | None = None
-    host_ms_p20: float | None = None  # of a GPU: the processor's, to put the step into the queue
+    host_ms_p20: float | None = None  # until all launches of the step are queued
     host_ms_p50: float | None = None
     host_ms_p80: float | None = None
-    ratio_to_frozen_device: float | None = None  # median of the ratios within each round
+    ratio_to_frozen_device: float | None = None  # median of the ratios within the rounds
     ratio_to_frozen_wall: float | None = None
     ratio_to_frozen_graph: float | None = None
     ratio_to_frozen_host: float | None = None
     peak_bytes: int | None = None  # above what was held before the step
     saved_bytes: int | None = None  # for the backward pass, parameters not counted
     launches: int | None = None
-    moved_bytes: int | None = None  # counted: every input read once, every output written once
-    flops: int | None = None  # counted likewise, a multiply-add is two
-    gb_per_s: float | None = (
-        None  # moved_bytes over the median, by the device's clock if it has one
-    )
-    tflop_per_s: float | None = None
+    moved_bytes: int | None = None  # counted: every tensor read or written once
+    flops: int | None = None  # counted: a multiply-add is two
+    gb_per_s: float | None = None  # moved_bytes over the median
+    tflop_per_s: float | None = None  # flops over the median
     footprint_error: str | None = None  # why peak_bytes or launches are missing
-    graph_error: str | None = None  # why there are no graph times of a step that is short
-    gate: str | None = None  # "passed", "failed", or null when it was not reached
-    error: str | None = None
+    graph_error: str | None = None  # why a short step has no graph times
+    gate: str | None = None  # "passed", "failed", or null if it was not reached
+    error: str | None = None  # why there are no times
 
     @property
     def shape(self) -> tuple[int | None, int | None, int | None]:
@@ -75,27 +79,29 @@ class Row:
 
     @property
     def variant(self) -> tuple[str, int | None, int | None, int | None]:
-        """What tells a row from the others of its case."""
+        """Identifies a row among those of its case."""
         return (self.provider, self.d, self.k, self.stride)
 
-    @property
-    def milliseconds(self) -> float | None:
-        """The median, by the device's clock if it has one."""
-        return self.wall_ms_p50 if self.device_ms_p50 is None else self.device_ms_p50
+    def milliseconds(self, clock: str | None = None) -> float | None:
+        """The median by a clock; by default the device's, or the wall's where there is no other."""
+        found: float | None = getattr(self, f"{clock or self.clock}_ms_p50")
+        return found
+
+    def ratio(self, clock: str | None = None) -> float | None:
+        """The ratio to the frozen layer, by a clock."""
+        found: float | None = getattr(self, f"ratio_to_frozen_{clock or self.clock}")
+        return found
 
     @property
-    def ratio(self) -> float | None:
-        """The ratio to the frozen layer that goes with `milliseconds`."""
-        if self.ratio_to_frozen_device is not None:
-            return self.ratio_to_frozen_device
-        return self.ratio_to_frozen_wall
+    def clock(self) -> str:
+        return "wall" if self.device_ms_p50 is None else "device"
 
     def as_dict(self) -> dict[str, object]:
         return dataclasses.asdict(self)
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a row to a file, on disk when this returns; folders are made as needed."""
+    """Add a row to a file, on disk when this returns."""
     append_line(path, row.as_dict())
 
 
@@ -114,7 +120,7 @@ def append_line(path: Path, values: dict[str, object]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a file, but for a last line that a killed run left unfinished.
+    """All rows of a file, except a last line that a killed run left unfinished.
 
     Raises:
         ValueError: a line that is not a row, by its number.
@@ -123,7 +129,7 @@ def read(path: Path) -> list[Row]:
 
 
 def finished_lines(path: Path) -> list[str]:
-    """The lines of a file, but for a last one that a killed run left unfinished."""
+    """The lines of a file, except a last one that a killed run left unfinished."""
     return _finished(path.read_bytes()).decode("utf-8").splitlines()
 
 
@@ -144,13 +150,16 @@ def _finished(content: bytes) -> bytes:
 def _parse(path: Path, lines: Iterable[str]) -> Iterator[Row]:
     for number, line in enumerate(lines, start=1):
         try:
-            yield Row(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            values = json.loads(line)
+            for field, names in _RENAMED.items():
+                values[field] = names.get(values[field], values[field])
+            yield Row(**values)
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}, line {number}: not a result row: {error}") from error
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of every case the rows of its latest run, so that what is compared was measured together."""
+    """Of every case the rows of its latest run, which were measured together."""
     cases: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         key = (row.sweep, row.level, row.model, row.direction, row.dtype, row.shape)

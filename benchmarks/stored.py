@@ -1,28 +1,71 @@
-"""The stored rows of a device's folder, by case: what reports are made of."""
+"""Stored rows by case, and what providers are called in reports."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import labels, rows
-from benchmarks.cases import DIRECTIONS, Case
-from benchmarks.entries import BASELINE
+from benchmarks import rows
 from benchmarks.rows import Row
+from benchmarks.speed.cases import Case
+from benchmarks.speed.methods.table import KERNEL_SIZE, RANK
 
-ROWS = rows.FILE
-
-# Of a GPU, the usual one first; see benchmarks/README.md.
 CLOCKS = ("device", "wall", "graph", "host")
+"""Of a GPU, the usual one first; see benchmarks/README.md."""
 
-# Sweeps of single cases that are compared with each other, as against the points of a curve.
-COMPARED = ("main", "asked")
+MAIN_SWEEPS = ("main", "asked")
+"""Sweeps of separate cases, in contrast to points of a curve."""
+
+# In the order of reports. Other providers follow under the names that they are stored with.
+LABELS = {
+    "frozen": "frozen nn.Linear",
+    "frozen_compiled": "frozen, compiled",
+    "copy": "copy",
+    "dcft": "DCFT",
+    "dcft_compiled": "DCFT, compiled",
+    "dcft_in_place": "DCFT, in place",
+    "dcft_row_block": "DCFT, row_block",
+    "dcft_torch": "DCFT, torch",
+    "published": "DCFT as published",
+    "published_merged": "DCFT as published, W + DW",
+    "lora_r1": "LoRA r=1 (peft)",
+    "lora_r8": "LoRA r=8 (peft)",
+    "lora_r16": "LoRA r=16 (peft)",
+    "lora_r8_16bit": "LoRA r=8 (peft), 16-bit factors",
+    "lora_by_hand": "LoRA r=8 by hand",
+    "lokr": "LoKr r=4 (peft)",
+    "miss": "MiSS r=8 (peft)",
+    "dora": "DoRA r=8 (peft)",
+    "full": "full fine-tuning",
+    "base_added": "base products, added",
+}
+_PLACES = {name: place for place, name in enumerate(LABELS)}
+
+
+def label(row: Row) -> str:
+    """`DCFT`, or `DCFT, k=4` where its sizes are not the defaults."""
+    return ", ".join([LABELS.get(row.provider, row.provider), *unusual_sizes(row)])
+
+
+def unusual_sizes(row: Row) -> list[str]:
+    """In what a DCFT differs from rank 1 and kernel size 8 without overlap."""
+    if row.stride is None:  # not a DCFT
+        return []
+    parts = [f"k={row.k}"] if row.k != RANK else []
+    parts += [f"d={row.d}"] if row.d != KERNEL_SIZE else []
+    return parts + ([f"stride={row.stride}"] if row.stride != row.d else [])
+
+
+def order(row: Row) -> tuple[int, str, int, int, int]:
+    """A sort key: providers as in `LABELS`, variants by size."""
+    place = _PLACES.get(row.provider, len(_PLACES))
+    return (place, row.provider, row.k or 0, row.d or 0, row.stride or 0)
 
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of one case, which were measured together, in the order of their level."""
+    """The rows of one case, which were measured together."""
 
     rows: tuple[Row, ...]
 
@@ -32,22 +75,17 @@ class Group:
         return self.rows[0]
 
     @property
-    def shape(self) -> str:
-        """Such as `2048x768->768`, or a model with its tokens."""
-        row = self.first
-        return Case(row.level, row.T, row.n, row.m, row.dtype, row.direction, row.model).shape
-
-    @property
     def name(self) -> str:
-        """Such as `2048x768->768 fp32`."""
-        name = f"{self.shape} {self.first.dtype}"
-        return f"{name} (asked)" if self.first.sweep == "asked" else name
+        """`2048x768->768 fp32`."""
+        row = self.first
+        case = Case(row.level, row.T, row.n, row.m, row.dtype, row.direction, row.model)
+        return f"{case.shape} {row.dtype}"
 
     @property
-    def size(self) -> tuple[int, ...]:
-        """Sorts cases by how much there is to compute."""
-        T, n, m = (size or 0 for size in self.first.shape)
-        return ((T or 1) * n * m, T, n, m)
+    def size(self) -> int:
+        """A sort key: how much there is to compute."""
+        T, n, m = (size or 1 for size in self.first.shape)
+        return T * n * m
 
     @property
     def rounds(self) -> int:
@@ -55,34 +93,9 @@ class Group:
         return max(row.rounds for row in self.rows)
 
     def of(self, provider: str) -> Row | None:
-        """The row of a provider at its usual sizes."""
-        return next(
-            (r for r in self.rows if r.provider == provider and not labels.unusual_sizes(r)), None
-        )
-
-    def ratio(self, provider: str, clock: str | None = None) -> float | None:
-        """A provider's ratio to the frozen layer, by the device's clock if it has one."""
-        return ratio(self.of(provider), clock)
-
-    def frozen_ms(self, clock: str | None = None) -> float | None:
-        """The frozen layer's median."""
-        return milliseconds(self.of(BASELINE), clock)
-
-
-def ratio(row: Row | None, clock: str | None = None) -> float | None:
-    """The ratio to the frozen layer by a clock of `CLOCKS`, or the usual one."""
-    if row is None:
-        return None
-    value: float | None = row.ratio if clock is None else getattr(row, f"ratio_to_frozen_{clock}")
-    return value
-
-
-def milliseconds(row: Row | None, clock: str | None = None) -> float | None:
-    """The median by a clock, or the usual one."""
-    if row is None:
-        return None
-    value: float | None = row.milliseconds if clock is None else getattr(row, f"{clock}_ms_p50")
-    return value
+        """The row of a provider at its default sizes."""
+        found = (r for r in self.rows if r.provider == provider and not unusual_sizes(r))
+        return next(found, None)
 
 
 @dataclass(frozen=True)
@@ -94,80 +107,62 @@ class Stored:
 
     @property
     def device(self) -> str:
-        """The device's name."""
-        return ", ".join(distinct(row.device for row in self.rows))
+        return ", ".join(_distinct(row.device for row in self.rows))
 
     @property
     def gpu(self) -> bool:
-        """Whether a device's own clock was read."""
+        """Whether there is a device clock."""
         return any(row.device_ms_p50 is not None for row in self.rows)
 
     @property
     def clocks(self) -> tuple[str, ...]:
-        """The clocks that ratios are told by, the usual one first."""
+        """The clocks that ratios are reported by, the usual one first."""
         return CLOCKS if self.gpu else ("wall",)
 
-    def groups(
-        self,
-        level: str,
-        *,
-        sweeps: Collection[str] | None = None,
-        direction: str | None = None,
-        where: Callable[[Row], bool] = lambda row: True,
-    ) -> list[Group]:
-        """Cases of a level, by dtype in the order of the file, then by size."""
+    def cases(self, level: str) -> list[tuple[str, str]]:
+        """The directions and sweeps that a level has rows of."""
+        return list(dict.fromkeys((r.direction, r.sweep) for r in self.rows if r.level == level))
+
+    def groups(self, level: str, sweep: str, direction: str = "fwd+bwd") -> list[Group]:
+        """The cases of a level, by dtype in the order of the file, then by size."""
         cases: dict[tuple[object, ...], list[Row]] = {}
         dtypes: dict[str, int] = {}
         for row in self.rows:
-            if row.level != level or (sweeps is not None and row.sweep not in sweeps):
-                continue
-            if (direction is not None and row.direction != direction) or not where(row):
-                continue
-            dtypes.setdefault(row.dtype, len(dtypes))
-            key = (row.sweep, row.model, row.direction, row.dtype, row.shape)
-            cases.setdefault(key, []).append(row)
-        found = [Group(tuple(sorted(together, key=labels.order))) for together in cases.values()]
+            if (row.level, row.sweep, row.direction) == (level, sweep, direction):
+                dtypes.setdefault(row.dtype, len(dtypes))
+                cases.setdefault((row.model, row.dtype, row.shape), []).append(row)
+        found = [Group(tuple(sorted(together, key=order))) for together in cases.values()]
         return sorted(found, key=lambda g: (dtypes[g.first.dtype], g.size))
 
-    def directions(self, level: str) -> list[str]:
-        """The directions that a level has rows of, whole passes first."""
-        present = {row.direction for row in self.rows if row.level == level}
-        usual = sorted(DIRECTIONS, key=lambda name: "+" not in name)
-        return [name for name in usual if name in present] + sorted(present - set(usual))
+    def layers(self) -> list[Group]:
+        """The main cases of a layer, forward and backward."""
+        return [group for sweep in MAIN_SWEEPS for group in self.groups("layer", sweep)]
 
 
 def load(folder: Path) -> Stored:
     """The rows of a folder.
 
     Raises:
-        ValueError: no such folder, no rows in it, or a line that is not a row.
+        ValueError: there are none, or a line is not a row.
     """
-    file = folder / ROWS
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: expected a folder with {ROWS}, and there is no such folder")
+    file = folder / rows.FILE
     if not file.is_file():
-        raise ValueError(
-            f"{file}: no such file; `python -m benchmarks.run --out {folder}` measures one"
-        )
-    try:
-        found = rows.read(file)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: expected lines of JSON in UTF-8: {error}") from error
+        raise ValueError(f"{file}: no such file; `python -m benchmarks --out {folder}` measures")
+    found = rows.read(file)
     if not found:
         raise ValueError(f"{file}: expected rows, and there are none")
     return Stored(folder, tuple(rows.latest(found)))
 
 
-def distinct(values: Iterable[str | None]) -> list[str]:
-    """Sorted, each once, without those that are missing."""
-    return sorted({value for value in values if value is not None})
-
-
 def provenance(found: Sequence[Row]) -> str:
-    """Hardware, versions, commits and days behind some rows, in a line."""
-    parts = [", ".join(distinct(row.device for row in found))]
+    """Hardware, versions, commits and days of some rows, in a line."""
+    parts = [", ".join(_distinct(row.device for row in found))]
     for package in ("torch", "triton", "peft", "commit"):
-        versions = distinct(getattr(row, package) for row in found)
+        versions = _distinct(getattr(row, package) for row in found)
         if versions:
             parts.append(f"{package} {', '.join(versions)}")
-    return "; ".join([*parts, ", ".join(distinct(row.time[:10] for row in found))])
+    return "; ".join([*parts, ", ".join(_distinct(row.time[:10] for row in found))])
+
+
+def _distinct(values: Iterable[str | None]) -> list[str]:
+    return sorted({value for value in values if value is not None})

@@ -1,0 +1,1 @@
+"""Time and memory of DCFT and its peers, each checked before it is timed."""

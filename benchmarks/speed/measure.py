@@ -1,0 +1,303 @@
+"""The engine: check every provider of a case on its input, then time those that are right."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from benchmarks.environment import Environment
+from benchmarks.rows import Row
+from benchmarks.speed import memory
+from benchmarks.speed.cases import Case
+from benchmarks.speed.provider import BASELINE, Provider, UnavailableError, Workload
+from benchmarks.speed.timing import (
+    LAUNCHES_QUEUED,
+    Plan,
+    Replay,
+    Sample,
+    Step,
+    Stopwatch,
+    host_stopwatch,
+    median_ratio,
+    paired_rounds,
+    percentiles,
+    stopwatch_for,
+    timed,
+    warm_up,
+)
+
+
+@dataclass
+class Outcome:
+    """A provider's row, and the samples behind it: none if it was not timed."""
+
+    provider: Provider
+    row: Row
+    samples: list[Sample] = field(default_factory=list)
+    skipped: bool = False  # it cannot run on this machine, or there was no time for it
+    workload: Workload | None = None
+    first: Sample | None = None
+
+    @property
+    def key(self) -> str:
+        return self.provider.key
+
+    def fail(self, error: str, *, gate: str | None = None, skipped: bool = False) -> None:
+        """Record why there are no times."""
+        self.row = replace(self.row, error=error, gate=gate)
+        self.skipped, self.first, self.samples = skipped, None, []
+        self.close()
+
+    def close(self) -> None:
+        """Free what was built."""
+        if self.workload is not None:
+            self.workload.step.release()
+        self.workload = None
+
+
+def measure(
+    case: Case,
+    providers: Sequence[Provider],
+    problem: Callable[[], Any],
+    environment: Environment,
+    plan: Plan,
+    *,
+    device: torch.device,
+    stopwatch: Stopwatch | None = None,
+    record: Callable[[Row], None] = lambda row: None,
+) -> list[Outcome]:
+    """Check, then time, the providers on one case; one outcome each, in the same order.
+
+    The first round runs every provider once, timed, and checks its results: what is checked is what
+    is timed. A provider that fails in any way gets a row with the reason and no times.
+
+    Args:
+        case: what the rows are of.
+        providers: what is compared.
+        problem: makes the input that all of them share.
+        environment: device and versions, for the rows.
+        plan: limits.
+        device: where to measure.
+        stopwatch: replaces the device's own.
+        record: receives every row as soon as it is complete.
+    """
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    shared = vars(case) | vars(environment) | {"time": started}
+    outcomes = [Outcome(p, Row(p.name, d=p.d, k=p.k, stride=p.stride, **shared)) for p in providers]
+    recorded: set[str] = set()
+
+    def complete(outcome: Outcome) -> None:
+        if outcome.key not in recorded:
+            recorded.add(outcome.key)
+            record(outcome.row)
+
+    torch.compiler.reset()  # or shapes measured before would count towards its recompile limit
+    try:
+        _measure(outcomes, problem, plan, stopwatch, device, complete)
+    finally:
+        for outcome in outcomes:
+            outcome.close()
+    return outcomes
+
+
+def _measure(
+    outcomes: Sequence[Outcome],
+    problem: Callable[[], Any],
+    plan: Plan,
+    stopwatch: Stopwatch | None,
+    device: torch.device,
+    complete: Callable[[Outcome], None],
+) -> None:
+    try:
+        stopwatch = stopwatch or stopwatch_for(device)
+        made = problem()
+    except Exception as error:
+        for outcome in outcomes:
+            outcome.fail(_reason(error), skipped=_is_unavailable(error))
+            complete(outcome)
+        return
+    begun = time.perf_counter()
+    for outcome in outcomes:
+        spent = time.perf_counter() - begun
+        if spent > plan.first_round_s:
+            outcome.fail(f"not run: the first steps before it took {spent:.0f} s", skipped=True)
+        else:
+            _first_step(outcome, made, stopwatch, device, plan)
+        if outcome.workload is None:
+            complete(outcome)
+
+    ready = {o.key: o for o in outcomes if o.workload is not None}
+    first_round = {key: o.first for key, o in ready.items() if o.first is not None}
+    steps = {key: o.workload.step for key, o in ready.items() if o.workload is not None}
+
+    def failed(key: str, error: Exception) -> None:
+        ready[key].fail(f"while timing: {_reason(error)}", gate="passed")
+
+    if any(o.workload is not None and o.workload.on_host for o in outcomes):
+        stopwatch = host_stopwatch
+    for samples in paired_rounds(steps, first_round, plan, stopwatch, failed):
+        for key, sample in samples.items():
+            if ready[key].row.error is None:
+                ready[key].samples.append(sample)
+    baseline = ready[BASELINE].samples if BASELINE in ready else []
+    for outcome in ready.values():
+        if outcome.samples:
+            outcome.row = _with_times(outcome.row, outcome.samples, baseline)
+    # Last: a capture that fails can leave PyTorch's memory in a state in which others fail.
+    _time_graphs(ready, problem, plan, stopwatch, device)
+    for outcome in ready.values():
+        complete(outcome)
+
+
+def _first_step(
+    outcome: Outcome, problem: Any, stopwatch: Stopwatch, device: torch.device, plan: Plan
+) -> None:
+    """Build a provider, time and check its first step, and measure its memory."""
+    saved = reason = None
+    try:
+        workload = outcome.workload = outcome.provider.build(problem)
+        if workload.forward is not None:
+            saved = memory.saved_bytes(workload.forward, workload.parameters)
+        if workload.compiles or device.type == "cuda":
+            warm_up(workload.step)
+        clock = host_stopwatch if workload.on_host else stopwatch
+        outcome.first = timed(workload.step, clock)
+        reason = workload.check()
+        workload.step.release()
+    except Exception as error:
+        outcome.fail(_reason(error), skipped=_is_unavailable(error))
+        _free(device)
+        return
+    if reason is not None:
+        outcome.fail(reason, gate="failed")
+        return
+    outcome.row = replace(
+        outcome.row,
+        gate="passed",
+        saved_bytes=saved,
+        moved_bytes=workload.moved_bytes,
+        flops=workload.flops,
+    )
+    if plan.footprint:
+        _measure_footprint(outcome, workload.step, device)
+    _free(device)
+
+
+def _measure_footprint(outcome: Outcome, step: Step, device: torch.device) -> None:
+    """Peak memory and launches; a profiler that is not permitted costs no times."""
+    try:
+        outcome.row = replace(outcome.row, peak_bytes=memory.peak_bytes(step, device))
+        outcome.row = replace(outcome.row, launches=memory.launches(step, device))
+    except Exception as error:
+        outcome.row = replace(outcome.row, footprint_error=_reason(error))
+        step.release()
+
+
+def _time_graphs(
+    ready: Mapping[str, Outcome],
+    problem: Callable[[], Any],
+    plan: Plan,
+    stopwatch: Stopwatch,
+    device: torch.device,
+) -> None:
+    """Check and time short steps again as CUDA graphs, in separate rounds."""
+    short = [
+        outcome
+        for outcome in ready.values()
+        if outcome.workload is not None
+        and outcome.workload.graphable
+        and outcome.row.device_ms_p50 is not None
+        and outcome.row.device_ms_p50 < plan.graph_s * 1e3
+    ]
+    if not short:
+        return
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        made = problem()  # inputs for the captures alone, see `Replay`
+    replays: dict[str, Step] = {}
+    for outcome in short:
+        try:
+            with torch.cuda.stream(stream):
+                workload = outcome.provider.build(made)
+            replay = Replay(workload.step, stream)
+            replay.run()
+            torch.cuda.synchronize(device)
+            reason = workload.check()
+        except Exception as error:
+            outcome.row = replace(outcome.row, graph_error=_reason(error))
+            continue
+        if reason is None:
+            replays[outcome.key] = replay
+        else:
+            outcome.row = replace(outcome.row, graph_error=f"wrong: {reason}")
+
+    def failed(key: str, error: Exception) -> None:
+        ready[key].row = replace(ready[key].row, graph_error=_reason(error))
+
+    limits = replace(plan, budget_s=min(plan.budget_s, plan.graph_budget_s))
+    found: dict[str, list[float]] = {key: [] for key in replays}
+    for samples in paired_rounds(replays, {}, limits, stopwatch, failed):
+        for key, sample in samples.items():
+            found[key].append(sample.device or sample.wall)
+    for key, seconds in found.items():
+        row = ready[key].row
+        if seconds and row.graph_error is None:
+            ready[key].row = replace(row, **_times("graph", seconds, found.get(BASELINE, [])))
+
+
+def _with_times(row: Row, samples: Sequence[Sample], baseline: Sequence[Sample]) -> Row:
+    """Percentiles, ratios and rates."""
+    row = replace(row, rounds=len(samples))
+    for clock in ("wall", "host", "device"):
+        if clock == "device" and row.launches is not None and row.launches > LAUNCHES_QUEUED:
+            continue
+        seconds = [s for sample in samples if (s := getattr(sample, clock)) is not None]
+        theirs = [s for sample in baseline if (s := getattr(sample, clock)) is not None]
+        if seconds:
+            row = replace(row, **_times(clock, seconds, theirs))
+    milliseconds = row.milliseconds()
+    if milliseconds and row.moved_bytes is not None:
+        row = replace(row, gb_per_s=row.moved_bytes / milliseconds / 1e6)
+    if milliseconds and row.flops is not None:
+        row = replace(row, tflop_per_s=row.flops / milliseconds / 1e9)
+    return row
+
+
+def _times(clock: str, seconds: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
+    """A clock's columns; the ratio only where the baseline ran in the same rounds."""
+    found = {f"{clock}_ms_{p}": v for p, v in percentiles(seconds).items()}
+    if len(baseline) == len(seconds):
+        found[f"ratio_to_frozen_{clock}"] = median_ratio(seconds, baseline)
+    return found
+
+
+def _free(device: torch.device) -> None:
+    """Return memory, so that one provider's peak does not make the next one fail."""
+    gc.collect()
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # a broken context shows where it is used
+            torch.cuda.empty_cache()
+
+
+def _is_unavailable(error: Exception) -> bool:
+    return isinstance(error, (UnavailableError, ImportError))
+
+
+def _reason(error: Exception) -> str:
+    """An exception in one line."""
+    if _is_unavailable(error):
+        return f"cannot run: {_one_line(error)}"
+    text = str(error).strip()
+    return f"{type(error).__name__}: {_one_line(error)}" if text else type(error).__name__
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

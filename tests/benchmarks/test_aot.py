@@ -1,0 +1,136 @@
+"""Kernels compile for GPUs that are not there, and what a binary must not need is found."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels do not compile", allow_module_level=True)
+triton = pytest.importorskip("triton")
+
+from benchmarks.aot import binaries  # noqa: E402
+from benchmarks.aot.cases import CASES  # noqa: E402
+from benchmarks.aot.compiling import (  # noqa: E402
+    SHARED_KIB,
+    TARGETS,
+    Record,
+    compile_job,
+    compiling_for,
+    jobs,
+)
+from dcft_kernels.triton import tiles  # noqa: E402
+
+GOOD = Record("sm_90", "backward", "bf16", "columns16", 132, 0, 53504, 2, 9, "3.7.1")
+
+
+def main_job(architecture: str, launcher: str):
+    (job,) = jobs(f"^{architecture} {launcher} bf16 columns16$")
+    return job
+
+
+@pytest.mark.parametrize("launcher", sorted({case.launcher for case in CASES}))
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_main_cases_fit(architecture: str, launcher: str) -> None:
+    records = compile_job(main_job(architecture, launcher))
+    assert records
+    for record in records:
+        assert record.failures() == []
+        assert record.registers > 0
+
+
+def test_every_architecture_kernel_and_dtype_has_jobs() -> None:
+    assert set(TARGETS) == set(SHARED_KIB) == set(tiles.architectures()) - {"interpreter"}
+    found = {(job.architecture, CASES[job.case].launcher, job.dtype) for job in jobs()}
+    for architecture in TARGETS:
+        for kernel in {case.launcher for case in CASES}:
+            assert {(architecture, kernel, "bf16"), (architecture, kernel, "fp32")} <= found
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        ({"spills": 8}, "spills 8 bytes with 132 registers"),
+        ({"shared_bytes": 232449}, "needs 232449 bytes of shared memory, of 232448"),
+        ({"matrix_instructions": 0}, "computes 2 products without matrix instructions"),
+    ],
+)
+def test_faults_are_named(fault: dict[str, int], text: str) -> None:
+    assert GOOD.failures() == []
+    assert GOOD._replace(products=0, matrix_instructions=0).failures() == []  # float32
+    assert GOOD._replace(**fault).failures() == [f"sm_90 backward bf16 columns16: {text}"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "limit"), [("sm_80", {"maxnreg": 64}), ("gfx942", {"waves_per_eu": 8})]
+)
+def test_spills_are_found(
+    architecture: str, limit: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = triton.JITFunction.run
+
+    def limited(self, *args, **options):
+        return run(self, *args, **options, **limit)
+
+    monkeypatch.setattr(triton.JITFunction, "run", limited)
+    assert any(record.spills for record in compile_job(main_job(architecture, "shrink_expand")))
+
+
+def test_compiling_launches_nothing_and_leaves_nothing_behind() -> None:
+    (case,) = (c for c in CASES if c.launcher == "shrink_expand" and c.name == "update")
+    before = triton.runtime.driver._active, triton.JITFunction.run
+    with compiling_for("sm_80") as compiled:
+        case.run("fp32")
+        case.run("fp32")
+    assert [name for name, _ in compiled] == ["shrink_expand"] * 2
+    assert (triton.runtime.driver._active, triton.JITFunction.run) == before
+    assert tiles.architecture(torch.device("cpu")) == "interpreter"
+    with pytest.raises(KeyError), compiling_for("sm_80"):
+        raise KeyError
+    assert (triton.runtime.driver._active, triton.JITFunction.run) == before
+
+
+def test_interpreted_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET: expected unset"):
+        compile_job(main_job("sm_80", "backward"))
+
+
+SASS = """
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R33], desc[UR44][R12.64], P1 ;
+        /*0050*/                   HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0060*/               @P1 HMMA.16816.F32.BF16 R4, R4, R6, R8 ;
+        /*0070*/                   UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8], !UPT ;
+        /*0090*/                   STL [R1], R3 ;
+        /*00a0*/                   LDL.LU R3, [R1] ;
+"""
+USAGE = "REG:40 STACK:8 SHARED:1040 LOCAL:4 CONSTANT[0]:672 TEXTURE:0 SURFACE:0 SAMPLER:0"
+GCN = """
+	buffer_load_dwordx4 v[10:13], v4, s[64:67], 0 offen
+	v_mfma_f32_16x16x16_bf16 v[2:5], v[70:71], v[54:55], v[2:5]
+    .private_segment_fixed_size: 8
+    .sgpr_spill_count: 2
+    .vgpr_count:     87
+    .vgpr_spill_count: 9
+"""
+
+
+def test_assembly_is_read() -> None:
+    assert binaries.read_sass(SASS, USAGE, reserved=1024) == (40, 12, 16, 3)
+    clean = USAGE.replace("STACK:8", "STACK:0").replace("LOCAL:4", "LOCAL:0")
+    assert binaries.read_sass(SASS, clean).spills == 2  # instructions on local memory
+    assert binaries.read_amdgcn(GCN) == (87, 9, 0, 1)
+    for read in (lambda: binaries.read_sass("", USAGE), lambda: binaries.read_amdgcn("")):
+        with pytest.raises(ValueError, match="expected one kernel, got none"):
+            read()
+
+
+def test_products_for_the_matrix_unit_are_counted() -> None:
+    ttir = """
+      %u = tt.dot %x, %a, %c : tensor<64x16xbf16> * tensor<16x16xbf16> -> tensor<64x16xf32>
+      %v = tt.dot %u, %a, %c : tensor<64x16xf32> * tensor<16x16xf32> -> tensor<64x16xf32>
+      %w = tt.dot %u, %a, %c, inputPrecision = tf32 : tensor<64x16xf32> * tensor<16x16xf32> -> ()
+    """
+    assert binaries.matrix_products(ttir) == 2

@@ -1,0 +1,129 @@
+"""Reports and plots, from rows with known values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from benchmarks import plots, report, rows
+from benchmarks.environment import RESULTS
+from benchmarks.rows import Row
+from benchmarks.stored import Stored, load, provenance
+from tests.benchmarks.test_levels import row
+
+SIZES = {
+    "dcft": {"d": 8, "k": 1, "stride": 8},
+    "published": {"d": 8, "k": 1, "stride": 8},
+    "lora_r8": {"k": 8},
+}
+RATIOS = {"frozen": 1.0, "dcft": 1.05, "lora_r8": 1.2, "published": 2.9}
+
+
+def timed(provider: str, ratio: float, **values: object) -> Row:
+    """A row from a CPU."""
+    times = {"rounds": 9, "wall_ms_p50": 20 * ratio, "ratio_to_frozen_wall": ratio}
+    return row(provider, **{**SIZES.get(provider, {}), **times, "gate": "passed", **values})
+
+
+def on_gpu(provider: str, device: float, wall: float, **values: object) -> Row:
+    """A row from a GPU."""
+    times = {"rounds": 9, "dtype": "bf16", "gate": "passed"}
+    for clock, ratio in (("device", device), ("wall", wall)):
+        times |= {f"{clock}_ms_p50": 2 * ratio, f"ratio_to_frozen_{clock}": ratio}
+    return row(provider, **{**SIZES.get(provider, {}), **times, **values})
+
+
+def layer_rows() -> list[Row]:
+    found = [
+        timed(p, r, n=n, saved_bytes=int(r * 2**20)) for n in (16, 32) for p, r in RATIOS.items()
+    ]
+    return [*found, row("lora_r1", error="cannot run: no peft")]
+
+
+def stored(found: Iterable[Row]) -> Stored:
+    return Stored(Path("some-device"), tuple(rows.latest(found)))
+
+
+def text_of(found: Iterable[Row]) -> str:
+    return report.report(stored(found))
+
+
+def test_ratios_and_memory_have_tables() -> None:
+    text = text_of([*layer_rows(), timed("dcft", 1.3, k=4), timed("dcft", 1.4, d=4, stride=2)])
+    layers, _, memory = text.partition("Saved for backward")
+    assert "| provider | 8x16->16 fp32 | 8x32->16 fp32 |" in layers
+    assert "| frozen, ms | 20.0 | 20.0 |" in layers
+    assert "| rounds | 9 | 9 |" in layers
+    assert "| DCFT | 1.05 | 1.05 |" in layers
+    assert "| DCFT, k=4 | 1.30 | – |" in layers
+    assert "| DCFT, d=4, stride=2 | 1.40 | – |" in layers
+    assert "From [`rows.jsonl`](rows.jsonl): some device; torch 2.0; commit abc1234;" in layers
+    assert "| DCFT as published | 2.90 | 2.90 |" in memory
+
+
+def test_only_the_latest_run_of_a_case_counts() -> None:
+    newer = [timed(p, r, time="2026-02-02") for p, r in (("frozen", 1.0), ("dcft", 1.5))]
+    assert "| DCFT | 1.50 | 1.05 |" in text_of([*layer_rows(), *newer])
+    assert provenance([*layer_rows(), *newer]).endswith("2026-01-01, 2026-02-02")
+
+
+def test_clocks_have_separate_tables_on_a_gpu() -> None:
+    text = text_of([on_gpu("frozen", 1, 1), on_gpu("dcft", 1.1, 1.4), on_gpu("lora_r8", 1.5, 2)])
+    _, _, device = text.partition("Ratio to the frozen layer, device time:\n")
+    device, _, wall = device.partition("Ratio to the frozen layer, wall time:\n")
+    assert "| DCFT | 1.10 |" in device
+    assert "| DCFT | 1.40 |" in wall
+
+
+def test_sweeps_have_separate_tables() -> None:
+    found = [timed(p, r, sweep="tokens", T=T) for T in (1, 16) for p, r in RATIOS.items()]
+    found += [timed("frozen", 1.0, sweep="rank")]
+    found += [timed("dcft", ratio, sweep="rank", k=k) for k, ratio in ((1, 1.1), (2, 1.2))]
+    tokens, _, rank = text_of(found).partition("### Forward + backward, by rank")
+    assert "| provider | 1x16->16 fp32 | 16x16->16 fp32 |" in tokens
+    assert "| DCFT | 1.10 |\n| DCFT, k=2 | 1.20 |" in rank
+
+
+def test_levels_without_a_frozen_layer_have_times_and_rates() -> None:
+    shape = {"level": "merge", "direction": "merge", "T": None}
+    text = text_of([on_gpu("copy", 0.9, 1, **shape), on_gpu("dcft", 1.0, 1, gb_per_s=9.5, **shape)])
+    milliseconds, _, rates = text.partition("GB/s, counted:")
+    assert "| DCFT | 2.000 |" in milliseconds
+    assert "| DCFT | 9.50 |" in rates
+
+
+def test_failures_are_counted_once_per_reason() -> None:
+    found = [*layer_rows(), row("lora_r1", n=32, error="cannot run: no peft")]
+    found += [row("dora", gate="failed", error="y: off by 3")]
+    found += [on_gpu("lokr", 2.2, 2.2, graph_error="cannot capture")]
+    text = text_of(found).partition("## Without a time")[2]
+    assert "- LoRA r=1 (peft) (layer, 2 cases): cannot run: no peft\n" in text
+    assert "- DoRA r=8 (peft) (layer, 1 case): wrong result: y: off by 3\n" in text
+    assert "CUDA graph\n\n- LoKr r=4 (peft) (layer, 1 case): cannot capture" in text
+
+
+def test_plots_are_drawn_for_what_there_is(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for one in layer_rows():
+        rows.append(tmp_path / rows.FILE, one)
+    stale = tmp_path / "scaling.png"
+    stale.touch()
+    assert report.main([str(tmp_path)]) == 0
+    text = (tmp_path / report.FILE).read_text(encoding="utf-8")
+    assert "![layer](layer.png)" in text
+    assert {f.name for f in tmp_path.glob("*.png")} == {"layer.png"}
+    swept = [timed(p, r, sweep="tokens", T=T) for T in (1, 16) for p, r in RATIOS.items()]
+    assert plots.scaling(stored(swept)) is not None
+
+
+@pytest.mark.parametrize("folder", sorted(f.parent for f in RESULTS.glob(f"*/{rows.FILE}")))
+def test_stored_report_is_that_of_the_stored_rows(folder: Path) -> None:
+    drawn = [name for name in ("layer", "scaling") if (folder / f"{name}.png").exists()]
+    assert report.report(load(folder), drawn) == (folder / report.FILE).read_text(encoding="utf-8")
+
+
+def test_folder_without_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(tmp_path)]) == 1
+    assert "rows.jsonl: no such file" in capsys.readouterr().err
