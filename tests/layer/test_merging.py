@@ -1,47 +1,195 @@
-"""`add_delta_weight_`: in place, rounded once, or stochastically; the same on every backend."""
+"""Merging a layer, and `add_delta_weight_`: exact, reversible, rounded once or stochastically."""
 
 from __future__ import annotations
 
+import copy
+import math
+import warnings
+
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
-from dcft_kernels import add_delta_weight_, delta_weight
+from dcft_kernels import DCFTLinear, add_delta_weight_, delta_weight
 from dcft_kernels.rounding import store
-from tests.adapter_cases import CASES, Case, every_case, random_inputs
+from tests.adapter_cases import CASES, Case, any_case, random_inputs
+from tests.model_snapshot import ModelSnapshot
 
+FACTORS = ("dcft_A", "dcft_B", "dcft_C")
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 backends = pytest.mark.parametrize("backend", ["torch", "reference"])
 sixteen_bits = pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=["bf16", "fp16"])
 
 
+def _randomized(layer: DCFTLinear, std: float = 0.5) -> DCFTLinear:
+    for name in FACTORS:
+        nn.init.normal_(getattr(layer, name), 0.0, std)
+    return layer
+
+
+@pytest.fixture
+def layer() -> DCFTLinear:
+    return _randomized(DCFTLinear(20, 13, rank=2, kernel_size=(4, 8), alpha=3.0, init="paper"))
+
+
+def assert_rounded_once(found: Tensor, exact: Tensor) -> None:
+    """Half a unit in the last place; before that, an entry of DW sums up to 5 * 144 products of
+    standard normals in float32 or wider."""
+    slack = 1e-12 if found.dtype == torch.float64 else 2e-4
+    tolerance = exact.abs() * torch.finfo(found.dtype).eps / 2 + slack
+    error = (found.double() - exact).abs()
+    assert bool((error <= tolerance).all()), (error - tolerance).max()
+
+
+@given(
+    case=any_case(),
+    dtype=st.sampled_from([torch.float64, torch.float32, *SIXTEEN_BITS]),
+    seed=st.integers(0, 2**31),
+)
+def test_merge_adds_the_increment_and_unmerge_restores_the_bits(
+    case: Case, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    options = {"rank": case.rank, "kernel_size": case.kernel_size, "stride": case.stride}
+    sizes = {"in_features": case.in_features, "out_features": case.out_features}
+    layer = _randomized(DCFTLinear(**sizes, **options, alpha=3.0, dropout=0.1, dtype=dtype), 1.0)
+    x = torch.randn(3, case.in_features, dtype=dtype)
+    base, bits = layer.weight, layer.weight.detach().clone()
+    unmerged = layer.eval()(x)
+    wide = [getattr(layer, name).detach().double() for name in FACTORS]
+    DW = delta_weight(*wide, **sizes, stride=case.stride, scaling=3.0 / case.rank)
+
+    layer.merge()
+
+    assert layer.merged
+    assert not layer.weight.requires_grad
+    assert_rounded_once(layer.weight, bits.double() + DW)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    if dtype == torch.float64:
+        torch.testing.assert_close(layer(x), unmerged, rtol=1e-10, atol=1e-10)
+    layer.unmerge()
+    assert not layer.merged
+    assert layer.weight is base
+    assert torch.equal(base, bits)
+    assert torch.equal(layer(x), unmerged)
+
+
+def test_unmerge_does_not_subtract() -> None:
+    """Large increments would swallow the base's low bits: it must come back from a copy."""
+    layer = _randomized(DCFTLinear(16, 16, init="paper", dtype=torch.bfloat16), std=30.0)
+    bits = layer.weight.detach().clone()
+    layer.merge()
+    layer.unmerge()
+    assert torch.equal(layer.weight, bits)
+
+
 @backends
-@every_case
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SIXTEEN_BITS], ids=str)
-def test_adds_in_place_and_rounds_once(case: Case, dtype: torch.dtype, backend: str) -> None:
-    inputs = random_inputs(case, (1,), dtype)
-    weight, before = inputs.weight.clone(), inputs.weight.clone()
-    factors = (inputs.A, inputs.B, inputs.C)
-    wide = torch.promote_types(dtype, torch.float32)
-    increment = delta_weight(
-        *(factor.to(wide) for factor in factors),
-        in_features=case.in_features, out_features=case.out_features,
-        stride=case.stride, scaling=0.7, backend=backend,
-    )  # fmt: skip
-    result = add_delta_weight_(weight, *factors, stride=case.stride, scaling=0.7, backend=backend)
-    assert result is weight
-    assert torch.equal(weight, (before + increment).to(dtype))
+def test_merging_repeats_and_autocast_makes_no_difference(layer: DCFTLinear, backend: str) -> None:
+    """Evaluation often runs under autocast; the merged weight is no activation."""
+    layer.backend = backend
+    layer.merge()
+    expected = layer.weight.detach().clone()
+    layer.unmerge()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer.merge()
+    assert torch.equal(layer.weight, expected)
 
 
-def test_any_strides_and_parameters() -> None:
-    inputs = random_inputs(CASES[3], (1,), torch.float32)
-    expected = add_delta_weight_(inputs.weight.clone(), inputs.A, inputs.B, inputs.C)
-    stored = torch.nn.Parameter(inputs.weight.t().contiguous())
-    add_delta_weight_(stored.t(), inputs.A, inputs.B, inputs.C)
-    assert torch.equal(stored.t(), expected)
+def test_to_linear(layer: DCFTLinear) -> None:
+    layer.eval()
+    x = torch.randn(3, 20)
+    before = layer.weight.detach().clone()
+    plain = layer.to_linear()
+    assert type(plain) is nn.Linear
+    assert repr(plain) == repr(nn.Linear(20, 13))
+    assert plain.training is False
+    assert set(dict(plain.named_parameters())) == {"weight", "bias"}
+    assert plain.bias is layer.bias
+    assert not layer.merged
+    assert torch.equal(layer.weight, before)
+    torch.testing.assert_close(plain(x), layer(x), rtol=1e-5, atol=1e-5)
+    layer.merge()
+    again = layer.to_linear()
+    assert torch.equal(again.weight, plain.weight)
+    assert torch.equal(again(x), layer(x))
+    nn.init.zeros_(again.weight)
+    assert layer.weight.abs().max() > 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("operation", ["merge", "to_linear"])
+def test_a_diverged_adapter_does_not_reach_the_base(
+    layer: DCFTLinear, operation: str, bad: float
+) -> None:
+    with torch.no_grad():
+        layer.dcft_C[0, 0] = bad
+    snapshot = ModelSnapshot(layer)
+    with pytest.raises(ValueError, match=r"^merge: base plus increment is not finite.*nothing was"):
+        getattr(layer, operation)()
+    snapshot.assert_unchanged()
+
+
+def test_a_merge_that_overflows_the_base_dtype_is_refused() -> None:
+    layer = DCFTLinear(8, 8, init="paper", dtype=torch.float16, adapter_dtype=torch.float32)
+    for name in FACTORS:
+        nn.init.constant_(getattr(layer, name), 300.0)
+    snapshot = ModelSnapshot(layer)
+    with pytest.raises(ValueError, match=r"overflows torch\.float16"):
+        layer.merge()
+    snapshot.assert_unchanged()
+
+
+def test_training_a_merged_layer_warns(layer: DCFTLinear) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert layer.train() is layer
+        layer.merge()
+        assert layer.eval() is layer
+    with pytest.warns(UserWarning, match=r"merged DCFTLinear is set to train.*until unmerge\(\)"):
+        layer.train()
+    assert layer.training
+
+
+def test_a_merged_copy_unmerges_independently(layer: DCFTLinear) -> None:
+    bits = layer.weight.detach().clone()
+    layer.merge()
+    twin = copy.deepcopy(layer)
+    twin.unmerge()
+    assert torch.equal(twin.weight, bits)
+    nn.init.zeros_(twin.weight)
+    layer.unmerge()
+    assert torch.equal(layer.weight, bits)
+
+
+# ------------------------------------------------------------------------------------------------
+# add_delta_weight_
+
+
+@given(
+    case=any_case(),
+    dtype=st.sampled_from([torch.float64, torch.float32, *SIXTEEN_BITS]),
+    backend=st.sampled_from(["torch", "reference"]),
+    transposed=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_adds_in_place_and_rounds_once(
+    case: Case, dtype: torch.dtype, backend: str, transposed: bool, seed: int
+) -> None:
+    inputs = random_inputs(case, (1,), dtype, seed=seed)
+    before, factors = inputs.weight, (inputs.A, inputs.B, inputs.C)
+    sizes = {"in_features": case.in_features, "out_features": case.out_features}
+    options = {"stride": case.stride, "scaling": 0.7, "backend": backend}
+    DW = delta_weight(*(factor.double() for factor in factors), **sizes, **options)
+    stored = nn.Parameter((before.t().contiguous().t() if transposed else before).clone())
+    assert add_delta_weight_(stored, *factors, **options) is stored
+    assert_rounded_once(stored, before.double() + DW)
     assert stored.grad_fn is None
 
 
-def test_the_negative_takes_it_back() -> None:
+def test_a_negative_scaling_takes_it_back() -> None:
     inputs = random_inputs(CASES[0], (1,), torch.float32)
     weight = inputs.weight.clone()
     for scaling in (0.7, -0.7):
@@ -52,7 +200,7 @@ def test_the_negative_takes_it_back() -> None:
 @backends
 @sixteen_bits
 def test_small_increments_arrive_in_the_mean(dtype: torch.dtype, backend: str) -> None:
-    """A tenth of a unit in the last place, a hundred times over: nearest drops all of it."""
+    """A tenth of a unit in the last place, a hundred times: nearest drops all of it."""
     weight = torch.ones(64, 64, dtype=dtype)
     tenth = torch.finfo(dtype).eps / 10
     factors = (torch.ones(1, 8), torch.full((8, 1), tenth), torch.ones(8, 8))
@@ -68,33 +216,30 @@ def test_small_increments_arrive_in_the_mean(dtype: torch.dtype, backend: str) -
 
 @sixteen_bits
 def test_stochastic_rounding_is_to_a_neighbour(dtype: torch.dtype) -> None:
-    torch.manual_seed(3)
     scales = torch.tensor([1e-7, 1e-5, 1e-3, 1.0, 100.0]).repeat_interleave(200)
-    values = torch.randn(1000) * scales
-    seed = torch.tensor(5)
-    out = torch.empty(1000, dtype=dtype)
-    store(values, out, seed)
-    nearest = values.to(dtype)
+    values, seed = torch.randn(1000) * scales, torch.tensor(5)
+
+    def stored() -> Tensor:
+        out = torch.empty(1000, dtype=dtype)
+        store(values, out, seed)
+        return out
+
+    out, nearest = stored(), values.to(dtype)
     inf = torch.tensor(float("inf"), dtype=dtype)
     below = torch.where(nearest.float() > values, torch.nextafter(nearest, -inf), nearest)
     above = torch.where(nearest.float() < values, torch.nextafter(nearest, inf), nearest)
     assert bool(((out == below) | (out == above)).all())
     assert not torch.equal(out, nearest)
-    again = torch.empty_like(out)
-    store(values, again, seed)
-    assert torch.equal(again, out)
+    assert torch.equal(stored(), out)
 
 
 @sixteen_bits
-def test_stochastic_rounding_leaves_what_is_exact_and_what_is_not_finite(dtype) -> None:
+def test_stochastic_rounding_leaves_exact_and_non_finite_values(dtype: torch.dtype) -> None:
     least = torch.finfo(dtype).smallest_normal
-    exact = torch.tensor([0.0, 1.0, -1.5, 2.0**-14, least, -least, torch.finfo(dtype).max])
-    special = torch.tensor([float("inf"), -float("inf"), float("nan"), 1e38 if dtype is
-                            torch.float16 else 3.4e38])  # fmt: skip
+    beyond = 1e38 if dtype is torch.float16 else 3.4e38
+    exact = [0.0, 1.0, -1.5, 2.0**-14, least, -least, torch.finfo(dtype).max]
+    values = torch.tensor([*exact, math.inf, -math.inf, math.nan, beyond])
     for seed in range(20):
-        out = torch.empty(len(exact), dtype=dtype)
-        store(exact, out, torch.tensor(seed))
-        assert torch.equal(out.float(), exact)
-        out = torch.empty(len(special), dtype=dtype)
-        store(special, out, torch.tensor(seed))
-        torch.testing.assert_close(out, special.to(dtype), equal_nan=True, rtol=0, atol=0)
+        out = torch.empty(len(values), dtype=dtype)
+        store(values, out, torch.tensor(seed))
+        torch.testing.assert_close(out, values.to(dtype), equal_nan=True, rtol=0, atol=0)
