@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -69,13 +70,13 @@ def test_output_and_gradients_are_those_of_the_equation(
     if p:
         dropped = seeded(lambda: drop(x, p, draw_seed(torch.device("cpu"))) / (1 - p))
     expected = by_equation(x, dropped, theirs, case, 0.7, nonlinearity).reshape(y.shape)
-    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
-    for actual, gradient in zip(
-        torch.autograd.grad(y, ours.operands, inputs.grad),
-        torch.autograd.grad(expected, theirs.operands, inputs.grad),
-        strict=True,
-    ):
-        torch.testing.assert_close(actual, gradient, rtol=1e-11, atol=1e-11)
+    base = F.linear(inputs.x, inputs.weight, inputs.bias)
+    factors = (inputs.A, inputs.B, inputs.C)
+    updated = seeded(lambda: dcft_update(base, inputs.x, *factors, scaling=0.7, **options))
+    found = (y, updated, *torch.autograd.grad(y, ours.operands, inputs.grad))
+    gradients = torch.autograd.grad(expected, theirs.operands, inputs.grad)
+    for actual, wanted in zip(found, (expected, expected, *gradients), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-11)
 
 
 @every_nonlinearity
@@ -89,19 +90,6 @@ def test_gradcheck(nonlinearity: str) -> None:
 
     assert gradcheck(layer, inputs.operands)
     assert gradgradcheck(layer, inputs.operands)
-
-
-def test_update_is_the_increment_alone() -> None:
-    case = CASES[1]
-    inputs = random_inputs(case, (5,))
-    y = torch.randn(5, case.out_features, dtype=torch.float64)
-    before = y.clone()
-    options = {"scaling": 0.7, "dropout_p": 0.3, "nonlinearity": "silu"}
-    whole = seeded(lambda: dcft_linear(*inputs.operands, **options))
-    updated = seeded(lambda: dcft_update(y, inputs.x, *inputs.operands[3:], **options))
-    base = F.linear(inputs.x, inputs.weight, inputs.bias)
-    torch.testing.assert_close(updated - y, whole - base, rtol=1e-11, atol=1e-11)
-    assert torch.equal(y, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -159,22 +147,18 @@ def test_autocast_is_the_cast_layer(dtype: torch.dtype) -> None:
         assert torch.equal(actual, expected.to(actual.dtype))
 
 
-@pytest.mark.parametrize("options", [{"dropout": 0.3}, {"stride": 4, "dtype": torch.bfloat16}])
-def test_compiled_equals_eager(options: dict[str, Any]) -> None:
-    torch._dynamo.reset()
-    layer = _layer(**options)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for actual, expected in zip(_step(compiled, layer), _step(layer, layer), strict=True):
-        torch.testing.assert_close(actual, expected)
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_draws_the_same_mask(use_reentrant: bool) -> None:
+@pytest.mark.parametrize("way", ["compiled", "checkpointed", "checkpointed-reentrant"])
+def test_other_ways_to_run_give_the_same_step(way: str) -> None:
+    """Recomputed and compiled, dropout draws the same mask."""
     layer = _layer(dropout=0.4)
-    checkpointed = _step(lambda x: checkpoint(layer, x, use_reentrant=use_reentrant), layer)
-    for actual, expected in zip(checkpointed, _step(layer, layer), strict=True):
-        assert torch.equal(actual, expected)
+    expected = _step(layer, layer)
+    torch._dynamo.reset()
+    run: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    if way != "compiled":
+        run = partial(checkpoint, layer, use_reentrant=way.endswith("reentrant"))
+    for actual, wanted in zip(_step(run, layer), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    torch._dynamo.reset()
 
 
 @pytest.mark.gpu
@@ -226,13 +210,7 @@ def test_it_is_an_option_that_changes_no_parameter() -> None:
     plain.nonlinearity = None
     assert plain.state_dict().keys() == layer.state_dict().keys()
     assert not torch.allclose(layer(x), plain(x))
+    nn.init.zeros_(layer.dcft_B)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))  # as a fresh adapter
     assert "nonlinearity='silu'" in repr(layer)
     assert "nonlinearity" not in repr(plain)
-
-
-@every_nonlinearity
-def test_a_zero_start_is_the_base_to_the_bit(nonlinearity: str) -> None:
-    base = nn.Linear(45, 61)
-    layer = DCFTLinear.from_linear(base, nonlinearity=nonlinearity)
-    x = torch.randn(4, 45)
-    assert torch.equal(layer(x), base(x))

@@ -222,26 +222,6 @@ def test_generate_works_merged_and_unmerged(name: str) -> None:
     assert not torch.equal(base.generate(prompt, **settings), unmerged)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bfloat16", "float64"])
-def test_dtype_changes_while_merged(pristine: Pristine, dtype: torch.dtype) -> None:
-    name, base, _ = pristine
-    model = _adapted(base)
-    merge_model(model)
-    layers = _layers(model)
-    merged_weights = {path: layer.weight.detach().clone() for path, layer in layers.items()}
-
-    model.to(dtype)
-
-    assert all(parameter.dtype == dtype for parameter in model.parameters())
-    for path, layer in layers.items():
-        assert torch.equal(layer.weight, merged_weights[path].to(dtype)), path
-    assert _logits(model, name).dtype == dtype
-    unmerge_model(model)
-    for path, layer in layers.items():
-        assert torch.equal(layer.weight, base.get_submodule(path).weight.to(dtype)), path
-    assert _logits(model, name).dtype == dtype
-
-
 @pytest.mark.gpu
 def test_device_changes_while_merged(pristine: Pristine) -> None:
     _, base, _ = pristine
