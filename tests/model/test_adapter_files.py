@@ -420,78 +420,50 @@ def test_a_folder_that_is_a_file(base: Network, adapted: Network, tmp_path: Path
 # Damaged files
 
 
-def _edit(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """Change the config."""
-
+def _config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         config = json.loads((folder / CONFIG).read_text())
-        edit(config)
+        change(config)
         (folder / CONFIG).write_text(json.dumps(config))
 
     return damage
 
 
-def _set(**entries: Any) -> Callable[[Path], None]:
-    return _edit(lambda config: config.update(entries))
-
-
-def _weights(**entries: Any) -> Callable[[Path], None]:
-    return _edit(lambda config: config["weights"].update(entries))
-
-
 def _query(**entries: Any) -> Callable[[Path], None]:
-    return _edit(lambda config: config["layers"]["block.query"].update(entries))
+    return _config(lambda config: config["layers"]["block.query"].update(entries))
 
 
-def _layer(record: Any) -> Callable[[Path], None]:
-    return _edit(lambda config: config["layers"].update({"block.query": record}))
+def _weights_entry(**entries: Any) -> Callable[[Path], None]:
+    return _config(lambda config: config["weights"].update(entries))
 
 
-def _drop(*keys: str) -> Callable[[Path], None]:
-    def edit(config: dict[str, Any]) -> None:
-        for key in keys[:-1]:
-            config = config[key]
-        del config[keys[-1]]
-
-    return _edit(edit)
-
-
-def _config(content: bytes) -> Callable[[Path], Any]:
+def _config_bytes(content: bytes) -> Callable[[Path], Any]:
     return lambda folder: (folder / CONFIG).write_bytes(content)
 
 
-def _content(change: Callable[[bytes], bytes], digest_fits: bool) -> Callable[[Path], None]:
-    """Change the weights file."""
-
+def _weights_bytes(change: Callable[[bytes], bytes], digest_fits: bool) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         content = change(_weights_file(folder).read_bytes())
         _weights_file(folder).write_bytes(content)
         if digest_fits:
-            _weights(sha256=hashlib.sha256(content).hexdigest())(folder)
+            _weights_entry(sha256=hashlib.sha256(content).hexdigest())(folder)
 
     return damage
 
 
 def _tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    """Change the tensors, with a digest that fits: only what they hold is wrong."""
-
     def changed(content: bytes) -> bytes:
         tensors = safetensors.torch.load(content)
         change(tensors)
         return safetensors.torch.save(tensors)
 
-    return _content(changed, digest_fits=True)
-
-
-def _tensor(**factor: Tensor) -> Callable[[Path], None]:
-    ((name, tensor),) = factor.items()
-    return _tensors(lambda tensors: tensors.update({f"block.query.{name}": tensor}))
+    return _weights_bytes(changed, digest_fits=True)
 
 
 def _outside(folder: Path) -> None:
     """The right weights, but in the parent folder."""
     _weights_file(folder).rename(folder.parent / "weights.safetensors")
-    _weights(file="../weights.safetensors")(folder)
+    _weights_entry(file="../weights.safetensors")(folder)
 
 
 NOT_JSON = rf"{CONFIG}: truncated or not JSON"
@@ -500,46 +472,41 @@ FOREIGN = r'not a DCFT adapter: expected "format": "dcft_adapter".*written by an
 VERSION = "expected format_version 1, got"
 PLAIN = "expected a plain file name, got"
 LAYER = r"layer 'block\.query'"
-POSITIVE = "expected a positive int, got"
+SIZE = "expected a positive int, got"
 
 DAMAGES = {
     "no-config": (lambda f: (f / CONFIG).unlink(),
                   rf"{CONFIG}: no such file; save_adapter writes it"),
     "no-weights": (lambda f: _weights_file(f).unlink(),
                    rf"safetensors: no such file; {CONFIG} names it"),
-    "empty-config": (_config(b""), NOT_JSON),
-    "truncated-config": (_config(b'{"format": "dcft_ad'), NOT_JSON),
-    "binary-config": (_config(b"\xff\xfe\x00"), NOT_JSON),
-    "json-list": (_config(b"[1, 2]"), FOREIGN),
-    "foreign-json": (_config(b'{"peft_type": "LORA", "r": 8}'), FOREIGN),
-    "other-format": (_set(format="lora"), FOREIGN),
-    "empty-weights": (_content(lambda c: b"", False), CHANGED),
-    "truncated-weights": (_content(lambda c: c[: len(c) // 2], False), CHANGED),
-    "flipped-bit": (_content(lambda c: c[:-1] + bytes([c[-1] ^ 1]), False), CHANGED),
-    "no-safetensors": (_content(lambda c: b"no tensors here", True), "not a safetensors file"),
-    "newer-version": (_set(format_version=2), rf"{VERSION} 2; it needs another version of dcft_k"),
-    "version-as-text": (_set(format_version="1"), rf"{VERSION} '1'"),
-    "no-version": (_drop("format_version"), rf"{VERSION} None"),
-    "no-weights-entry": (_drop("weights"), r'expected "weights" with "file"'),
-    "no-digest": (_drop("weights", "sha256"), r'"file" and "sha256"'),
-    "no-layers": (_set(layers={}), r'and "layers"'),
-    "layers-as-list": (_set(layers=["block.query"]), r'and "layers"'),
-    "parent-folder": (_outside, rf"{PLAIN} '\.\./weights\.safetensors'"),
-    "absolute-path": (_weights(file="/etc/passwd"), rf"{PLAIN} '/etc/passwd'"),
-    "sub-folder": (_weights(file="sub/weights"), rf"{PLAIN} 'sub/weights'"),
-    "parent-itself": (_weights(file=".."), rf"{PLAIN} '\.\.'"),
-    "empty-file-name": (_weights(file=""), rf"{PLAIN} ''"),
-    "number-as-file": (_weights(file=7), r'"weights" with "file"'),
-    "layer-null": (_layer(None), rf"{LAYER}: expected .*got None"),
-    "no-in-features": (_drop("layers", "block.query", "in_features"),
-                       rf"{LAYER}: has no 'in_features'"),
-    "no-alpha": (_drop("layers", "block.query", "alpha"), rf"{LAYER}: has no 'alpha'"),
+    "truncated-config": (_config_bytes(b'{"format": "dcft_ad'), NOT_JSON),
+    "binary-config": (_config_bytes(b"\xff\xfe\x00"), NOT_JSON),
+    "json-list": (_config_bytes(b"[1, 2]"), FOREIGN),
+    "foreign-json": (_config_bytes(b'{"peft_type": "LORA", "r": 8}'), FOREIGN),
+    "truncated-weights": (_weights_bytes(lambda c: c[: len(c) // 2], False), CHANGED),
+    "flipped-bit": (_weights_bytes(lambda c: c[:-1] + bytes([c[-1] ^ 1]), False), CHANGED),
+    "no-tensors": (_weights_bytes(lambda c: b"nothing", True), "safetensors: not a safetensors"),
+    "newer-version": (_config(lambda c: c.update(format_version=2)),
+                      rf"{VERSION} 2; it needs another version of dcft_kernels"),
+    "no-version": (_config(lambda c: c.pop("format_version")), rf"{VERSION} None"),
+    "no-weights-entry": (_config(lambda c: c.pop("weights")), r'expected "weights" with "file"'),
+    "no-digest": (_config(lambda c: c["weights"].pop("sha256")), r'"file" and "sha256"'),
+    "number-as-file": (_weights_entry(file=7), r'"weights" with "file"'),
+    "no-layers": (_config(lambda c: c.update(layers={})), r'and "layers"'),
+    "layers-as-list": (_config(lambda c: c.update(layers=["block.query"])), r'and "layers"'),
+    "outside": (_outside, rf"{PLAIN} '\.\./weights\.safetensors'"),
+    "absolute-path": (_weights_entry(file="/etc/passwd"), rf"{PLAIN} '/etc/passwd'"),
+    "parent-itself": (_weights_entry(file=".."), rf"{PLAIN} '\.\.'"),
+    "empty-file-name": (_weights_entry(file=""), rf"{PLAIN} ''"),
+    "layer-null": (_config(lambda c: c["layers"].update({"block.query": None})),
+                   rf"{LAYER}: expected .*got None"),
+    "no-alpha": (_config(lambda c: c["layers"]["block.query"].pop("alpha")),
+                 rf"{LAYER}: has no 'alpha'"),
     "unknown-setting": (_query(backend="auto"), rf"{LAYER}: has an unknown setting 'backend'"),
-    "text-as-size": (_query(in_features="20"), rf"{LAYER}: in_features: {POSITIVE} '20'"),
-    "negative-size": (_query(in_features=-4), rf"{LAYER}: in_features: {POSITIVE} -4"),
-    "rank-0": (_query(rank=0), rf"{LAYER}: rank: {POSITIVE} 0"),
+    "text-as-size": (_query(in_features="20"), rf"{LAYER}: in_features: {SIZE} '20'"),
+    "negative-size": (_query(out_features=-4), rf"{LAYER}: out_features: {SIZE} -4"),
+    "rank-0": (_query(rank=0), rf"{LAYER}: rank: {SIZE} 0"),
     "other-rank": (_query(rank=3), r"query\.dcft_A: expected shape \[3, 3\], got \[2, 3\]"),
-    "kernel-triple": (_query(kernel_size=[4, 8, 2]), rf"{LAYER}: kernel_size: expected an int or"),
     "small-kernel": (_query(kernel_size=[4, 6]), rf"{LAYER}: stride: expected at most the kernel"),
     "other-stride": (_query(stride=[4, 8]), r"query\.dcft_B: expected shape \[4, 2\], got \[7, 2"),
     "alpha-nan": (_query(alpha=float("nan")), rf"{LAYER}: alpha: expected a finite number, got na"),
@@ -550,10 +517,10 @@ DAMAGES = {
                        rf"{LAYER} has no tensor block\.query\.dcft_C"),
     "surplus-tensor": (_tensors(lambda t: t.update(head=torch.ones(1))),
                        rf"holds tensors that {CONFIG} does not: .*head"),
-    "other-shape": (_tensor(dcft_C=torch.ones(8, 4)),
+    "other-shape": (_tensors(lambda t: t.update({"block.query.dcft_C": torch.ones(8, 4)})),
                     r"query\.dcft_C: expected shape \[4, 8\], got \[8, 4\]"),
-    "int-A": (_tensor(dcft_A=torch.ones(2, 3).int()), r"expected .*got torch\.int32"),
-    "int-B": (_tensor(dcft_B=torch.ones(7, 2).int()), r"dcft_B: expected a float.*torch\.int32"),
+    "integers": (_tensors(lambda t: t.update({"block.query.dcft_B": torch.ones(7, 2).int()})),
+                 r"dcft_B: expected a float.*torch\.int32"),
 }  # fmt: skip
 
 
