@@ -66,7 +66,7 @@ def adapt(**changed: Any) -> DCFTLinear:
     return DCFTLinear.from_linear(**{"linear": nn.Linear(N, M)} | changed)
 
 
-def test_good_calls_are_good() -> None:
+def test_good_calls_are_good():
     """Otherwise the rows below could fail for other reasons than theirs."""
     assert linear().shape == update().shape == (5, M)
     assert torch.equal(linear(stride=[8, 8]), linear())
@@ -225,7 +225,7 @@ def _ids(table: list[tuple[Any, ...]]) -> list[str]:
 
 
 @pytest.mark.parametrize(("call", "changed", "error", "text"), CALLS, ids=_ids(CALLS))
-def test_bad_arguments(call: Any, changed: Any, error: type[Exception], text: str) -> None:
+def test_bad_arguments(call, changed, error, text):
     tensors = [tensor.clone() for tensor in TENSORS]
     with pytest.raises(error, match=text) as caught:
         call(**changed)
@@ -245,9 +245,7 @@ def test_bad_arguments(call: Any, changed: Any, error: type[Exception], text: st
     ],
     ids=["list", "integers", "sparse", "device"],
 )
-def test_every_tensor_is_checked(
-    argument: str, spoil: Any, error: type[Exception], text: str
-) -> None:
+def test_every_tensor_is_checked(argument, spoil, error, text):
     call = update if argument == "y" else linear
     good = {"y": Y, "weight": WEIGHT, "bias": BIAS, "dcft_A": A, "dcft_B": B, "dcft_C": C}
     # dcft_A is what its own device is compared with.
@@ -308,7 +306,7 @@ USES = [
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
 @pytest.mark.parametrize(("build", "use", "error", "text"), USES, ids=_ids(USES))
-def test_bad_use(build: Any, use: Any, error: type[Exception], text: str) -> None:
+def test_bad_use(build, use, error, text):
     module = build()
     snapshot = ModelSnapshot(module)
     with pytest.raises(error, match=text) as caught:
@@ -317,13 +315,13 @@ def test_bad_use(build: Any, use: Any, error: type[Exception], text: str) -> Non
     snapshot.assert_unchanged()
 
 
-def test_a_large_wrong_argument_does_not_flood_the_terminal() -> None:
+def test_a_large_wrong_argument_does_not_flood_the_terminal():
     with pytest.raises(TypeError, match=r"^x: expected a torch\.Tensor, got list") as caught:
         linear(x=[0.0] * 100_000)
     assert len(str(caught.value)) < 1000
 
 
-def test_good_calls_do_not_let_bad_ones_through() -> None:
+def test_good_calls_do_not_let_bad_ones_through():
     """Whether operands passed under autocast, or with another stride, must not be remembered."""
     half = WEIGHT.half()
     for _ in range(2):

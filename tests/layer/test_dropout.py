@@ -13,7 +13,7 @@ from tests.adapter_cases import CASES, random_inputs
 CPU = torch.device("cpu")
 
 
-def test_mask_is_a_function_of_its_seed_and_shape() -> None:
+def test_mask_is_a_function_of_its_seed_and_shape():
     seed, other = draw_seed(CPU), draw_seed(CPU)
     shape, p = (64, 33), 0.3
     mask = keep_mask(seed, p, shape, torch.float32, CPU)
@@ -26,7 +26,7 @@ def test_mask_is_a_function_of_its_seed_and_shape() -> None:
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("generator", ["cpu", "philox"])
-def test_frequency(p: float, generator: str) -> None:
+def test_frequency(p, generator):
     if generator == "cpu":
         mask = keep_mask(draw_seed(CPU), p, (400, 500), torch.float64, CPU)
         assert set(mask.unique().tolist()) == {0.0, 1.0}
@@ -38,7 +38,7 @@ def test_frequency(p: float, generator: str) -> None:
         assert float((share - (1 - p)).abs().max()) < tolerance
 
 
-def test_philox_words_are_the_published_ones() -> None:
+def test_philox_words_are_the_published_ones():
     """Known answers of Philox4x32-10, from the generator's authors (Random123, kat_vectors)."""
     # key and counter all zero: words 6627e8d5 e169c58d bc57ac4c 9b00dbd8
     words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
@@ -48,7 +48,7 @@ def test_philox_words_are_the_published_ones() -> None:
         assert philox_mask(seed, p, (1, 4), CPU).tolist() == [expected]
 
 
-def test_philox_mask_of_a_part_is_a_part_of_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_philox_mask_of_a_part_is_a_part_of_the_mask(monkeypatch):
     seed = draw_seed(CPU)
     whole = philox_mask(seed, 0.5, (20, 30), CPU)
     assert torch.equal(philox_mask(seed, 0.5, (13, 21), CPU), whole[:13, :21])
@@ -57,7 +57,7 @@ def test_philox_mask_of_a_part_is_a_part_of_the_mask(monkeypatch: pytest.MonkeyP
     assert philox_mask(seed, 0.5, (0, 30), CPU).shape == (0, 30)
 
 
-def test_only_the_adapter_sees_dropout() -> None:
+def test_only_the_adapter_sees_dropout():
     """`y - base` is the increment of the dropped input; the base part is untouched."""
     inputs = random_inputs(CASES[0], (9,))
     torch.manual_seed(5)
@@ -70,7 +70,7 @@ def test_only_the_adapter_sees_dropout() -> None:
 
 
 @pytest.mark.parametrize("nonlinearity", [None, "silu"])
-def test_training_repeats_by_seed_and_evaluation_draws_nothing(nonlinearity: str | None) -> None:
+def test_training_repeats_by_seed_and_evaluation_draws_nothing(nonlinearity):
     layer = DCFTLinear(48, 64, dropout=0.5, init="paper", nonlinearity=nonlinearity)
     x = torch.randn(5, 48)
     torch.manual_seed(1)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dcft_kernels import DCFTLinear, dcft_linear, delta_weight
-from tests.adapter_cases import Case, any_case, random_inputs
+from tests.adapter_cases import any_case, random_inputs
 
 seeds = st.integers(0, 2**31)
 float_dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -20,7 +20,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 @given(size=st.integers(1, 500), width=st.integers(1, 40), data=st.data())
-def test_windows_cover_the_side_and_no_more(size: int, width: int, data: st.DataObject) -> None:
+def test_windows_cover_the_side_and_no_more(size, width, data):
     """Equation 9: the fewest windows that reach the end, at least one."""
     stride = data.draw(st.integers(1, width))
     layer = DCFTLinear(size, size, kernel_size=width, stride=stride, device="meta")
@@ -31,7 +31,7 @@ def test_windows_cover_the_side_and_no_more(size: int, width: int, data: st.Data
 
 
 @given(case=any_case(), seed=seeds)
-def test_reference_is_the_sum_over_windows(case: Case, seed: int) -> None:
+def test_reference_is_the_sum_over_windows(case, seed):
     """`DW[j*s+q, i*s+p] += F[j,i] C[q,p]`, written as loops, without conv_transpose2d."""
     inputs = random_inputs(case, seed=seed)
     F_ = inputs.B @ inputs.A
@@ -59,9 +59,7 @@ def test_reference_is_the_sum_over_windows(case: Case, seed: int) -> None:
     frozen_A=st.booleans(),
     seed=seeds,
 )
-def test_torch_backend_equals_the_reference(
-    case: Case, leading: tuple[int, ...], p: float, frozen_A: bool, seed: int
-) -> None:
+def test_torch_backend_equals_the_reference(case, leading, p, frozen_A, seed):
     """Output, all gradients and `DW`; with dropout, both backends drop the same elements."""
     sizes = {"in_features": case.in_features, "out_features": case.out_features}
     options = {"stride": case.stride, "scaling": -1.3}
@@ -89,13 +87,7 @@ def test_torch_backend_equals_the_reference(
     layouts=st.tuples(st.booleans(), st.booleans()),
     seed=seeds,
 )
-def test_dtypes_and_strides_do_not_change_the_result(
-    case: Case,
-    dtype: torch.dtype,
-    adapter_dtype: torch.dtype,
-    layouts: tuple[bool, bool],
-    seed: int,
-) -> None:
+def test_dtypes_and_strides_do_not_change_the_result(case, dtype, adapter_dtype, layouts, seed):
     """Every gradient has its operand's dtype and is near the float64 one, for any strides."""
     inputs = random_inputs(case, (6,), dtype, adapter_dtype, seed)
     if layouts[0]:

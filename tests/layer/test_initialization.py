@@ -34,7 +34,7 @@ def _assert_normal(sample: Tensor, std: float) -> None:
     assert abs(z.pow(4).mean().item() - 3) < SIGMAS * math.sqrt(96 / count)
 
 
-def test_paper_init_is_the_published_one() -> None:
+def test_paper_init_is_the_published_one():
     """A, B, C from N(0, 0.02^2), as the code published with arXiv 2503.01419 draws them."""
     layer = _adapter(4096, 8192, rank=8, kernel_size=(64, 16), init="paper")
     for name in FACTORS:
@@ -42,7 +42,7 @@ def test_paper_init_is_the_published_one() -> None:
 
 
 @pytest.mark.parametrize("stride", [(64, 64), (16, 32)], ids=["tiling", "overlapping"])
-def test_zero_init_passes_the_input_on_at_its_own_size(stride: tuple[int, int]) -> None:
+def test_zero_init_passes_the_input_on_at_its_own_size(stride):
     """Var(U) = I Var(A) and Var(V) = d_in Var(C) Var(U), of which an output adds d_out / s_out."""
     layer = _adapter(16384, 8192, rank=4, kernel_size=64, stride=stride, init="zero")
     _assert_normal(layer.dcft_A, math.sqrt(1 / layer.dcft_A.shape[1]))
@@ -51,7 +51,7 @@ def test_zero_init_passes_the_input_on_at_its_own_size(stride: tuple[int, int]) 
 
 @pytest.mark.parametrize("stride", [None, 3])
 @pytest.mark.parametrize("init", ["balanced", "zero"])
-def test_a_zero_start_has_no_increment_at_all(init: str, stride: int | None) -> None:
+def test_a_zero_start_has_no_increment_at_all(init, stride):
     layer = _adapter(37, 21, rank=2, stride=stride, alpha=64.0, init=init)
     assert torch.count_nonzero(layer.delta_weight()) == 0
     assert torch.count_nonzero(layer.dcft_A) == layer.dcft_A.numel()
@@ -65,7 +65,7 @@ def _swapped(**options: Any) -> DCFTLinear:
 
 
 @pytest.mark.parametrize("make", [lambda **options: DCFTLinear(16, 16, **options), _swapped])
-def test_balanced_is_the_default_and_alpha_replaces_its_scaling(make: Any) -> None:
+def test_balanced_is_the_default_and_alpha_replaces_its_scaling(make):
     def drawn(**options: Any) -> DCFTLinear:
         torch.manual_seed(1)
         return make(rank=2, **options)
@@ -92,7 +92,7 @@ every_geometry = pytest.mark.parametrize(("n", "m", "options"), BALANCED, ids=st
 
 
 @every_geometry
-def test_balanced_scaling_is_the_derived_one(n: int, m: int, options: dict[str, Any]) -> None:
+def test_balanced_scaling_is_the_derived_one(n, m, options):
     """`n s_out sqrt(3 / (k I d_in d_out)) / s_out^(1/4)`; `sqrt(3 n / k) d_out^(1/4)` if tiling."""
     layer = _adapter(n, m, **options)
     (d_out, d_in), (s_out, _) = layer.kernel_size, layer.stride
@@ -104,9 +104,7 @@ def test_balanced_scaling_is_the_derived_one(n: int, m: int, options: dict[str, 
 
 
 @every_geometry
-def test_balanced_draws_the_input_side_as_lora_does(
-    n: int, m: int, options: dict[str, Any]
-) -> None:
+def test_balanced_draws_the_input_side_as_lora_does(n, m, options):
     """A and C with the variance of LoRA's A, which is uniform on +-1 / sqrt(n)."""
     layer = _adapter(n, m, **options)
     draws: dict[str, list[Tensor]] = {"dcft_A": [], "dcft_C": []}
@@ -143,9 +141,7 @@ def _first_step(adapter: nn.Module, gradient: Tensor, rate: float = 1e-3) -> tup
 
 
 @every_geometry
-def test_balanced_first_steps_are_midway_between_loras(
-    n: int, m: int, options: dict[str, Any]
-) -> None:
+def test_balanced_first_steps_are_midway_between_loras(n, m, options):
     """`s_out^(1/4)` less of the loss than LoRA, and `s_out^(1/4)` more of a move of the outputs.
 
     Not exactly: the scaling is derived for factors of many entries. A gradient's entries are as

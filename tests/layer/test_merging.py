@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dcft_kernels import DCFTLinear, add_delta_weight_, delta_weight
 from dcft_kernels.rounding import store
-from tests.adapter_cases import Case, any_case, random_inputs
+from tests.adapter_cases import any_case, random_inputs
 from tests.model_snapshot import ModelSnapshot
 
 FACTORS = ("dcft_A", "dcft_B", "dcft_C")
@@ -49,9 +49,7 @@ def assert_rounded_once(found: Tensor, exact: Tensor) -> None:
     dtype=st.sampled_from([torch.float64, torch.float32, *SIXTEEN_BITS]),
     seed=st.integers(0, 2**31),
 )
-def test_merge_adds_the_increment_and_unmerge_restores_the_bits(
-    case: Case, dtype: torch.dtype, seed: int
-) -> None:
+def test_merge_adds_the_increment_and_unmerge_restores_the_bits(case, dtype, seed):
     torch.manual_seed(seed)
     options = {"rank": case.rank, "kernel_size": case.kernel_size, "stride": case.stride}
     sizes = {"in_features": case.in_features, "out_features": case.out_features}
@@ -78,7 +76,7 @@ def test_merge_adds_the_increment_and_unmerge_restores_the_bits(
 
 
 @backends
-def test_merging_repeats_and_autocast_makes_no_difference(layer: DCFTLinear, backend: str) -> None:
+def test_merging_repeats_and_autocast_makes_no_difference(layer, backend):
     """Evaluation often runs under autocast; the merged weight is no activation."""
     layer.backend = backend
     layer.merge()
@@ -89,7 +87,7 @@ def test_merging_repeats_and_autocast_makes_no_difference(layer: DCFTLinear, bac
     assert torch.equal(layer.weight, expected)
 
 
-def test_to_linear(layer: DCFTLinear) -> None:
+def test_to_linear(layer):
     layer.eval()
     x = torch.randn(3, 20)
     before = layer.weight.detach().clone()
@@ -112,9 +110,7 @@ def test_to_linear(layer: DCFTLinear) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("operation", ["merge", "to_linear"])
-def test_a_diverged_adapter_does_not_reach_the_base(
-    layer: DCFTLinear, operation: str, bad: float
-) -> None:
+def test_a_diverged_adapter_does_not_reach_the_base(layer, operation, bad):
     with torch.no_grad():
         layer.dcft_C[0, 0] = bad
     snapshot = ModelSnapshot(layer)
@@ -123,7 +119,7 @@ def test_a_diverged_adapter_does_not_reach_the_base(
     snapshot.assert_unchanged()
 
 
-def test_a_merge_that_overflows_the_base_dtype_is_refused() -> None:
+def test_a_merge_that_overflows_the_base_dtype_is_refused():
     layer = DCFTLinear(8, 8, init="paper", dtype=torch.float16, adapter_dtype=torch.float32)
     for name in FACTORS:
         nn.init.constant_(getattr(layer, name), 300.0)
@@ -133,7 +129,7 @@ def test_a_merge_that_overflows_the_base_dtype_is_refused() -> None:
     snapshot.assert_unchanged()
 
 
-def test_training_a_merged_layer_warns(layer: DCFTLinear) -> None:
+def test_training_a_merged_layer_warns(layer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert layer.train() is layer
@@ -144,7 +140,7 @@ def test_training_a_merged_layer_warns(layer: DCFTLinear) -> None:
     assert layer.training
 
 
-def test_a_merged_copy_unmerges_independently(layer: DCFTLinear) -> None:
+def test_a_merged_copy_unmerges_independently(layer):
     bits = layer.weight.detach().clone()
     layer.merge()
     twin = copy.deepcopy(layer)
@@ -155,10 +151,6 @@ def test_a_merged_copy_unmerges_independently(layer: DCFTLinear) -> None:
     assert torch.equal(layer.weight, bits)
 
 
-# ------------------------------------------------------------------------------------------------
-# add_delta_weight_
-
-
 @given(
     case=any_case(),
     dtype=st.sampled_from([torch.float64, torch.float32, *SIXTEEN_BITS]),
@@ -166,9 +158,7 @@ def test_a_merged_copy_unmerges_independently(layer: DCFTLinear) -> None:
     transposed=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_adds_in_place_and_rounds_once(
-    case: Case, dtype: torch.dtype, backend: str, transposed: bool, seed: int
-) -> None:
+def test_adds_in_place_and_rounds_once(case, dtype, backend, transposed, seed):
     inputs = random_inputs(case, (1,), dtype, seed=seed)
     before, factors = inputs.weight, (inputs.A, inputs.B, inputs.C)
     sizes = {"in_features": case.in_features, "out_features": case.out_features}
@@ -182,7 +172,7 @@ def test_adds_in_place_and_rounds_once(
 
 @backends
 @sixteen_bits
-def test_small_increments_arrive_in_the_mean(dtype: torch.dtype, backend: str) -> None:
+def test_small_increments_arrive_in_the_mean(dtype, backend):
     """A tenth of a unit in the last place, a hundred times: nearest drops all of it."""
     weight = torch.ones(64, 64, dtype=dtype)
     tenth = torch.finfo(dtype).eps / 10
@@ -198,7 +188,7 @@ def test_small_increments_arrive_in_the_mean(dtype: torch.dtype, backend: str) -
 
 
 @sixteen_bits
-def test_stochastic_rounding_is_to_a_neighbour(dtype: torch.dtype) -> None:
+def test_stochastic_rounding_is_to_a_neighbour(dtype):
     scales = torch.tensor([1e-7, 1e-5, 1e-3, 1.0, 100.0]).repeat_interleave(200)
     values, seed = torch.randn(1000) * scales, torch.tensor(5)
 
@@ -217,7 +207,7 @@ def test_stochastic_rounding_is_to_a_neighbour(dtype: torch.dtype) -> None:
 
 
 @sixteen_bits
-def test_stochastic_rounding_leaves_exact_and_non_finite_values(dtype: torch.dtype) -> None:
+def test_stochastic_rounding_leaves_exact_and_non_finite_values(dtype):
     least = torch.finfo(dtype).smallest_normal
     beyond = 1e38 if dtype is torch.float16 else 3.4e38
     exact = [0.0, 1.0, -1.5, 2.0**-14, least, -least, torch.finfo(dtype).max]

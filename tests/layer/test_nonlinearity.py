@@ -55,8 +55,8 @@ def seeded(call: Callable[[], Tensor], seed: int = 5) -> Tensor:
     seed=st.integers(0, 2**31),
 )
 def test_output_and_gradients_are_those_of_the_equation(
-    case: Case, nonlinearity: str, leading: tuple[int, ...], p: float, transposed: bool, seed: int
-) -> None:
+    case, nonlinearity, leading, p, transposed, seed
+):
     """Dropout acts on the adapter's input, ahead of the nonlinearity; any leading dimensions."""
     inputs = random_inputs(case, leading, seed=seed)
     if transposed:
@@ -80,7 +80,7 @@ def test_output_and_gradients_are_those_of_the_equation(
 
 
 @every_nonlinearity
-def test_gradcheck(nonlinearity: str) -> None:
+def test_gradcheck(nonlinearity):
     case = Case(7, 5, 2, (3, 2), (2, 1))
     inputs = random_inputs(case, (2,)).requiring()
 
@@ -94,7 +94,7 @@ def test_gradcheck(nonlinearity: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[6]], ids=str)
-def test_16_bits(case: Case, dtype: torch.dtype) -> None:
+def test_16_bits(case, dtype):
     """A CPU computes in float32: base and sum are rounded once each."""
     inputs = random_inputs(case, (9,), dtype, torch.float32).requiring()
     y = dcft_linear(*inputs.operands, stride=case.stride, nonlinearity="gelu")
@@ -132,7 +132,7 @@ def _step(run: Any, layer: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_autocast_is_the_cast_layer(dtype: torch.dtype) -> None:
+def test_autocast_is_the_cast_layer(dtype):
     layer = _layer(dropout=0.3)
     half = copy.deepcopy(layer)
     half.weight.data, half.bias.data = layer.weight.to(dtype), layer.bias.to(dtype)
@@ -148,7 +148,7 @@ def test_autocast_is_the_cast_layer(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("way", ["compiled", "checkpointed", "checkpointed-reentrant"])
-def test_other_ways_to_run_give_the_same_step(way: str) -> None:
+def test_other_ways_to_run_give_the_same_step(way):
     """Recomputed and compiled, dropout draws the same mask."""
     layer = _layer(dropout=0.4)
     expected = _step(layer, layer)
@@ -164,7 +164,7 @@ def test_other_ways_to_run_give_the_same_step(way: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[6]], ids=str)
-def test_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
+def test_on_a_gpu(case, dtype):
     inputs = Inputs(*(t.cuda() for t in random_inputs(case, (9,), dtype))).requiring()
     options = {"stride": case.stride, "dropout_p": 0.3, "nonlinearity": "gelu"}
     y = seeded(lambda: dcft_linear(*inputs.operands, **options))
@@ -181,7 +181,7 @@ def test_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
         torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=atol)
 
 
-def test_never_as_large_as_the_weight() -> None:
+def test_never_as_large_as_the_weight():
     """Forward and backward of few tokens allocate nothing of `m * n` elements."""
     inputs = random_inputs(Case(256, 320, 1, (8, 8), (8, 8)), (2,), torch.float32)
     inputs = inputs.requiring(True, False, False, True, True, True)
@@ -204,7 +204,7 @@ def test_never_as_large_as_the_weight() -> None:
     assert 0 < max(sizes) <= 8 * 320
 
 
-def test_it_is_an_option_that_changes_no_parameter() -> None:
+def test_it_is_an_option_that_changes_no_parameter():
     layer, x = _layer(), torch.randn(3, 45)
     plain = copy.deepcopy(layer)
     plain.nonlinearity = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch import Tensor, nn
@@ -77,7 +76,7 @@ def setting(tmp_path: Path) -> Setting:
     return Setting(tmp_path)
 
 
-def test_good_calls_are_good(setting: Setting) -> None:
+def test_good_calls_are_good(setting):
     """Otherwise the rows below could fail for other reasons than theirs."""
     assert load_adapter(setting.base, setting.folder) == ["query", "value"]
     freeze_base(setting.swapped, trainable=["classifier"])
@@ -108,7 +107,7 @@ NOT_MODULES = {
 
 @pytest.mark.parametrize("given", [None, "bert-base-uncased"])
 @pytest.mark.parametrize(("function", "arguments"), NOT_MODULES.items())
-def test_a_model_is_a_module(function: Any, arguments: tuple[str, ...], given: Any) -> None:
+def test_a_model_is_a_module(function, arguments, given):
     kind = type(given).__name__
     with pytest.raises(TypeError, match=rf"^model: expected a torch\.nn\.Module, got {kind}$"):
         function(given, *arguments)
@@ -224,7 +223,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("call", "error", "text"), TABLE)
-def test_bad_input(setting: Setting, call: Any, error: type[Exception], text: str) -> None:
+def test_bad_input(setting, call, error, text):
     snapshots, files = setting.snapshots(), setting.files()
     with pytest.raises(error, match=text) as caught:
         call(setting)

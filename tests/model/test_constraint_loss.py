@@ -44,9 +44,7 @@ def by_equation(model: nn.Module, constraint: str, form: str) -> Tensor:
 @every_form
 @every_constraint
 @pytest.mark.parametrize("kind", MODELS)
-def test_loss_and_gradients_are_those_of_the_equations(
-    kind: str, constraint: str, form: str
-) -> None:
+def test_loss_and_gradients_are_those_of_the_equations(kind, constraint, form):
     model = MODELS[kind]()
     found, expected = constraint_loss(model, constraint, form), by_equation(model, constraint, form)
     assert len(factors(model)) == 2 * {"dcft": 3, "lora": 3, "adalora": 2, "both": 2}[kind]
@@ -61,7 +59,7 @@ def test_loss_and_gradients_are_those_of_the_equations(
     assert all(parameter.grad is None for parameter in others)
 
 
-def test_defaults_are_equation_20() -> None:
+def test_defaults_are_equation_20():
     model = peft_models.both()
     expected = constraint_loss(model, constraint="orthogonal", form="paper")
     assert torch.equal(constraint_loss(model), expected)
@@ -70,7 +68,7 @@ def test_defaults_are_equation_20() -> None:
 
 
 @every_form
-def test_orthogonality_loss_is_of_dcft_layers_alone(form: str) -> None:
+def test_orthogonality_loss_is_of_dcft_layers_alone(form):
     model = peft_models.dcft()
     expected = constraint_loss(model, "orthogonal", form)
     assert torch.equal(orthogonality_loss(model, form=form), expected)
@@ -84,7 +82,7 @@ def test_orthogonality_loss_is_of_dcft_layers_alone(form: str) -> None:
 @every_form
 @every_constraint
 @pytest.mark.parametrize("rank", [1, 3])
-def test_factors_of_the_pattern_cost_nothing(constraint: str, form: str, rank: int) -> None:
+def test_factors_of_the_pattern_cost_nothing(constraint, form, rank):
     """A norm has no derivative at zero, and training may start or end there."""
     layer = DCFTLinear(32, 32, rank=rank, kernel_size=4, dtype=torch.float64)
     lengths = torch.ones(rank) if constraint == "orthogonal" else torch.arange(2, 2 + rank)
@@ -105,7 +103,7 @@ def test_factors_of_the_pattern_cost_nothing(constraint: str, form: str, rank: i
 @every_form
 @every_constraint
 @pytest.mark.parametrize("seed", range(2))
-def test_descent_reaches_the_pattern(constraint: str, form: str, seed: int) -> None:
+def test_descent_reaches_the_pattern(constraint, form, seed):
     """Gradient descent at rates whose distance from the pattern can be bounded.
 
     A step at the rate h takes A to `(1 - 4 h R) A` under the paper's form and to
@@ -143,7 +141,7 @@ def test_descent_reaches_the_pattern(constraint: str, form: str, seed: int) -> N
 
 
 @every_constraint
-def test_only_active_adapters_count(constraint: str) -> None:
+def test_only_active_adapters_count(constraint):
     model = peft_models.lora(["query"])
     peft_models.add_second(model, ["query", "value"])
     with_first = constraint_loss(model, constraint).detach()
@@ -155,7 +153,7 @@ def test_only_active_adapters_count(constraint: str) -> None:
     torch.testing.assert_close(total, by_equation(model, constraint, "paper").detach())
 
 
-def test_embeddings_convolutions_and_bare_parameters_are_left_out() -> None:
+def test_embeddings_convolutions_and_bare_parameters_are_left_out():
     model = peft_models.lora(["embedding", "convolution", "query"])
     assert torch.equal(constraint_loss(model), constraint_loss(model.base_model.model.query))
     for others in (peft_models.bare_parameter(), peft_models.lora(["embedding", "convolution"])):
@@ -167,9 +165,7 @@ def test_embeddings_convolutions_and_bare_parameters_are_left_out() -> None:
 @every_constraint
 @pytest.mark.parametrize("kind", ["dcft", "lora"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_16_bit_factors_are_widened(
-    kind: str, dtype: torch.dtype, constraint: str, form: str
-) -> None:
+def test_16_bit_factors_are_widened(kind, dtype, constraint, form):
     model = MODELS[kind]().to(dtype)
     with torch.no_grad():
         for parameter in factors(model).values():
@@ -183,7 +179,7 @@ def test_16_bit_factors_are_widened(
 
 
 @every_form
-def test_autocast_makes_no_difference(form: str) -> None:
+def test_autocast_makes_no_difference(form):
     """Near orthonormality, 16 bits cannot tell a Gram matrix from the identity."""
     model = peft_models.both().float()
     with torch.no_grad():
@@ -194,7 +190,7 @@ def test_autocast_makes_no_difference(form: str) -> None:
         assert torch.equal(constraint_loss(model, form=form), expected)
 
 
-def test_factors_of_several_dtypes_go_together() -> None:
+def test_factors_of_several_dtypes_go_together():
     dtypes = (torch.bfloat16, torch.float64)
     layers = [DCFTLinear(16, 16, init="paper", dtype=dtype) for dtype in dtypes]
     total = sum(constraint_loss(layer).double() for layer in layers)
@@ -202,7 +198,7 @@ def test_factors_of_several_dtypes_go_together() -> None:
 
 
 @pytest.mark.gpu
-def test_factors_on_several_devices_go_together() -> None:
+def test_factors_on_several_devices_go_together():
     layers = [DCFTLinear(16, 16, init="paper", device=device) for device in ("cpu", "cuda")]
     loss = constraint_loss(nn.ModuleList(layers))
     assert loss.device.type == "cpu"
@@ -211,7 +207,7 @@ def test_factors_on_several_devices_go_together() -> None:
     assert layers[1].dcft_A.grad.is_cuda
 
 
-def test_wrappers_sharing_and_merging_make_no_difference() -> None:
+def test_wrappers_sharing_and_merging_make_no_difference():
     model = peft_models.lora(["query", "value"])
     expected = constraint_loss(model)
     assert torch.equal(constraint_loss(nn.Sequential(model)), expected)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -73,12 +72,8 @@ def adapted(base: Network) -> Network:
     return model
 
 
-# ------------------------------------------------------------------------------------------------
-# swap_linear
-
-
 @pytest.mark.parametrize("training", [False, True])
-def test_swap_shares_the_base_and_returns_names(base: Network, training: bool) -> None:
+def test_swap_shares_the_base_and_returns_names(base, training):
     base.train(training)
     first, second, others = base.first, base.second, (base.embedding, base.classifier)
     names = swap_linear(base, rank=2, kernel_size=(4, 2), alpha=4.0, init="zero")
@@ -97,13 +92,7 @@ def test_swap_shares_the_base_and_returns_names(base: Network, training: bool) -
     assert base.classifier.weight.requires_grad
 
 
-def test_swap_can_give_layers_different_settings(base: Network) -> None:
-    swap_linear(base, ["first"], kernel_size=4)
-    swap_linear(base, ["second"], kernel_size=2)
-    assert (base.first.kernel_size, base.second.kernel_size) == ((4, 4), (2, 2))
-
-
-def test_a_layer_registered_twice_stays_one_layer() -> None:
+def test_a_layer_registered_twice_stays_one_layer():
     model, x = Shared(), torch.randn(2, 16)
     expected = model(x)
     assert swap_linear(model, init="zero") == ["encoder", "blocks.0", "blocks.1", "alias"]
@@ -125,14 +114,14 @@ def test_a_layer_registered_twice_stays_one_layer() -> None:
     assert model.alias is model.blocks[1] is model.encoder
 
 
-def test_one_name_of_a_shared_layer_swaps_it_everywhere() -> None:
+def test_one_name_of_a_shared_layer_swaps_it_everywhere():
     model = Shared()
     assert swap_linear(model, ["alias"]) == ["alias"]
     assert isinstance(model.alias, DCFTLinear)
     assert model.alias is model.blocks[1] is model.encoder
 
 
-def test_two_layers_with_one_weight_keep_sharing_it() -> None:
+def test_two_layers_with_one_weight_keep_sharing_it():
     model = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16)})
     model["b"].weight = model["a"].weight
     swap_linear(model)
@@ -159,7 +148,7 @@ def _sharded() -> nn.Linear:
     ids=["norm", "complex", "weight_norm", "sharded"],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
-def test_a_swap_that_meets_an_unfit_layer_changes_nothing(make: Any) -> None:
+def test_a_swap_that_meets_an_unfit_layer_changes_nothing(make):
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), make())
     snapshot = ModelSnapshot(model)
     with pytest.raises(TypeError, match=r"^targets: '2' cannot be adapted: expected"):
@@ -167,9 +156,7 @@ def test_a_swap_that_meets_an_unfit_layer_changes_nothing(make: Any) -> None:
     snapshot.assert_unchanged()
 
 
-def test_a_swap_that_runs_out_of_memory_changes_nothing(
-    base: Network, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_swap_that_runs_out_of_memory_changes_nothing(base, monkeypatch):
     """The second layer's adapter fails when the first one's exists already."""
     made = []
     draw = DCFTLinear.reset_dcft_parameters
@@ -188,10 +175,6 @@ def test_a_swap_that_runs_out_of_memory_changes_nothing(
     snapshot.assert_unchanged()
 
 
-# ------------------------------------------------------------------------------------------------
-# freeze_base and parameter_counts
-
-
 @pytest.mark.parametrize(
     ("trainable", "expected"),
     [
@@ -205,9 +188,7 @@ def test_a_swap_that_runs_out_of_memory_changes_nothing(
             "embedding.weight", "classifier.weight"}, id="several"),
     ],
 )  # fmt: skip
-def test_freeze_base_leaves_adapters_and_what_is_named(
-    adapted: Network, trainable: Any, expected: set[str]
-) -> None:
+def test_freeze_base_leaves_adapters_and_what_is_named(adapted, trainable, expected):
     adapted.first.requires_grad_(False)  # a frozen adapter is thawed
     freeze_base(adapted, trainable=trainable)
     found = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
@@ -215,7 +196,7 @@ def test_freeze_base_leaves_adapters_and_what_is_named(
 
 
 @pytest.mark.parametrize("name", ["lm_head", "embedding"])
-def test_freeze_base_knows_a_tied_parameter_by_every_name(name: str) -> None:
+def test_freeze_base_knows_a_tied_parameter_by_every_name(name):
     model = nn.ModuleDict(
         {
             "embedding": nn.Embedding(11, 16),
@@ -230,7 +211,7 @@ def test_freeze_base_knows_a_tied_parameter_by_every_name(name: str) -> None:
     assert not model["body"].weight.requires_grad
 
 
-def test_parameter_counts(base: Network) -> None:
+def test_parameter_counts(base):
     total = 11 * 20 + (20 * 16 + 16) + 16 * 20 + (20 * 3 + 3)
     assert parameter_counts(base).__dict__ == {"adapter": 0, "trainable": total, "total": total}
     assert str(parameter_counts(base)) == "adapter 0 (0.000%), trainable 939, total 939"
@@ -246,36 +227,6 @@ def test_parameter_counts(base: Network) -> None:
     assert str(parameter_counts(base)) == "adapter 68 (6.753%), trainable 68, total 1,007"
     merge_model(base)
     assert parameter_counts(base).total == total + adapter
-
-
-# ------------------------------------------------------------------------------------------------
-# merge_model and unmerge_model
-
-
-def test_merge_model_and_unmerge_model(adapted: Network) -> None:
-    expected = adapted(IDS)
-    bits = {name: value.clone() for name, value in adapted.state_dict().items()}
-    snapshot = ModelSnapshot(adapted)
-    merge_model(adapted)
-    assert adapted.first.merged
-    assert adapted.second.merged
-    assert not torch.equal(adapted.first.weight, bits["first.weight"])
-    torch.testing.assert_close(adapted(IDS), expected, rtol=1e-4, atol=1e-5)
-    unmerge_model(adapted)
-    snapshot.assert_unchanged()
-    assert torch.equal(adapted(IDS), expected)
-
-
-@pytest.mark.parametrize("merged_first", [False, True])
-def test_unload(base: Network, adapted: Network, merged_first: bool) -> None:
-    expected, first = adapted(IDS), adapted.first
-    if merged_first:
-        merge_model(adapted)
-    merge_model(adapted, unload=True)
-    assert [type(module) for module in adapted.modules()] == [type(m) for m in base.modules()]
-    assert adapted.state_dict().keys() == base.state_dict().keys()
-    assert adapted.first.bias is first.bias
-    torch.testing.assert_close(adapted(IDS), expected, rtol=1e-4, atol=1e-5)
 
 
 def _diverge(layer: DCFTLinear) -> None:
@@ -295,9 +246,7 @@ def _diverge(layer: DCFTLinear) -> None:
     ],
     ids=["diverged", "no-kernels", "nonlinear"],
 )  # fmt: skip
-def test_merge_model_is_all_or_nothing(
-    adapted: Network, spoil: Any, error: type[Exception], text: str, unload: bool
-) -> None:
+def test_merge_model_is_all_or_nothing(adapted, spoil, error, text, unload):
     spoil(adapted.second)
     snapshot = ModelSnapshot(adapted)
     with pytest.raises(error, match=text):
@@ -305,7 +254,7 @@ def test_merge_model_is_all_or_nothing(
     snapshot.assert_unchanged()
 
 
-def test_a_model_merged_in_part(adapted: Network) -> None:
+def test_a_model_merged_in_part(adapted):
     before = ModelSnapshot(adapted)
     adapted.second.merge()
     snapshot = ModelSnapshot(adapted)
@@ -314,14 +263,3 @@ def test_a_model_merged_in_part(adapted: Network) -> None:
     snapshot.assert_unchanged()
     unmerge_model(adapted)
     before.assert_unchanged()
-
-
-def test_a_bare_layer_is_a_model_too() -> None:
-    layer = DCFTLinear(16, 16)
-    assert parameter_counts(layer).adapter == 2 + 2 + 64
-    freeze_base(layer)
-    assert parameter_counts(layer).trainable == 68
-    merge_model(layer)
-    assert layer.merged
-    unmerge_model(layer)
-    assert not layer.merged

@@ -73,9 +73,7 @@ ENDINGS = {
         ("deberta-v2-xxlarge", "QKVOI", 8, 8, 184_320, 6),  # Table 2: 0.18M
     ],
 )
-def test_count_is_the_papers(
-    model_name: str, targets: str, kernel_size: int, stride: int, exact: int, adapted: int
-) -> None:
+def test_count_is_the_papers(model_name, targets, kernel_size, stride, exact, adapted):
     blocks, build = MODELS[model_name]
     with torch.device("meta"):
         model = build()
@@ -95,7 +93,7 @@ def test_count_is_the_papers(
 
 
 @pytest.mark.parametrize("init", ["balanced", "paper", "zero"])
-def test_swap_stays_on_the_meta_device(init: str) -> None:
+def test_swap_stays_on_the_meta_device(init):
     with torch.device("meta"):
         model = _deberta(1, 768)
     names = swap_linear(model, init=init)
@@ -104,7 +102,7 @@ def test_swap_stays_on_the_meta_device(init: str) -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_published_shapes_of_one_layer() -> None:
+def test_published_shapes_of_one_layer():
     """Section 3.2: A has n/d entries, B has m/d, C is d x d; Table 5 counts overlapping windows."""
     layer = DCFTLinear(768, 3072, kernel_size=8, device="meta")
     shapes = (layer.dcft_A.shape, layer.dcft_B.shape, layer.dcft_C.shape)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any
 
 import peft
 import pytest
@@ -73,13 +72,13 @@ ATTENTION = [f"attention.{name}" for name in ("query", "key", "value", "output.d
         pytest.param("all-linear", _in_both(*ATTENTION, "dense", "my_query"), id="all-linear"),
     ],
 )  # fmt: skip
-def test_targets_select(model: nn.Module, targets: Any, expected: list[str]) -> None:
+def test_targets_select(model, targets, expected):
     assert swap_linear(model, targets) == expected
     swapped = [name for name, m in model.named_modules() if isinstance(m, DCFTLinear)]
     assert swapped == expected
 
 
-def test_a_string_matches_whole_names_only(model: nn.Module) -> None:
+def test_a_string_matches_whole_names_only(model):
     with pytest.raises(ValueError, match=r"targets: 'query' matches no layer .*did you mean"):
         swap_linear(model, "query")
 
@@ -94,7 +93,7 @@ def test_a_string_matches_whole_names_only(model: nn.Module) -> None:
     ],
 )
 @pytest.mark.parametrize("targets", ["all-linear", r"layers\..*(query|key|value|dense)"])
-def test_exclude(model: nn.Module, targets: str, exclude: Any, left_out: list[str]) -> None:
+def test_exclude(model, targets, exclude, left_out):
     everything = swap_linear(copy.deepcopy(model), targets)
     assert set(left_out) <= set(everything)
     assert swap_linear(model, targets, exclude=exclude) == [
@@ -103,12 +102,12 @@ def test_exclude(model: nn.Module, targets: str, exclude: Any, left_out: list[st
     assert not any(isinstance(model.get_submodule(name), DCFTLinear) for name in left_out)
 
 
-def test_exclude_may_name_what_is_left_out_anyway(model: nn.Module) -> None:
+def test_exclude_may_name_what_is_left_out_anyway(model):
     assert swap_linear(copy.deepcopy(model)) == swap_linear(model, exclude=["classifier"])
 
 
 @pytest.mark.parametrize("exclude", [["attention"], ["qeury"], r"layers\.2\..*", ["key", "zzz"]])
-def test_an_exclude_that_excludes_nothing_is_an_error(model: nn.Module, exclude: Any) -> None:
+def test_an_exclude_that_excludes_nothing_is_an_error(model, exclude):
     """Otherwise the layers it was to leave out are adapted silently. A block is no layer."""
     wrong = exclude if isinstance(exclude, str) else exclude[-1]
     with pytest.raises(ValueError, match=rf"^exclude: {re.escape(repr(wrong))} matches no layer"):
@@ -116,18 +115,14 @@ def test_an_exclude_that_excludes_nothing_is_an_error(model: nn.Module, exclude:
     assert not any(isinstance(module, DCFTLinear) for module in model.modules())
 
 
-# ------------------------------------------------------------------------------------------------
-# What "all-linear" leaves out
-
-
 @pytest.mark.parametrize("head", ["lm_head", "head", "heads", "classifier", "score", "qa_outputs"])
-def test_all_linear_knows_heads_by_name_at_the_top_only(head: str) -> None:
+def test_all_linear_knows_heads_by_name_at_the_top_only(head):
     layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     model = nn.ModuleDict({"body": nn.ModuleDict({head: nn.Linear(8, 8)}), head: layers})
     assert swap_linear(model) == [f"body.{head}"]
 
 
-def test_all_linear_leaves_out_weights_tied_to_an_embedding() -> None:
+def test_all_linear_leaves_out_weights_tied_to_an_embedding():
     model = nn.ModuleDict(
         {"embedding": nn.Embedding(10, 8), "body": nn.Linear(8, 8), "decode": nn.Linear(8, 10)}
     )
@@ -154,25 +149,25 @@ class DeclaresBackbone(nn.Module):
         self.anything = nn.Sequential(nn.Linear(8, 2))
 
 
-def test_all_linear_leaves_out_what_a_model_declares_as_its_head() -> None:
+def test_all_linear_leaves_out_what_a_model_declares_as_its_head():
     assert swap_linear(DeclaresOutput()) == ["body"]
     assert swap_linear(DeclaresBackbone()) == ["backbone.dense", "backbone.score"]
 
 
 @pytest.mark.parametrize("name", ["llama", "roberta", "bert"])
-def test_all_linear_knows_the_head_of_a_model_inside_another(name: str) -> None:
+def test_all_linear_knows_the_head_of_a_model_inside_another(name):
     model = build_small_model(name)
     expected = [f"inner.{path}" for path in swap_linear(copy.deepcopy(model))]
     assert swap_linear(nn.ModuleDict({"inner": model})) == expected
 
 
-def test_all_linear_takes_what_is_not_swapped_yet(model: nn.Module) -> None:
+def test_all_linear_takes_what_is_not_swapped_yet(model):
     first = swap_linear(model, ["query"])
     rest = swap_linear(model)
     assert sorted(first + rest) == sorted(_in_both(*ATTENTION, "dense", "my_query"))
 
 
-def test_all_linear_passes_over_other_kinds_of_linear_layers() -> None:
+def test_all_linear_passes_over_other_kinds_of_linear_layers():
     """A subclass need not compute x W^T + b: attention's out_proj is read past its forward."""
     attention = nn.MultiheadAttention(8, 2)
     model = nn.ModuleDict({"attention": attention, "dense": nn.Linear(8, 8)})
@@ -192,7 +187,7 @@ def test_all_linear_passes_over_other_kinds_of_linear_layers() -> None:
         ("t5", ["q", "v", "wo"]),
     ],
 )
-def test_targets_mean_what_they_mean_to_peft(name: str, targets: Any) -> None:
+def test_targets_mean_what_they_mean_to_peft(name, targets):
     model = build_small_model(name)
     config = peft.LoraConfig(target_modules=targets, r=1)
     reference = peft.get_peft_model(copy.deepcopy(model), config).base_model.model
@@ -204,7 +199,7 @@ def test_targets_mean_what_they_mean_to_peft(name: str, targets: Any) -> None:
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("masked", [False, True], ids=["", "padding-mask"])
-def test_adapters_count_in_pytorchs_fused_encoder(masked: bool) -> None:
+def test_adapters_count_in_pytorchs_fused_encoder(masked):
     """In evaluation mode, nn.TransformerEncoderLayer reads its linear layers' weights past their
     forward: an adapter in one of them would silently not count."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
