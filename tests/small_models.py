@@ -16,6 +16,7 @@ from torch import Tensor, nn
 VOCABULARY = 61
 # The usual 0.02 would leave layers this narrow with next to no influence on the output.
 WEIGHT_STD = 0.2
+DECODER_TOKENS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +73,7 @@ def _gpt2() -> nn.Module:
         n_layer=2,
         n_head=2,
         n_positions=32,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
+        **DECODER_TOKENS,
     )
     return transformers.GPT2LMHeadModel(config)
 
@@ -89,9 +88,7 @@ def _llama() -> nn.Module:
         num_key_value_heads=1,
         intermediate_size=43,
         max_position_embeddings=32,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
+        **DECODER_TOKENS,
     )
     return transformers.LlamaForCausalLM(config)
 

@@ -32,13 +32,6 @@ A, B, C = torch.ones(1, 3), torch.ones(2, 1), torch.ones(8, 8)
 TENSORS = [X, Y, WEIGHT, BIAS, A, B, C]
 
 
-class QuantizedLinear(nn.Linear):
-    """As quantisation libraries do it: a Linear by class, but not by what it computes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).round()
-
-
 def linear(**changed: Any) -> Tensor:
     good = {"x": X, "weight": WEIGHT, "bias": BIAS, "dcft_A": A, "dcft_B": B, "dcft_C": C}
     return dcft_linear(**good | changed)
@@ -210,8 +203,6 @@ CALLS = [
      r"^linear: expected an nn\.Linear or a transformers Conv1D, got NoneType"),
     (adapt, {"linear": nn.LayerNorm(M)}, TypeError,
      r"^linear: expected an nn\.Linear .*got LayerNorm; .*dcft_update"),
-    (adapt, {"linear": QuantizedLinear(N, M)}, TypeError,
-     r"^linear: expected an nn\.Linear .*got QuantizedLinear; .*dcft_update"),
     (adapt, {"linear": layer()}, TypeError, r"^linear: this layer is a DCFTLinear already"),
     (adapt, {"linear": nn.Linear(N, M, dtype=torch.complex64)}, TypeError,
      r"^linear: expected a float weight, got torch\.complex64"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,35 +125,6 @@ def test_from_linear_shares_the_base(bias):
     assert torch.equal(layer(x), base(x))
 
 
-def test_options_hold_every_setting():
-    settings = {
-        "rank": 3,
-        "kernel_size": (2, 4),
-        "stride": (1, 2),
-        "alpha": 6.0,
-        "dropout": 0.25,
-        "init": "zero",
-        "backend": "torch",
-        "adapter_dtype": torch.float64,
-        "nonlinearity": "gelu",
-    }
-    for layer in (
-        DCFTLinear(8, 8, **settings),
-        DCFTLinear.from_linear(nn.Linear(8, 8), **settings),
-        copy.deepcopy(DCFTLinear(8, 8, **settings)),
-    ):
-        for name, value in settings.items():
-            assert getattr(layer.options, name) == value, name
-            assert name == "adapter_dtype" or getattr(layer, name) == value, name
-        assert layer.dcft_A.dtype == torch.float64
-
-
-# Repaired with the move of the options: they drop `strategy`.
-@pytest.mark.xfail(strict=False, reason="DCFTLinear.options drops strategy")
-def test_options_hold_the_strategy():
-    assert DCFTLinear(8, 8, strategy="row_block").options.strategy == "row_block"
-
-
 def test_conv1d():
     """GPT-2 stores its weight [in, out]; it stays so, and the increment is turned for merging."""
     base = Conv1D(13, 20)  # out, in
@@ -194,38 +163,17 @@ def test_forward_applies_delta_weight_which_is_differentiable(layer):
 def test_hooks_are_kept_and_can_be_removed():
     base = nn.Linear(8, 8)
     seen: list[str] = []
-    for kind, with_kwargs in [
-        ("register_forward_pre_hook", False),
-        ("register_forward_pre_hook", True),
-        ("register_forward_hook", False),
-        ("register_forward_hook", True),
-    ]:
-        options = {"with_kwargs": True} if with_kwargs else {}
-        getattr(base, kind)(lambda *_, k=kind, w=with_kwargs: seen.append(f"{k} {w}"), **options)
+    base.register_forward_pre_hook(lambda *_: seen.append("pre"))
+    base.register_forward_pre_hook(lambda *_: seen.append("pre, kwargs"), with_kwargs=True)
+    base.register_forward_hook(lambda *_: seen.append("post"))
+    base.register_forward_hook(lambda *_: seen.append("post, kwargs"), with_kwargs=True)
     base.register_full_backward_hook(lambda *_: seen.append("backward"))
     base.register_full_backward_pre_hook(lambda *_: seen.append("backward pre"))
     handle = base.register_forward_hook(lambda *_: seen.append("removed"))
     layer = DCFTLinear.from_linear(base)
     handle.remove()
     layer(torch.randn(2, 8, requires_grad=True)).sum().backward()
-    assert seen == [
-        "register_forward_pre_hook False",
-        "register_forward_pre_hook True",
-        "register_forward_hook False",
-        "register_forward_hook True",
-        "backward pre",
-        "backward",
-    ]
-
-
-def test_a_linears_state_dict_loads(layer):
-    base = nn.Linear(20, 13)
-    result = layer.load_state_dict(base.state_dict(), strict=False)
-    assert set(result.missing_keys) == set(FACTORS)
-    assert result.unexpected_keys == []
-    assert torch.equal(layer.weight, base.weight)
-    assert torch.equal(layer.bias, base.bias)
-    assert not layer.weight.requires_grad
+    assert seen == ["pre", "pre, kwargs", "post", "post, kwargs", "backward pre", "backward"]
 
 
 @pytest.mark.parametrize("keep_vars", [False, True])

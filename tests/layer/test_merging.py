@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 
@@ -138,17 +137,6 @@ def test_training_a_merged_layer_warns(layer):
     with pytest.warns(UserWarning, match=r"merged DCFTLinear is set to train.*until unmerge\(\)"):
         layer.train()
     assert layer.training
-
-
-def test_a_merged_copy_unmerges_independently(layer):
-    bits = layer.weight.detach().clone()
-    layer.merge()
-    twin = copy.deepcopy(layer)
-    twin.unmerge()
-    assert torch.equal(twin.weight, bits)
-    nn.init.zeros_(twin.weight)
-    layer.unmerge()
-    assert torch.equal(layer.weight, bits)
 
 
 @given(

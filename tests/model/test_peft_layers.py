@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcft_kernels import constraints, merge_model, swap_linear
+from dcft_kernels import constraints, merge_model
 from tests.model import peft_models
-from tests.model.peft_models import MODELS, TOKENS, Base, lora
+from tests.model.peft_models import MODELS, TOKENS, lora
 from tests.model_snapshot import ModelSnapshot
 
 # PEFT corrects it without help.
@@ -102,13 +102,6 @@ def test_a_model_of_both_kinds_gets_it_in_both():
     torch.testing.assert_close(base.value(x), base.value.base_layer(x) + increment)
 
 
-def test_a_nonlinearity_of_swap_linear_can_be_removed():
-    model = Base()
-    swap_linear(model, ["query"], nonlinearity="relu")
-    constraints.remove_nonlinearity(model)
-    merge_model(model)
-
-
 MERGES = {
     "merge_adapter": lambda model: model.merge_adapter(),
     "merge_adapter-by-name": lambda model: model.merge_adapter(["default"]),
@@ -190,12 +183,6 @@ def _merged_lora() -> nn.Module:
     return model
 
 
-def _half_merged_dcft() -> nn.Module:
-    model = peft_models.dcft()
-    model.value.merge()
-    return model
-
-
 def _lora_with_tanh() -> nn.Module:
     model = lora()
     constraints.add_nonlinearity(model, "tanh")
@@ -211,14 +198,9 @@ REFUSED = {
     "bare-parameter": (peft_models.bare_parameter, ValueError,
                        r"query' is a ParamWrapper.*without calling them"),
     "embedding-alone": (lambda: lora(["embedding"]), ValueError, NO_ADAPTERS),
-    "no-adapters": (Base, ValueError, NO_ADAPTERS),
     "merged-lora": (_merged_lora, RuntimeError,
                     r"query' is merged; call unmerge_adapter\(\) first"),
-    "merged-dcft": (_half_merged_dcft, RuntimeError,
-                    r"^model: 'value' is merged; call unmerge_model\(model\) first"),
     "twice-lora": (_lora_with_tanh, ValueError, r"query' has nonlinearity='tanh' already"),
-    "twice-dcft": (lambda: _dcft_with(nonlinearity="tanh"), ValueError,
-                   r"^model: 'value' has nonlinearity='tanh' already; call remove_nonlinearity"),
     "backend": (lambda: _dcft_with(backend="reference"), ValueError,
                 r"^model: 'value': backend: 'reference' does not compute nonlinearity='relu'"),
     "strategy": (lambda: _dcft_with(strategy="row_block"), ValueError,

@@ -78,11 +78,6 @@ def test_targets_select(model, targets, expected):
     assert swapped == expected
 
 
-def test_a_string_matches_whole_names_only(model):
-    with pytest.raises(ValueError, match=r"targets: 'query' matches no layer .*did you mean"):
-        swap_linear(model, "query")
-
-
 @pytest.mark.parametrize(
     ("exclude", "left_out"),
     [
@@ -100,10 +95,6 @@ def test_exclude(model, targets, exclude, left_out):
         name for name in everything if name not in left_out
     ]
     assert not any(isinstance(model.get_submodule(name), DCFTLinear) for name in left_out)
-
-
-def test_exclude_may_name_what_is_left_out_anyway(model):
-    assert swap_linear(copy.deepcopy(model)) == swap_linear(model, exclude=["classifier"])
 
 
 @pytest.mark.parametrize("exclude", [["attention"], ["qeury"], r"layers\.2\..*", ["key", "zzz"]])

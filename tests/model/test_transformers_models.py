@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from typing import Any
 
@@ -188,20 +187,6 @@ def test_an_unloaded_model_is_an_ordinary_one(pristine, tmp_path):
     assert torch.equal(_logits(reloaded, name), _logits(model, name))
 
 
-@pytest.mark.gpu
-def test_device_changes_while_merged(pristine):
-    _, base, _ = pristine
-    model = _adapted(base)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    merge_model(model)
-    model.to("cuda")
-    assert all(value.is_cuda for value in model.state_dict().values())
-    unmerge_model(model)
-    model.to("cpu")
-    after = model.state_dict()
-    assert all(torch.equal(after[key], before[key]) for key in before)
-
-
 @pytest.mark.parametrize("name", TIED)
 def test_tied_weights_stay_tied(name):
     model = build_small_model(name)
@@ -281,19 +266,10 @@ def test_state_dicts_load_with_and_without_adapters(pristine):
     assert torch.equal(_logits(model, name), expected)
 
 
-def _pickled(model: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
-
-
-def _saved(model: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
 @pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled, _saved])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
 def test_copies_are_equal_and_independent(pristine, duplicate, merged):
     name, base, _ = pristine
     model = _adapted(base)
