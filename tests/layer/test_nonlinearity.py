@@ -22,7 +22,6 @@ from tests.adapter_cases import CASES, Case, Inputs, any_case, random_inputs
 
 FACTORS = ("dcft_A", "dcft_B", "dcft_C")
 FUNCTIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
-every_nonlinearity = pytest.mark.parametrize("nonlinearity", FUNCTIONS)
 
 
 def by_equation(
@@ -65,8 +64,7 @@ def test_output_and_gradients_are_those_of_the_equation(
     options = {"stride": case.stride, "dropout_p": p, "nonlinearity": nonlinearity}
     y = seeded(lambda: dcft_linear(*ours.operands, scaling=0.7, **options))
     assert y.shape == (*leading, case.out_features)
-    x = theirs.x.reshape(-1, case.in_features)
-    dropped = x
+    x = dropped = theirs.x.reshape(-1, case.in_features)
     if p:
         dropped = seeded(lambda: drop(x, p, draw_seed(torch.device("cpu"))) / (1 - p))
     expected = by_equation(x, dropped, theirs, case, 0.7, nonlinearity).reshape(y.shape)
@@ -79,7 +77,7 @@ def test_output_and_gradients_are_those_of_the_equation(
         torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-11)
 
 
-@every_nonlinearity
+@pytest.mark.parametrize("nonlinearity", FUNCTIONS)
 def test_gradcheck(nonlinearity):
     case = Case(7, 5, 2, (3, 2), (2, 1))
     inputs = random_inputs(case, (2,)).requiring()
