@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dcft_kernels.adapter import Adapter, Geometry, Pair
@@ -45,6 +46,17 @@ CASES = [
     Case(1, 1, 1, (1, 1), (1, 1)),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@st.composite
+def any_case(draw: st.DrawFn) -> Case:
+    """Any shape: ragged or not, tiling or overlapping, a kernel wider than the layer."""
+    kernel = (draw(st.integers(1, 12)), draw(st.integers(1, 12)))
+    stride = (draw(st.integers(1, kernel[0])), draw(st.integers(1, kernel[1])))
+    if draw(st.booleans()):
+        stride = kernel
+    sizes = (draw(st.integers(1, 40)), draw(st.integers(1, 40)))
+    return Case(*sizes, draw(st.integers(1, 5)), kernel, stride)
 
 
 class Inputs(NamedTuple):

@@ -15,7 +15,7 @@ def assert_within_budget(
     roundings: of a result that sums many products, `size` is how large such a sum of random signs
     would be (the root of the sum of their squares; the sum itself may cancel). One rounding of it
     is allowed in the RMS (of 16 values or more: of fewer it is no statistic), four in the maximum.
-    There is no wider dtype to judge float64 by: its truth is rounded as well, so it is allowed 64.
+    No wider dtype can judge float64, whose truth is rounded too: it is allowed 64 roundings.
 
     Args:
         actual: the result under test.

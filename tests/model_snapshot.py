@@ -1,4 +1,4 @@
-"""A picture of everything that a failed operation on a model must leave as it was."""
+"""Everything that a failed operation on a model must leave unchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dcft_kernels import DCFTLinear
 
 
 class ModelSnapshot:
-    """Modules, parameters, values, gradients wanted, modes and merge states at one moment."""
+    """Modules, parameters, values, requires_grad, modes and merge states at one moment."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -49,10 +49,10 @@ def _facts(model: nn.Module) -> dict[str, Any]:
 
 
 def _values(model: nn.Module) -> dict[str, bytes]:
-    """The bits of every tensor, so that even -0.0 for 0.0 is a change and NaN is none."""
+    """The bits of every tensor, so that -0.0 for 0.0 is a change and NaN for NaN is not."""
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
-    # A merged layer's base weight is to be seen in the state dict alone.
+    # Only the state dict shows a merged layer's base weight.
     tensors |= {f"state {name}": tensor for name, tensor in model.state_dict().items()}
     return {
         name: tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()

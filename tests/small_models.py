@@ -1,6 +1,6 @@
-"""Transformers models small enough for a test, one of each architecture that DCFT is checked on.
+"""Transformers models small enough for a test, one per architecture that DCFT is checked on.
 
-Sizes are such that 8, the default kernel size, divides some and leaves a rest in others.
+The default kernel size, 8, divides some of the sizes and not others.
 """
 
 from __future__ import annotations
@@ -16,56 +16,34 @@ from torch import Tensor, nn
 VOCABULARY = 61
 # The usual 0.02 would leave layers this narrow with next to no influence on the output.
 WEIGHT_STD = 0.2
+DECODER_TOKENS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 
 
 @dataclasses.dataclass(frozen=True)
 class SmallModel:
-    """One architecture: how to build it and what is to be expected of it."""
+    """One architecture: how to build it and what to expect of it."""
 
     build: Callable[[], nn.Module]
     # Linear layers outside of the backbone, which "all-linear" leaves out.
     heads: frozenset[str]
-    # Parameters by name that are one and the same, the output head's first.
+    # Names of one shared parameter, the output head's first.
     tied: tuple[str, ...] = ()
     encoder_decoder: bool = False
 
 
 def _bert() -> nn.Module:
-    config = transformers.BertConfig(
-        vocab_size=VOCABULARY,
-        initializer_range=WEIGHT_STD,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=40,
-        max_position_embeddings=16,
-    )
-    return transformers.BertForMaskedLM(config)
+    sizes = _encoder_sizes(hidden_size=24, intermediate_size=40)
+    return transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
 
 
 def _roberta() -> nn.Module:
-    config = transformers.RobertaConfig(
-        vocab_size=VOCABULARY,
-        initializer_range=WEIGHT_STD,
-        hidden_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=37,
-        max_position_embeddings=16,
-        num_labels=40,
-    )
-    return transformers.RobertaForSequenceClassification(config)
+    sizes = _encoder_sizes(hidden_size=20, intermediate_size=37, num_labels=40)
+    return transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**sizes))
 
 
 def _deberta() -> nn.Module:
     config = transformers.DebertaV2Config(
-        vocab_size=VOCABULARY,
-        initializer_range=WEIGHT_STD,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=36,
-        max_position_embeddings=16,
+        **_encoder_sizes(hidden_size=24, intermediate_size=36, num_labels=40),
         relative_attention=True,
         position_buckets=4,
         norm_rel_ebd="layer_norm",
@@ -73,9 +51,18 @@ def _deberta() -> nn.Module:
         pos_att_type=["p2c", "c2p"],
         position_biased_input=False,
         type_vocab_size=0,
-        num_labels=40,
     )
     return transformers.DebertaV2ForSequenceClassification(config)
+
+
+def _encoder_sizes(**sizes: int) -> dict[str, Any]:
+    return sizes | {
+        "vocab_size": VOCABULARY,
+        "initializer_range": WEIGHT_STD,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+    }
 
 
 def _gpt2() -> nn.Module:
@@ -86,9 +73,7 @@ def _gpt2() -> nn.Module:
         n_layer=2,
         n_head=2,
         n_positions=32,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
+        **DECODER_TOKENS,
     )
     return transformers.GPT2LMHeadModel(config)
 
@@ -103,9 +88,7 @@ def _llama() -> nn.Module:
         num_key_value_heads=1,
         intermediate_size=43,
         max_position_embeddings=32,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
+        **DECODER_TOKENS,
     )
     return transformers.LlamaForCausalLM(config)
 
@@ -150,7 +133,7 @@ SMALL_MODELS = {
 
 
 def build_small_model(name: str) -> nn.Module:
-    """The model of this name in evaluation mode; the same weights at every call."""
+    """The model of this name in evaluation mode; the same weights in every call."""
     with torch.random.fork_rng():
         torch.manual_seed(20)
         return SMALL_MODELS[name].build().eval()
@@ -176,7 +159,7 @@ def logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def randomize_adapters(model: nn.Module, std: float = 0.5, seed: int = 22) -> None:
-    """Give every adapter an increment that is as large as the base's own weights."""
+    """Give every adapter an increment as large as the base's weights."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -49,6 +49,9 @@ def _in_both(*endings: str) -> list[str]:
     return [f"layers.{i}.{ending}" for i in (0, 1) for ending in endings]
 
 
+ATTENTION = [f"attention.{name}" for name in ("query", "key", "value", "output.dense")]
+
+
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
@@ -60,11 +63,13 @@ def _in_both(*endings: str) -> list[str]:
         pytest.param(["layers.1.dense"], ["layers.1.dense"], id="whole-name"),
         pytest.param(["my_query"], _in_both("my_query"), id="conv1d"),
         pytest.param(["classifier"], ["classifier"], id="a-head-when-named"),
-        pytest.param(r".*\.key", _in_both("attention.key"), id="regex"),
         pytest.param(r"layers\.1\..*(query|dense)", [
             "layers.1.attention.query", "layers.1.attention.output.dense",
-            "layers.1.dense", "layers.1.my_query"], id="regex-alternatives"),
+            "layers.1.dense", "layers.1.my_query"], id="regex"),
         pytest.param("classifier", ["classifier"], id="string-is-a-regex-for-the-whole-name"),
+        # `attention.output` is a block: only what is linear can be adapted.
+        pytest.param(r".*output(\.dense)?", _in_both("attention.output.dense"), id="container"),
+        pytest.param("all-linear", _in_both(*ATTENTION, "dense", "my_query"), id="all-linear"),
     ],
 )  # fmt: skip
 def test_targets_select(model, targets, expected):
@@ -73,67 +78,39 @@ def test_targets_select(model, targets, expected):
     assert swapped == expected
 
 
-def test_a_string_matches_whole_names_only(model):
-    with pytest.raises(ValueError, match=r"targets: 'query' matches no layer .*did you mean"):
-        swap_linear(model, "query")
-
-
-def test_a_matching_container_is_passed_over(model):
-    """`attention.output` is a block and `output` an ending: only what is linear can be adapted."""
-    assert swap_linear(model, r".*output(\.dense)?") == _in_both("attention.output.dense")
-
-
 @pytest.mark.parametrize(
     ("exclude", "left_out"),
     [
+        pytest.param((), [], id="nothing"),
         pytest.param(["query"], _in_both("attention.query"), id="ending"),
         pytest.param(["layers.0.dense"], ["layers.0.dense"], id="whole-name"),
-        pytest.param(r"layers\.0\..*", [
-            "layers.0.attention.query", "layers.0.attention.key", "layers.0.attention.value",
-            "layers.0.attention.output.dense", "layers.0.dense", "layers.0.my_query"], id="regex"),
-        pytest.param((), [], id="nothing"),
+        pytest.param(r"layers\.0\.attention\..*", [f"layers.0.{e}" for e in ATTENTION], id="regex"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("targets", ["all-linear", r"layers\..*(query|key|value|dense)"])
 def test_exclude(model, targets, exclude, left_out):
     everything = swap_linear(copy.deepcopy(model), targets)
     assert set(left_out) <= set(everything)
-    names = swap_linear(model, targets, exclude=exclude)
-    assert names == [name for name in everything if name not in left_out]
-    for name in left_out:
-        assert not isinstance(model.get_submodule(name), DCFTLinear)
-
-
-def test_exclude_may_name_what_is_left_out_anyway(model):
-    assert swap_linear(copy.deepcopy(model)) == swap_linear(model, exclude=["classifier"])
+    assert swap_linear(model, targets, exclude=exclude) == [
+        name for name in everything if name not in left_out
+    ]
+    assert not any(isinstance(model.get_submodule(name), DCFTLinear) for name in left_out)
 
 
 @pytest.mark.parametrize("exclude", [["attention"], ["qeury"], r"layers\.2\..*", ["key", "zzz"]])
 def test_an_exclude_that_excludes_nothing_is_an_error(model, exclude):
-    """Else the layers that it was to leave out are adapted in silence. A block is no layer."""
+    """Otherwise the layers it was to leave out are adapted silently. A block is no layer."""
     wrong = exclude if isinstance(exclude, str) else exclude[-1]
     with pytest.raises(ValueError, match=rf"^exclude: {re.escape(repr(wrong))} matches no layer"):
         swap_linear(model, exclude=exclude)
     assert not any(isinstance(module, DCFTLinear) for module in model.modules())
 
 
-def test_all_linear_in_a_plain_module(model):
-    endings = ("query", "key", "value", "output.dense")
-    expected = _in_both(*(f"attention.{e}" for e in endings), "dense", "my_query")
-    assert swap_linear(model) == expected
-    assert type(model.classifier) is nn.Linear
-
-
 @pytest.mark.parametrize("head", ["lm_head", "head", "heads", "classifier", "score", "qa_outputs"])
 def test_all_linear_knows_heads_by_name_at_the_top_only(head):
-    model = nn.ModuleDict({"body": nn.ModuleDict({head: nn.Linear(8, 8)}), head: nn.Linear(8, 2)})
+    layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    model = nn.ModuleDict({"body": nn.ModuleDict({head: nn.Linear(8, 8)}), head: layers})
     assert swap_linear(model) == [f"body.{head}"]
-
-
-def test_all_linear_leaves_out_a_head_of_several_layers():
-    head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    model = nn.ModuleDict({"body": nn.Linear(8, 8), "classifier": head})
-    assert swap_linear(model) == ["body"]
 
 
 def test_all_linear_leaves_out_weights_tied_to_an_embedding():
@@ -145,28 +122,27 @@ def test_all_linear_leaves_out_weights_tied_to_an_embedding():
     assert model["decode"].weight is model["embedding"].weight
 
 
-def test_all_linear_leaves_out_declared_output_embeddings():
-    class Declares(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.vocabulary = nn.Linear(8, 8), nn.Linear(8, 10)
+class DeclaresOutput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.vocabulary = nn.Linear(8, 8), nn.Linear(8, 10)
 
-        def get_output_embeddings(self) -> nn.Module:
-            return self.vocabulary
-
-    assert swap_linear(Declares()) == ["body"]
+    def get_output_embeddings(self) -> nn.Module:
+        return self.vocabulary
 
 
-def test_all_linear_leaves_out_what_is_outside_the_declared_backbone():
-    class Declares(nn.Module):
-        base_model_prefix = "backbone"
+class DeclaresBackbone(nn.Module):
+    base_model_prefix = "backbone"
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.backbone = nn.ModuleDict({"dense": nn.Linear(8, 8), "score": nn.Linear(8, 8)})
-            self.anything = nn.Sequential(nn.Linear(8, 2))
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.ModuleDict({"dense": nn.Linear(8, 8), "score": nn.Linear(8, 8)})
+        self.anything = nn.Sequential(nn.Linear(8, 2))
 
-    assert swap_linear(Declares()) == ["backbone.dense", "backbone.score"]
+
+def test_all_linear_leaves_out_what_a_model_declares_as_its_head():
+    assert swap_linear(DeclaresOutput()) == ["body"]
+    assert swap_linear(DeclaresBackbone()) == ["backbone.dense", "backbone.score"]
 
 
 @pytest.mark.parametrize("name", ["llama", "roberta", "bert"])
@@ -179,8 +155,7 @@ def test_all_linear_knows_the_head_of_a_model_inside_another(name):
 def test_all_linear_takes_what_is_not_swapped_yet(model):
     first = swap_linear(model, ["query"])
     rest = swap_linear(model)
-    assert not set(first) & set(rest)
-    assert "layers.0.attention.key" in rest
+    assert sorted(first + rest) == sorted(_in_both(*ATTENTION, "dense", "my_query"))
 
 
 def test_all_linear_passes_over_other_kinds_of_linear_layers():
@@ -191,36 +166,13 @@ def test_all_linear_passes_over_other_kinds_of_linear_layers():
     assert not isinstance(attention.out_proj, DCFTLinear)
 
 
-def test_near_misses_are_listed(model):
-    with pytest.raises(ValueError, match=r"targets: 'qeury' matches no layer") as caught:
-        swap_linear(model, ["key", "qeury"])
-    assert "'query'" in str(caught.value)
-    with pytest.raises(ValueError, match=r"targets: 'zzz' matches no layer") as caught:
-        swap_linear(model, ["zzz"])
-    # Nothing comes near: what there is is listed.
-    for ending in ("query", "key", "value", "dense", "classifier", "my_query"):
-        assert repr(ending) in str(caught.value)
-
-
-def test_swapping_twice_lists_what_is_left(model):
-    swap_linear(model, ["query"])
-    with pytest.raises(ValueError, match=r"targets: already swapped: .*attention\.query") as caught:
-        swap_linear(model, ["query", "key"])
-    assert "not swapped yet" in str(caught.value)
-    assert "'layers.0.attention.key'" in str(caught.value)
-    assert isinstance(model.layers[0].attention.query, DCFTLinear)
-    assert type(model.layers[0].attention.key) is nn.Linear
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:fan_in_fan_out:UserWarning")
 @pytest.mark.parametrize(
     ("name", "targets"),
     [
         ("bert", ["query", "value"]),
-        ("bert", ["output.dense"]),
         ("bert", r".*layer\.1\.attention\.self\.(query|key)"),
         ("gpt2", ["c_attn", "mlp.c_proj"]),
-        ("llama", ["q_proj", "down_proj"]),
         ("llama", "all-linear"),
         ("gpt2", "all-linear"),
         ("t5", ["q", "v", "wo"]),
@@ -246,15 +198,13 @@ def test_adapters_count_in_pytorchs_fused_encoder(masked):
     x = torch.randn(2, 5, 16)
     mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if masked else None
     before = model(x, src_key_padding_mask=mask)[:, :3]
-    names = swap_linear(model, ["linear1", "linear2"], init="zero")
-    assert len(names) == 4
+    assert len(swap_linear(model, ["linear1", "linear2"], init="zero")) == 4
     for name, parameter in model.named_parameters():
         if ".dcft_" in name:
             parameter.normal_()
     found = model(x, src_key_padding_mask=mask)[:, :3]
     with torch.enable_grad():  # never fused
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
+        model.requires_grad_(True)
         expected = model(x, src_key_padding_mask=mask)[:, :3]
     assert (expected - before).abs().max() > 0.1
     torch.testing.assert_close(found, expected)
