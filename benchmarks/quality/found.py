@@ -1,4 +1,4 @@
-"""The stored results of a study, found by its settings: a cell a variant and task."""
+"""The stored results of a study, looked up by its settings: one cell per variant and task."""
 
 from __future__ import annotations
 
@@ -13,13 +13,9 @@ from benchmarks.quality.methods.table import by_name
 from benchmarks.quality.runs import SLICE, Result, Run
 from benchmarks.quality.studies import Study, Variant
 
-# What runs of one line and task differ in, and what trials on a slice of train have of their own.
-_OF_A_RUN = ("seed", "learning_rate")
-_OF_A_TRIAL = ("scored_size", "evaluations")
-
 
 class Stored:
-    """Results by their settings; of those with the same settings the last counts."""
+    """Results by their settings; of equal runs the last one counts."""
 
     def __init__(self, results: Iterable[Result]) -> None:
         latest: dict[str, Result] = {}
@@ -33,14 +29,16 @@ class Stored:
             self._by_settings.setdefault(_settings(result.run), []).append(result)
 
     def like(self, run: Run) -> list[Result]:
-        """The results that differ from `run` in nothing but the seed and the learning rate."""
+        """The results that differ from `run` only in the seed and the learning rate."""
         return self._by_settings.get(_settings(run), [])
 
 
 def _settings(run: Run) -> str:
-    """All settings of a run but those that its siblings differ in, as they are once stored."""
-    left_out = _OF_A_RUN + (_OF_A_TRIAL if run.scored == SLICE else ())
-    settings = {k: v for k, v in dataclasses.asdict(run).items() if k not in left_out}
+    settings = dataclasses.asdict(run)
+    # Trials on the slice of train have their own size and are scored once.
+    trial = ("scored_size", "evaluations") if run.scored == SLICE else ()
+    for name in ("seed", "learning_rate", *trial):
+        del settings[name]
     return json.dumps(settings, sort_keys=True)
 
 
@@ -49,67 +47,66 @@ class Cell:
     """What is stored of a variant on a task.
 
     Attributes:
-        results: one a seed, by seed, at the learning rate that was chosen.
+        results: one per seed, at the learning rate that was chosen.
         trials: the candidates for it, each scored on a slice of train, in the variant's order.
         candidates: how many learning rates there are to choose from.
-        learning_rate: the one that was chosen; None before all were tried, and if all failed.
+        learning_rate: the one that was chosen; None until all were tried, and if all failed.
     """
 
-    results: tuple[Result, ...] = ()
-    trials: tuple[Result, ...] = ()
-    candidates: int = 1
-    learning_rate: float | None = None
+    results: tuple[Result, ...]
+    trials: tuple[Result, ...]
+    candidates: int
+    learning_rate: float | None
 
     @property
     def unchosen(self) -> bool:
-        """Whether every learning rate was tried and none has a value."""
+        """Whether every learning rate was tried and all failed."""
         return len(self.trials) == self.candidates and self.learning_rate is None
 
     @property
     def at_edge(self) -> bool:
-        """Whether the learning rate is the highest or the lowest of those tried: one beyond might
-        have been better."""
+        """Whether the learning rate is the highest or the lowest of those tried."""
         rates = [trial.run.learning_rate for trial in self.trials]
         return len(rates) > 1 and self.learning_rate in (min(rates), max(rates))
 
     @property
     def failures(self) -> int:
-        """How many runs have no value; that no learning rate could be chosen counts as one."""
+        """How many runs failed; that all learning rates failed counts as one."""
         return self.unchosen + sum(result.value is None for result in self.results)
 
     @property
     def values(self) -> dict[int, float]:
-        """The metric by seed, of the runs that have one."""
+        """The metric by seed, without failed runs."""
         return {r.run.seed: r.value for r in self.results if r.value is not None}
+
+    @property
+    def mean(self) -> float | None:
+        """The mean over seeds; None if there is no result or one failed."""
+        values = self.values.values()
+        return statistics.fmean(values) if values and len(values) == len(self.results) else None
 
 
 def match(stored: Stored, study: Study, task: str, variant: Variant) -> Cell:
-    """The stored results of a variant on a task: those of exactly the study's settings.
+    """The stored results of a variant on a task with exactly the study's settings.
 
-    A variant with one learning rate was run at that one. Of several, it is the one that did best
-    on the slice of train, once all of them were tried there.
+    Of several learning rates, the one that scored best on the slice of train counts.
     """
     run = study.run(task, variant)
     rates = variant.rates or by_name(variant.method).learning_rates
-    results = stored.like(run)
     trials: tuple[Result, ...] = ()
-    if len(rates) == 1:
-        chosen: float | None = rates[0]
-    else:
-        trials = _trials(stored.like(dataclasses.replace(run, scored=SLICE)), run.seed, rates)
+    chosen: float | None = rates[0]
+    if len(rates) > 1:
+        found = stored.like(dataclasses.replace(run, scored=SLICE))
+        by_rate = {r.run.learning_rate: r for r in found if r.run.seed == run.seed}
+        trials = tuple(by_rate[rate] for rate in rates if rate in by_rate)
         best = best_of(trials) if len(trials) == len(rates) else None
         chosen = None if best is None else best.run.learning_rate
-    kept = [result for result in results if result.run.learning_rate == chosen]
-    return Cell(tuple(sorted(kept, key=lambda r: r.run.seed)), trials, len(rates), chosen)
-
-
-def _trials(results: Sequence[Result], seed: int, rates: Sequence[float]) -> tuple[Result, ...]:
-    by_rate = {r.run.learning_rate: r for r in results if r.run.seed == seed}
-    return tuple(by_rate[rate] for rate in rates if rate in by_rate)
+    results = [r for r in stored.like(run) if r.run.learning_rate == chosen]
+    return Cell(tuple(sorted(results, key=lambda r: r.run.seed)), trials, len(rates), chosen)
 
 
 def best_of(trials: Sequence[Result]) -> Result | None:
-    """The best result, of equals the first; None if none has a value."""
+    """The best result, of equal ones the first; None if all failed."""
     best: tuple[float, Result] | None = None
     for trial in trials:
         value = trial.value
@@ -146,21 +143,16 @@ class Found:
         """All that is stored of the study, trials included."""
         return [r for cell in self.cells.values() for r in (*cell.results, *cell.trials)]
 
+    def dev_results(self, task: str) -> list[Result]:
+        """The results on a task, without trials."""
+        return [r for variant in self.study.variants for r in self.cell(variant, task).results]
+
     @property
     def seeds(self) -> list[int]:
         """The seeds of any results."""
         return sorted({r.run.seed for cell in self.cells.values() for r in cell.results})
 
     def metric(self, task: str) -> str:
-        """The figure that a task is compared by; empty for an unknown task without results."""
-        named = (r.metric for r in self.results if r.run.task == task)
+        """The metric that a task is compared by."""
         known = tasks.TASKS.get(task)
-        return next(named, "" if known is None else known.metric)
-
-
-def mean_and_spread(results: Sequence[Result]) -> tuple[float, float] | None:
-    """Mean and standard deviation over the seeds (0 for a single one); None if one failed."""
-    values = [result.value for result in results if result.value is not None]
-    if not values or len(values) < len(results):
-        return None
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        return known.metric if known else "accuracy"  # of a folder

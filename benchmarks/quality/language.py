@@ -1,4 +1,4 @@
-"""Language modelling: one text file, cut into blocks, the last tenth of it scored."""
+"""Language modelling: one text file, cut into blocks, the last tenth of which is scored."""
 
 from __future__ import annotations
 
@@ -12,17 +12,13 @@ import numpy as np
 import torch
 
 from benchmarks.quality.errors import DivergedError, QualityError
-from benchmarks.quality.prepared import Feature, Prepared, spread
+from benchmarks.quality.tasks import Feature, Prepared, spread
 
 _SCORED_SHARE = 0.1
 
 
 def read_text(data: Path | None) -> str:
-    """The text of a file, or of the only .txt file of a folder.
-
-    Raises:
-        QualityError: no such file, one that is not text, or an empty one.
-    """
+    """The text of a file, or of the only .txt file of a folder."""
     if data is None:
         raise QualityError("--data: expected a text file, or a folder with one, got nothing")
     files = sorted(data.glob("*.txt")) if data.is_dir() else [data]
@@ -31,14 +27,9 @@ def read_text(data: Path | None) -> str:
             f"--data: expected a text file, or a folder with one .txt file, got {data}"
         )
     try:
-        text = files[0].read_text(encoding="utf-8")
+        return files[0].read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise QualityError(
-            f"--data: {files[0]} could not be read: {error}; expected UTF-8 text"
-        ) from error
-    if not text.strip():
-        raise QualityError(f"--data: {files[0]} is empty")
-    return text
+        raise QualityError(f"--data: {files[0]} is not UTF-8 text: {error}") from error
 
 
 def prepare(
@@ -46,17 +37,17 @@ def prepare(
 ) -> Prepared:
     """Cut the text into blocks of tokens; the last tenth, or `size` blocks of it, is scored.
 
-    With `slice_of_train` the last tenth is not looked at, and the tenth before it is scored.
+    With `slice_of_train` the last tenth is not used, and the tenth before it is scored.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     features: list[Feature] = [
         {"input_ids": ids[start : start + block]} for start in range(0, len(ids) - block + 1, block)
     ]
-    scored = math.ceil(len(features) * _SCORED_SHARE)
     if len(features) < 3:
         raise QualityError(
             f"--data: the text has {len(ids)} tokens; expected at least {3 * block}, three blocks"
         )
+    scored = math.ceil(len(features) * _SCORED_SHARE)
     if slice_of_train:
         features = features[:-scored]
     train, evaluation = features[:-scored], spread(features[-scored:], size)
@@ -75,13 +66,12 @@ def prepare(
 def _unigram_perplexity(
     train: Sequence[Feature], evaluation: Sequence[Feature], vocabulary: int
 ) -> float:
-    """Of the distribution that does not look at the context: each token as often as in `train`,
-    and once more, so that none is impossible."""
+    """Perplexity of the token frequencies in `train`, with add-one smoothing."""
     counts = np.ones(vocabulary)
     for feature in train:
         np.add.at(counts, feature["input_ids"], 1)
     surprise = np.log(counts.sum()) - np.log(counts)
-    # As everywhere in this task, a block's first token is not predicted.
+    # The first token of a block is not predicted.
     tokens = [token for feature in evaluation for token in feature["input_ids"][1:]]
     return float(np.exp(surprise[tokens].mean()))
 
@@ -92,8 +82,7 @@ def _collate(features: list[Feature]) -> dict[str, torch.Tensor]:
 
 
 def _block_losses(logits: Any, labels: Any) -> torch.Tensor:
-    """Each block's mean loss over the tokens it predicts, `[blocks]`: logits would be too large to
-    be kept."""
+    """Each block's mean loss over the tokens it predicts, `[blocks]`."""
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none"
     ).mean(1)

@@ -1,13 +1,12 @@
-"""One run with transformers' Trainer: the steps, the curves, and stopping where a loss diverges."""
+"""One run with transformers' Trainer: losses, curves, checkpoints, divergence."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,23 +21,21 @@ from benchmarks.environment import ROOT, commit, describe
 from benchmarks.quality.errors import DivergedError, QualityError
 from benchmarks.quality.layers import find_layers
 from benchmarks.quality.methods.adapted import Adapted, Method
-from benchmarks.quality.prepared import Prepared, spread
-from benchmarks.quality.pretrained import Source, head_parameters
+from benchmarks.quality.pretrained import head_parameters, load_model
 from benchmarks.quality.runs import Result, Run
-from benchmarks.quality.tasks import Task
+from benchmarks.quality.tasks import Prepared, Task, spread
 
 CHECKPOINTS = ROOT / "outputs" / "quality"
 
 _EVALUATION_BATCH = 64
 _MAX_GRADIENT_NORM = 1.0
 _CURVE_POINTS = 50
-# Batches of similar length are cut from pools of so many batches, which are drawn at random.
-_POOL_BATCHES = 16
+_POOL_BATCHES = 16  # batches of similar length are cut from random pools of this many
 _WEIGHTS_FILE = "trained.safetensors"
 _CURVES_FILE = "curves.json"
 
 Progress = Callable[[int, float], None]
-"""Told the step that is done and its loss."""
+"""Called after each step with its number and its loss."""
 
 
 def train(
@@ -47,65 +44,58 @@ def train(
     method: Method,
     prepared: Prepared,
     study: str,
-    *,
-    checkpoints: Path | None = None,
     progress: Progress = lambda step, loss: None,
 ) -> Result:
-    """Fine-tune once and score the outcome.
+    """Fine-tune once and score the outcome; a diverged run has a result with its error.
 
-    Killed in the middle and called again, it goes on from its last checkpoint; with a method that
-    keeps more than its parameters (`after_step`: AdaLoRA, SoRA), from the beginning.
+    An interrupted run resumes from its last checkpoint, exactly; with a method that keeps more
+    state than its parameters (`after_step`: AdaLoRA, SoRA) it starts over.
 
     Raises:
-        DivergedError: a loss that is not finite.
-        QualityError: settings that the model, the task or the method cannot be run with.
+        QualityError: settings that the model or the method rejects.
     """
     started = time.perf_counter()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(run.seed)
-    base: Any = Source.of(run.model).model(task, prepared.outputs)
-    head = head_parameters(base, task)
-    base.requires_grad_(False)
-    layers = find_layers(base, run.targets) if method.uses_layers else []
+    model = load_model(run.model, task, prepared.outputs)
+    head = head_parameters(model, task)
+    model.requires_grad_(False)
+    layers = find_layers(model, run.targets) if method.uses_layers else []
     try:
-        adapted = method.adapt(base, layers, run.steps, **run.options)
+        adapted = method.adapt(model, layers, run.steps, **run.options)
     except (TypeError, ValueError) as error:
         raise QualityError(f"--option: {run.method}: {error}") from error
-    own = [p for p in adapted.model.parameters() if p.requires_grad and not _holds(head, p)]
+    in_head = {id(parameter) for parameter in head}
+    own = [p for p in adapted.model.parameters() if p.requires_grad and id(p) not in in_head]
     for parameter in head:
         parameter.requires_grad_(True)
-    # A language model predicts with its own head: where only a fresh one would be trained, it is
-    # scored as it comes.
-    trains = bool(own or head)
-    if not trains and run.method != "head":
+    if not own and run.method != "head":
         raise QualityError(f"--method: {run.method} trains nothing of {run.model}")
-    folder = _checkpoint_folder(checkpoints or CHECKPOINTS, run, prepared)
-    trainer = _QualityTrainer(
-        run=run,
-        adapted=adapted,
-        prepared=prepared,
-        optimizer=_optimizer(run, own, head) if trains else None,
-        folder=folder,
-        progress=progress,
-    )
-    # What a method keeps outside of parameters and optimizer is not in a checkpoint.
+    folder = _checkpoint_folder(run, prepared)
+    optimizer = _optimizer(run, own, head) if own or head else None
+    trainer = _QualityTrainer(run, adapted, prepared, optimizer, folder, progress)
     resume = last_checkpoint(folder) if adapted.after_step is None else None
     if resume is None:
         shutil.rmtree(folder, ignore_errors=True)
     try:
-        if trains:
+        if optimizer:  # `head` has nothing to train of a language model, and scores it as it is
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        values = trainer.scores()
+    except DivergedError as error:
+        return _result(run, task, prepared, study, error=str(error))
     except (RuntimeError, ValueError) as error:
         if trainer.has_started:
             raise
-        # What the first forward pass refuses: a backend that cannot run here, a strategy it lacks.
+        # The first forward pass rejects, for example, a backend that cannot run here.
         raise QualityError(f"--option: {run.method}: {error}") from error
-    values = trainer.scores()
-    value = values[task.metric]
-    result = dataclasses.replace(
-        _outcome(run, task, prepared, study),
-        value=value,
+    shutil.rmtree(folder, ignore_errors=True)
+    return _result(
+        run,
+        task,
+        prepared,
+        study,
+        value=values[task.metric],
         values=values,
         trainable_parameters=sum(p.numel() for p in own),
         head_parameters=sum(p.numel() for p in head),
@@ -113,54 +103,45 @@ def train(
         value_curve=trainer.value_curve,
         seconds=round(trainer.seconds_before + time.perf_counter() - started, 2),
     )
-    shutil.rmtree(folder, ignore_errors=True)
-    return result
 
 
-def _checkpoint_folder(checkpoints: Path, run: Run, prepared: Prepared) -> Path:
-    """Where the run's checkpoints are; those of other code would go on as another run: dropped."""
+def _checkpoint_folder(run: Run, prepared: Prepared) -> Path:
+    """Where the run's checkpoints are; those written by other code are deleted."""
     name = f"{run.key()}-{prepared.digest}"
-    folder = checkpoints / f"{name}-{commit(ROOT)}"
-    for other in checkpoints.glob(f"{name}-*"):
+    folder = CHECKPOINTS / f"{name}-{commit(ROOT)}"
+    for other in CHECKPOINTS.glob(f"{name}-*"):
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
     return folder
 
 
-def failed(run: Run, task: Task, prepared: Prepared, study: str, error: str) -> Result:
-    """The record of a run that has no value."""
-    return dataclasses.replace(_outcome(run, task, prepared, study), error=error)
-
-
-def _outcome(run: Run, task: Task, prepared: Prepared, study: str) -> Result:
-    """What is known of a run's result beforehand."""
+def _result(run: Run, task: Task, prepared: Prepared, study: str, **outcome: Any) -> Result:
     environment = describe("cuda" if torch.cuda.is_available() else "cpu")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     if environment.peft:
         versions["peft"] = environment.peft
+    nothing: dict[str, Any] = {
+        "value": None,
+        "values": {},
+        "trainable_parameters": 0,
+        "head_parameters": 0,
+        "loss_curve": [],
+        "value_curve": [],
+        "seconds": 0.0,
+    }
     return Result(
         key=run.key(),
         study=study,
         run=run,
         metric=task.metric,
-        value=None,
-        values={},
         constant_value=prepared.constant_score[task.metric],
-        trainable_parameters=0,
-        head_parameters=0,
-        loss_curve=[],
-        value_curve=[],
-        seconds=0.0,
         data=prepared.digest,
         device=environment.device,
         versions=versions,
         commit=environment.commit,
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **{**nothing, **outcome},
     )
-
-
-def _holds(parameters: Sequence[nn.Parameter], parameter: nn.Parameter) -> bool:
-    return any(parameter is held for held in parameters)
 
 
 def _optimizer(
@@ -174,43 +155,33 @@ def _optimizer(
     return torch.optim.AdamW(groups, weight_decay=run.weight_decay)
 
 
-class BatchOrder(torch.utils.data.Sampler[int]):
-    """Every index of a whole run, in the order of its batches.
+def batch_order(lengths: Sequence[int], batch_size: int, steps: int, seed: int) -> list[int]:
+    """The indices of a whole run's examples, in the order of its batches.
 
-    An epoch is a permutation, ordered so that batches hold features of similar length. Where an
-    epoch does not divide into batches, what follows its short one is shifted: batches then hold
-    features of two lengths. The stored runs have seen these batches, so they stay. The order
-    depends on the seed alone, so that all methods see the same batches and a resumed run those it
-    would have seen.
+    An epoch is a permutation in which batches hold examples of similar length. After an epoch that
+    does not divide into batches, batches are shifted against these groups; the stored runs used
+    this order, so it stays. It depends on the seed alone: all methods see the same batches, and a
+    resumed run continues with those it would have seen.
     """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, steps: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        order: list[int] = []
-        pool_size = batch_size * _POOL_BATCHES
-        while len(order) < steps * batch_size:
-            shuffled = torch.randperm(len(lengths), generator=generator).tolist()
-            batches: list[list[int]] = []
-            for start in range(0, len(shuffled), pool_size):
-                pool = sorted(shuffled[start : start + pool_size], key=lengths.__getitem__)
-                batches += [pool[at : at + batch_size] for at in range(0, len(pool), batch_size)]
-            places = torch.randperm(len(batches), generator=generator).tolist()
-            order += [index for place in places for index in batches[place]]
-        self._order = order[: steps * batch_size]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._order)
-
-    def __len__(self) -> int:
-        return len(self._order)
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    pool_size = batch_size * _POOL_BATCHES
+    while len(order) < steps * batch_size:
+        shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+        batches: list[list[int]] = []
+        for start in range(0, len(shuffled), pool_size):
+            pool = sorted(shuffled[start : start + pool_size], key=lengths.__getitem__)
+            batches += [pool[at : at + batch_size] for at in range(0, len(pool), batch_size)]
+        places = torch.randperm(len(batches), generator=generator).tolist()
+        order += [index for place in places for index in batches[place]]
+    return order[: steps * batch_size]
 
 
 class _QualityTrainer(Trainer):
-    """A Trainer that adds the method's penalty, keeps the curves, and saves what is trained."""
+    """A Trainer that adds the method's penalty, records curves, and saves only what is trained."""
 
     def __init__(
         self,
-        *,
         run: Run,
         adapted: Adapted,
         prepared: Prepared,
@@ -219,17 +190,14 @@ class _QualityTrainer(Trainer):
         progress: Progress,
     ) -> None:
         self.value_curve: list[tuple[int, float]] = []
-        self.seconds_before = 0.0  # that runs which were killed have taken
-        self._started = time.perf_counter()
-        # The last of the evaluations comes after training.
+        self.seconds_before = 0.0  # spent by interrupted runs
+        # The last evaluation comes after training.
         self.scored_steps = {run.steps * n // run.evaluations for n in range(1, run.evaluations)}
-        self._metric = next(iter(prepared.constant_score))
-        self._scored_step = -1
+        self._started = time.perf_counter()
         self._latest: dict[str, float] = {}
         self._run = run
         self._adapted = adapted
         self._prepared = prepared
-        self._folder = folder
         self._progress = progress
         self._losses: dict[int, float] = {}
         super().__init__(
@@ -255,80 +223,63 @@ class _QualityTrainer(Trainer):
             loss = loss + self._adapted.penalty()
         value = float(loss.detach())
         if not math.isfinite(value):
-            step = self.state.global_step + 1
             raise self._diverged(
-                f"loss: step {step} of {self._run.steps} has the loss {value}",
-                first_not_finite(model, inputs),
+                f"step {self.state.global_step + 1} of {self._run.steps} has the loss {value}; "
+                f"{first_not_finite(model, inputs)}"
             )
         self._losses[self.state.global_step] = value
         return (loss, found[1]) if isinstance(found, tuple) else loss
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> BatchOrder:
+    def _get_train_sampler(self, train_dataset: Any = None) -> list[int]:
         lengths = [len(feature["input_ids"]) for feature in self.train_dataset]
-        return BatchOrder(lengths, self._run.batch_size, self._run.steps, self._run.seed)
+        return batch_order(lengths, self._run.batch_size, self._run.steps, self._run.seed)
 
     def _scores_of(self, prediction: Any) -> dict[str, float]:
         try:
             return dict(self._prepared.score(prediction.predictions, prediction.label_ids))
         except DivergedError as error:
-            found = f"after step {self.state.global_step} of {self._run.steps}: {error}"
-            where = _parameter_not_finite(self._adapted.model) or "every parameter is finite"
-            raise self._diverged(found, where) from error
+            step = f"step {self.state.global_step} of {self._run.steps}"
+            raise self._diverged(f"after {step} {error}") from error
 
     def scores(self) -> dict[str, float]:
-        """The task's figures at the end."""
-        if self.state.global_step != self._scored_step:
+        """The task's metrics at the end."""
+        if not self.value_curve or self.value_curve[-1][0] != self.state.global_step:
             self.evaluate()
         return self._latest
 
     def keep_scores(self, found: Mapping[str, float]) -> None:
-        """Take what an evaluation found."""
-        self._scored_step = self.state.global_step
+        """Record the metrics of an evaluation."""
         self._latest = {n: float(found[f"eval_{n}"]) for n in self._prepared.constant_score}
-        self.value_curve.append((self._scored_step, self._latest[self._metric]))
+        first = next(iter(self._latest.values()))
+        self.value_curve.append((self.state.global_step, first))
 
     @property
     def has_started(self) -> bool:
-        """Whether a forward pass has gone through."""
+        """Whether a forward pass succeeded."""
         return bool(self._losses)
 
     def loss_curve(self) -> list[tuple[int, float]]:
-        """The mean loss of each of `_CURVE_POINTS` pieces of the run, by its last step."""
+        """The mean losses of about `_CURVE_POINTS` pieces of the run, each with its last step."""
         steps = sorted(self._losses)
-        piece = max(1, len(steps) // _CURVE_POINTS)
-        pieces = [steps[at : at + piece] for at in range(0, len(steps), piece)]
+        size = max(1, len(steps) // _CURVE_POINTS)
+        pieces = [steps[at : at + size] for at in range(0, len(steps), size)]
         return [
             (piece[-1] + 1, round(sum(self._losses[step] for step in piece) / len(piece), 8))
             for piece in pieces
         ]
 
     def step_done(self) -> None:
-        """After the optimizer's step, while the gradients are still there."""
+        """After the optimizer's step, before the gradients are cleared."""
         step = self.state.global_step
         if self._adapted.after_step is not None:
             self._adapted.after_step(step + 1)
         self._progress(step + 1, self._losses[step])
 
-    # Checkpoints hold what is trained, kilobytes, not the whole model.
-
-    def _save_checkpoint(self, *arguments: Any, **keywords: Any) -> None:
-        """As the Trainer's, which drops the checkpoint before: only for one that is good."""
-        where = _parameter_not_finite(self._adapted.model)
-        if where:
-            found = f"the update of step {self.state.global_step} of {self._run.steps} diverges"
-            raise self._diverged(found, where)
-        super()._save_checkpoint(*arguments, **keywords)
-
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {
-                name: parameter.detach().clone().contiguous()
-                for name, parameter in self._trained().items()
-            },
-            folder / _WEIGHTS_FILE,
-        )
+        trained = {name: p.detach().clone().contiguous() for name, p in self._trained().items()}
+        save_file(trained, folder / _WEIGHTS_FILE)
         curves = {
             "losses": list(self._losses.items()),
             "values": self.value_curve,
@@ -351,20 +302,13 @@ class _QualityTrainer(Trainer):
         model: nn.Module = self._adapted.model
         return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
-    def _diverged(self, found: str, where: str) -> DivergedError:
-        checkpoint = last_checkpoint(self._folder)
-        kept = (
-            f"the last good checkpoint is {checkpoint}"
-            if checkpoint
-            else "no checkpoint was written before"
-        )
-        return DivergedError(
-            f"{found}; {where}; {kept}; a lower --lr may help (it was {self._run.learning_rate:g})"
-        )
+    def _diverged(self, found: str) -> DivergedError:
+        rate = self._run.learning_rate
+        return DivergedError(f"{found}; a lower --lr may help (it was {rate:g})")
 
 
 class _Steps(TrainerCallback):
-    """Passes the Trainer's events on."""
+    """Forwards the Trainer's events."""
 
     def __init__(self, trainer: _QualityTrainer) -> None:
         self._trainer = trainer
@@ -381,14 +325,14 @@ class _Steps(TrainerCallback):
 
 
 def first_not_finite(model: nn.Module, inputs: Any) -> str:
-    """Where the numbers go wrong: a parameter, or the first layer whose output is not finite."""
-    parameter = _parameter_not_finite(model)
-    if parameter:
-        return parameter
+    """Which parameter is not finite, or else the first layer whose output is not."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            return f"the parameter {name} is not finite"
     found: list[str] = []
     handles = []
     for name, module in model.named_modules():
-        # Layers inside of a layer are done before it.
+
         def look(_: Any, __: Any, output: Any, name: str = name) -> None:
             output = output[0] if isinstance(output, tuple) and output else output
             if isinstance(output, Tensor) and not bool(output.isfinite().all()):
@@ -401,25 +345,16 @@ def first_not_finite(model: nn.Module, inputs: Any) -> str:
         handle.remove()
     if found:
         return f"the first layer whose output is not finite is {found[0]}"
-    return "every layer's output is finite, the loss itself or the method's penalty is not"
-
-
-def _parameter_not_finite(model: nn.Module) -> str | None:
-    """The first parameter that is not finite."""
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            return f"the parameter {name} is not finite"
-    return None
+    return "every layer's output is finite, only the loss or the method's penalty is not"
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole."""
+    """The newest complete checkpoint: the Trainer's state is written last."""
     found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
 
 
 def _arguments(run: Run, folder: Path, prepared: Prepared) -> TrainingArguments:
-    every = min(run.steps // run.evaluations, run.steps // 4)
     keywords: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": run.steps,
@@ -429,20 +364,19 @@ def _arguments(run: Run, folder: Path, prepared: Prepared) -> TrainingArguments:
         "lr_scheduler_type": "linear",
         "max_grad_norm": _MAX_GRADIENT_NORM,
         "save_strategy": "steps",
-        "save_steps": max(1, every),
+        "save_steps": max(1, min(run.steps // run.evaluations, run.steps // 4)),
         "save_total_limit": 1,
         "logging_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
         "seed": run.seed,
         "bf16": run.precision == "bf16",
-        # Without it bf16 is an error there.
-        "use_cpu": not torch.accelerator.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # bf16 is an error there otherwise
         "remove_unused_columns": False,
         "label_names": list(prepared.label_names),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     arguments = TrainingArguments(**keywords)
-    # On several GPUs the Trainer would run copies, each with a batch of this size.
+    # On several GPUs the Trainer would run replicas, each with a batch of this size.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments

@@ -1,1 +1,1 @@
-"""Fine-tuning methods that DCFT is compared with, each small and checked against its equation."""
+"""Fine-tuning methods that DCFT is compared with."""
