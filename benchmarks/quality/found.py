@@ -18,12 +18,7 @@ class Stored:
     """Results by their settings; of equal runs the last one counts."""
 
     def __init__(self, results: Iterable[Result]) -> None:
-        latest: dict[str, Result] = {}
-        for result in results:
-            key = result.run.key()
-            latest.pop(key, None)
-            latest[key] = result
-        self.results = list(latest.values())
+        self.results = list({result.run.key(): result for result in results}.values())
         self._by_settings: dict[str, list[Result]] = {}
         for result in self.results:
             self._by_settings.setdefault(_settings(result.run), []).append(result)
@@ -44,24 +39,11 @@ def _settings(run: Run) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """What is stored of a variant on a task.
+    """What is stored of a variant on a task."""
 
-    Attributes:
-        results: one per seed, at the learning rate that was chosen.
-        trials: the candidates for it, each scored on a slice of train, in the variant's order.
-        candidates: how many learning rates there are to choose from.
-        learning_rate: the one that was chosen; None until all were tried, and if all failed.
-    """
-
-    results: tuple[Result, ...]
-    trials: tuple[Result, ...]
-    candidates: int
-    learning_rate: float | None
-
-    @property
-    def unchosen(self) -> bool:
-        """Whether every learning rate was tried and all failed."""
-        return len(self.trials) == self.candidates and self.learning_rate is None
+    results: Sequence[Result]  # by seed, at the learning rate that was chosen
+    trials: Sequence[Result]  # the candidates for it, each scored on a slice of train
+    learning_rate: float | None  # None until all candidates were tried, and if all of them failed
 
     @property
     def at_edge(self) -> bool:
@@ -70,9 +52,10 @@ class Cell:
         return len(rates) > 1 and self.learning_rate in (min(rates), max(rates))
 
     @property
-    def failures(self) -> int:
-        """How many runs failed; that all learning rates failed counts as one."""
-        return self.unchosen + sum(result.value is None for result in self.results)
+    def failed(self) -> bool:
+        """Whether a run failed, or all trials did."""
+        runs = [result.value is None for result in self.results]
+        return any(runs) or bool(self.trials and all(t.value is None for t in self.trials))
 
     @property
     def values(self) -> dict[int, float]:
@@ -93,26 +76,26 @@ def match(stored: Stored, study: Study, task: str, variant: Variant) -> Cell:
     """
     run = study.run(task, variant)
     rates = variant.rates or by_name(variant.method).learning_rates
-    trials: tuple[Result, ...] = ()
+    trials: list[Result] = []
     chosen: float | None = rates[0]
     if len(rates) > 1:
         found = stored.like(dataclasses.replace(run, scored=SLICE))
         by_rate = {r.run.learning_rate: r for r in found if r.run.seed == run.seed}
-        trials = tuple(by_rate[rate] for rate in rates if rate in by_rate)
+        trials = [by_rate[rate] for rate in rates if rate in by_rate]
         best = best_of(trials) if len(trials) == len(rates) else None
         chosen = None if best is None else best.run.learning_rate
     results = [r for r in stored.like(run) if r.run.learning_rate == chosen]
-    return Cell(tuple(sorted(results, key=lambda r: r.run.seed)), trials, len(rates), chosen)
+    return Cell(sorted(results, key=lambda r: r.run.seed), trials, chosen)
 
 
 def best_of(trials: Sequence[Result]) -> Result | None:
     """The best result, of equal ones the first; None if all failed."""
-    best: tuple[float, Result] | None = None
-    for trial in trials:
-        value = trial.value
-        if value is not None and (best is None or metrics.better(trial.metric, value, best[0])):
-            best = (value, trial)
-    return None if best is None else best[1]
+    valued = [(trial.value, trial) for trial in trials if trial.value is not None]
+    if not valued:
+        return None
+    lowest = valued[0][1].metric in metrics.LOWER_IS_BETTER
+    choose = min if lowest else max  # both return the first of equal ones
+    return choose(valued, key=lambda pair: pair[0])[1]
 
 
 @dataclass(frozen=True)
@@ -125,14 +108,8 @@ class Found:
     @classmethod
     def of(cls, stored: Stored, study: Study) -> Found:
         """Look up every variant on every task."""
-        return cls(
-            study,
-            {
-                (variant.label, task): match(stored, study, task, variant)
-                for variant in study.variants
-                for task in study.tasks
-            },
-        )
+        pairs = [(variant, task) for variant in study.variants for task in study.tasks]
+        return cls(study, {(v.label, task): match(stored, study, task, v) for v, task in pairs})
 
     def cell(self, variant: Variant, task: str) -> Cell:
         """What is stored of a variant on a task."""
@@ -142,10 +119,6 @@ class Found:
     def results(self) -> list[Result]:
         """All that is stored of the study, trials included."""
         return [r for cell in self.cells.values() for r in (*cell.results, *cell.trials)]
-
-    def dev_results(self, task: str) -> list[Result]:
-        """The results on a task, without trials."""
-        return [r for variant in self.study.variants for r in self.cell(variant, task).results]
 
     @property
     def seeds(self) -> list[int]:

@@ -55,11 +55,11 @@ def prepare(
         train=train,
         evaluation=evaluation,
         collate=_collate,
+        reduce=_block_losses,
         score=_score,
         constant_score={"perplexity": _unigram_perplexity(train, evaluation, len(tokenizer))},
         outputs=0,
         digest=hashlib.sha256(text.encode()).hexdigest()[:12],
-        reduce=_block_losses,
     )
 
 
@@ -78,17 +78,20 @@ def _unigram_perplexity(
 
 def _collate(features: list[Feature]) -> dict[str, torch.Tensor]:
     ids = torch.tensor([feature["input_ids"] for feature in features])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def _block_losses(logits: Any, labels: Any) -> torch.Tensor:
-    """Each block's mean loss over the tokens it predicts, `[blocks]`."""
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none"
-    ).mean(1)
+def _block_losses(output: Any, blocks: Sequence[Feature]) -> list[float]:
+    """Each block's mean loss over the tokens it predicts."""
+    logits = output.logits.float()
+    ids = torch.tensor([block["input_ids"] for block in blocks], device=logits.device)
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
+    )
+    return list(losses.mean(1).cpu().numpy())
 
 
-def _score(losses: Any, _: Any) -> Mapping[str, float]:
+def _score(losses: list[float]) -> Mapping[str, float]:
     with np.errstate(over="ignore"):
         perplexity = float(np.exp(np.mean(losses, dtype=np.float64)))
     if not math.isfinite(perplexity):

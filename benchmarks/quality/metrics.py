@@ -75,8 +75,3 @@ METRICS: Mapping[str, Callable[[Values, Values], float]] = {
 """Higher is better, 1 is perfect."""
 
 LOWER_IS_BETTER = frozenset({"perplexity"})
-
-
-def better(metric: str, value: float, other: float) -> bool:
-    """Whether `value` beats `other`."""
-    return value < other if metric in LOWER_IS_BETTER else value > other

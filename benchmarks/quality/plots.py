@@ -1,13 +1,13 @@
-"""Plots of learning curves: equal results give equal files."""
+"""Plots of training losses: equal results give equal files."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
-from benchmarks.quality import metrics
 from benchmarks.quality.found import Found
+from benchmarks.quality.metrics import LOWER_IS_BETTER
 from benchmarks.quality.studies import Variant
 
 MOST_LINES = 8
@@ -21,17 +21,7 @@ SMOOTHED_OVER = 5
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#999999")
 _YARDSTICKS = ("lora", "full", "head")
 
-Curve = list[tuple[int, float]]
-
-
-def in_units(metric: str, value: float) -> float:
-    """In percent, or as it is where lower is better."""
-    return value if metric in metrics.LOWER_IS_BETTER else 100 * value
-
-
-def unit(metric: str) -> str:
-    """The metric's name with its unit."""
-    return f"{metric} (lower is better)" if metric in metrics.LOWER_IS_BETTER else f"{metric}, %"
+Curve = Sequence[tuple[int, float]]
 
 
 def is_dcft(variant: Variant) -> bool:
@@ -45,9 +35,7 @@ def curves(found: Found, path: Path) -> None:
     from matplotlib.figure import Figure  # draws with Agg, whatever the backend
 
     lines = main_lines(found)
-    first = next((variant for variant in lines if is_dcft(variant)), None)
-    others = iter(_COLOURS if first is None else _COLOURS[1:])
-    colours = {v.label: _COLOURS[0] if v is first else next(others) for v in lines}
+    colours = {variant.label: colour for variant, colour in zip(lines, _COLOURS, strict=False)}
     across = len(found.study.tasks)
     with mpl.rc_context({"font.size": 9, "figure.labelsize": 9, "axes.titlesize": 9}):
         figure = Figure(figsize=(max(6.6, 1.0 + 3.3 * across), 4.0), layout="constrained")
@@ -55,64 +43,57 @@ def curves(found: Found, path: Path) -> None:
         handles = {}
         for task, axes in zip(found.study.tasks, panels, strict=True):
             axes.set_title(task, loc="left", fontweight="bold")
-            for variant in lines:
-                curve = smooth(_mean_loss(found, variant, task))
-                if curve:
-                    handles[variant.label], *_ = axes.plot(
-                        *zip(*curve, strict=True),
-                        color=colours[variant.label],
-                        linewidth=2.0 if variant is first else 1.2,
-                        zorder=3 if variant is first else 2,
-                    )
             axes.set_xlim(0, found.study.settings.steps * 1.02)
             axes.grid(axis="y", alpha=0.25, linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
+            for variant in lines:
+                if curve := smooth(_mean_loss(found, variant, task)):
+                    x, y = zip(*curve, strict=True)
+                    (handle,) = axes.plot(x, y, color=colours[variant.label], linewidth=1.3)
+                    handles[variant.label] = handle
         panels[0].set_ylabel("training loss")
         caption = f"steps\nmean over seeds, smoothed over {SMOOTHED_OVER} stored points"
-        if len(lines) < len(found.study.variants):
-            caption += f"\n{len(lines)} variants: DCFT, LoRA and the best of the others"
+        if len(lines) == MOST_LINES:
+            caption += "; DCFT, LoRA and the best of the others"
         figure.supxlabel(caption, fontsize=8)
-        columns = max(2, int(figure.get_figwidth() / 2.2))
-        place = "outside upper center"
         figure.legend(
-            handles.values(), handles, loc=place, ncols=columns, frameon=False, fontsize=8
+            handles.values(),
+            handles,
+            loc="outside upper center",
+            ncols=3,
+            frameon=False,
+            fontsize=8,
         )
         figure.savefig(path, dpi=150)
 
 
 def main_lines(found: Found) -> list[Variant]:
-    """At most `MOST_LINES` variants: DCFT, what it is compared with, then the best of the rest."""
-    places = {variant.label: 0 for variant in found.study.variants}
-    for task in found.study.tasks:
-        sign = 1 if found.metric(task) in metrics.LOWER_IS_BETTER else -1
-        means = {v.label: found.cell(v, task).mean for v in found.study.variants}
-        ranking = sorted(
-            means, key=lambda label: (means[label] is None, sign * (means[label] or 0))
-        )
-        for place, label in enumerate(ranking):
-            places[label] += place
-    known = [
-        v for v in found.study.variants if any(found.cell(v, t).values for t in found.study.tasks)
-    ]
-    order = sorted(
-        known, key=lambda v: (not is_dcft(v), v.method not in _YARDSTICKS, places[v.label])
-    )
-    return [variant for variant in known if variant in order[:MOST_LINES]]
+    """At most `MOST_LINES` variants: DCFT, what it is compared with, the best on the first task."""
+    task = found.study.tasks[0]
+    sign = 1 if found.metric(task) in LOWER_IS_BETTER else -1
+
+    def order(variant: Variant) -> tuple[bool, bool, float]:
+        mean = found.cell(variant, task).mean
+        worst = float("inf") if mean is None else sign * mean
+        return (not is_dcft(variant), variant.method not in _YARDSTICKS, worst)
+
+    return sorted(found.study.variants, key=order)[:MOST_LINES]
 
 
 def _mean_loss(found: Found, variant: Variant, task: str) -> Curve:
-    """The mean over the seeds that finished, at the steps that all of them have."""
-    results = found.cell(variant, task).results
-    by_step = [dict(result.loss_curve) for result in results if result.value is not None]
-    steps = set.intersection(*map(set, by_step)) if by_step else ()
-    return [(step, statistics.fmean(curve[step] for curve in by_step)) for step in sorted(steps)]
+    """The mean over the seeds that finished."""
+    results = [r for r in found.cell(variant, task).results if r.value is not None]
+    return [
+        (step, fmean(curve[place][1] for curve in (r.loss_curve for r in results)))
+        for place, (step, _) in enumerate(results[0].loss_curve if results else ())
+    ]
 
 
-def smooth(curve: Sequence[tuple[int, float]]) -> Curve:
+def smooth(curve: Curve) -> Curve:
     """The mean of each point and its neighbours, equally many on both sides."""
     smoothed = []
     for place, (step, _) in enumerate(curve):
         reach = min(SMOOTHED_OVER // 2, place, len(curve) - 1 - place)
         near = [value for _, value in curve[place - reach : place + reach + 1]]
-        smoothed.append((step, statistics.fmean(near)))
+        smoothed.append((step, fmean(near)))
     return smoothed

@@ -23,17 +23,7 @@ FILE = "runs.jsonl"
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that is needed to repeat a run.
-
-    Attributes:
-        learning_rate: of the method's own parameters.
-        head_learning_rate: of the task's head, the same for all methods.
-        warm_up: fraction of the steps in which the learning rate rises; then it falls to zero.
-        train_size: how many training examples are used, evenly spread; None for all.
-        scored_size: how many of the scored examples are used, evenly spread; None for all.
-        max_tokens: where texts are truncated; None for the task's or the model's own limit.
-        evaluations: how often the model is scored, the last time at the end.
-    """
+    """Everything that is needed to repeat a run."""
 
     task: str
     method: str
@@ -44,15 +34,15 @@ class Run:
     scored: str = DEV
     steps: int = 250
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # of the method's own parameters
     head_learning_rate: float = 1e-3
     weight_decay: float = 0.0
-    warm_up: float = 0.06
-    train_size: int | None = None
-    scored_size: int | None = None
-    max_tokens: int | None = None
+    warm_up: float = 0.06  # fraction of the steps in which the rate rises; then it falls to zero
+    train_size: int | None = None  # so many training examples, evenly spread; None for all
+    scored_size: int | None = None  # so many scored examples, evenly spread
+    max_tokens: int | None = None  # None for the task's or the model's own limit
     precision: str = "fp32"
-    evaluations: int = 1
+    evaluations: int = 1  # the last one is at the end
 
     def key(self) -> str:
         """A digest of the settings."""
@@ -65,36 +55,23 @@ class Run:
         return f"{self.task} {self.method} {options}".strip() + f" lr {self.learning_rate:g}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished run.
-
-    Attributes:
-        key: of the run.
-        study: the study that asked for it first.
-        value: the task's `metric` at the end; None if the run failed.
-        values: all metrics at the end.
-        constant_value: `metric` of the best constant answer.
-        trainable_parameters: the method's own, without the head's.
-        loss_curve: pairs of a step and the mean training loss up to it.
-        value_curve: pairs of a step and `metric` after it.
-        data: digest of the data.
-        error: why there is no value.
-    """
+    """A finished run; `value` is the task's `metric` at the end, None if the run failed."""
 
     key: str
-    study: str
+    study: str  # that asked for it first
     run: Run
     metric: str
-    value: float | None
-    values: Mapping[str, float]
-    constant_value: float
-    trainable_parameters: int
-    head_parameters: int
-    loss_curve: list[tuple[int, float]]
-    value_curve: list[tuple[int, float]]
-    seconds: float
-    data: str
+    value: float | None = None
+    values: Mapping[str, float] = field(default_factory=dict)  # all metrics
+    constant_value: float  # of the best constant answer
+    trainable_parameters: int = 0  # the method's own, without the head's
+    head_parameters: int = 0
+    loss_curve: list[tuple[int, float]] = field(default_factory=list)  # step, mean loss up to it
+    value_curve: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    data: str  # digest of the data
     device: str
     versions: Mapping[str, str]
     commit: str
@@ -129,8 +106,7 @@ class Store:
 
         The file is read again each time: another process may have added results.
         """
-        key = run.key()
-        found = [result for result in read(self.path) if result.run.key() == key]
+        found = [result for result in read(self.path) if result.run.key() == run.key()]
         return found[-1] if found and not found[-1].error and found[-1].data == data else None
 
     def add(self, result: Result) -> None:
@@ -139,11 +115,7 @@ class Store:
 
 
 def read(path: Path) -> list[Result]:
-    """All results of a file; empty if there is none.
-
-    Raises:
-        QualityError: a line that is not a result, by its number.
-    """
+    """All results of a file; QualityError for a line that is not a result."""
     results = []
     for number, line in enumerate(rows.finished_lines(path) if path.exists() else [], start=1):
         try:

@@ -152,20 +152,22 @@ def prepare(task: Task, splits: Splits[Example], tokenizer: Any, max_tokens: int
     train = _features(splits.train, task, tokenizer, max_tokens)
     evaluation = _features(splits.dev, task, tokenizer, max_tokens)
     evaluation.sort(key=lambda feature: len(feature["input_ids"]))
-    labels = np.array([feature["labels"] for feature in evaluation])
+    kind = np.float32 if task.kind == "regression" else np.int64  # what the model's labels are
+    labels = np.array([feature["labels"] for feature in evaluation], dtype=kind)
 
-    def score(outputs: Any, truth: Any) -> Mapping[str, float]:
-        outputs = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs)
+    def score(logits: list[Any]) -> Mapping[str, float]:
+        outputs = np.stack(logits)
         if not np.isfinite(outputs).all():  # argmax would take NaN for a class
             raise DivergedError("the model's outputs are not finite")
         regression = task.kind == "regression"
-        predictions = outputs.reshape(len(truth)) if regression else outputs.argmax(-1)
-        return _scores(task, predictions, np.asarray(truth))
+        predictions = outputs.reshape(len(labels)) if regression else outputs.argmax(-1)
+        return _scores(task, predictions, labels)
 
     return Prepared(
         train=train,
         evaluation=evaluation,
         collate=DataCollatorWithPadding(tokenizer),
+        reduce=lambda output, _: list(output.logits.float().cpu().numpy()),
         score=score,
         constant_score=_scores(task, np.full(len(labels), _constant(task, splits.train)), labels),
         outputs=max(1, len(task.labels)),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
+from rich.markup import escape
+from rich.progress import Progress
 
 from benchmarks.quality import errors, language, sentences, squad, tasks, training
 from benchmarks.quality.errors import QualityError
@@ -70,15 +72,13 @@ class Session:
         task, prepared = self._prepare(run)
         result = self._store.find(run, prepared.digest)
         if result is None:
-            columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-            with Progress(*columns, console=self._console, transient=True) as bars:
-                bar = bars.add_task(run.label().replace("[", r"\["), total=run.steps)
-                method = by_name(run.method)
-                result = training.train(
-                    run, task, method, prepared, study, lambda *_: bars.advance(bar)
-                )
+            method = by_name(run.method)
+            with Progress(console=self._console, transient=True) as bars:
+                bar = bars.add_task(escape(run.label()), total=run.steps)
+                advance = functools.partial(bars.advance, bar)
+                result = training.train(run, task, method, prepared, study, advance)
             self._store.add(result)
-        self._console.print(_line(result), markup=False, highlight=False, soft_wrap=True)
+        self._console.print(_line(result))
         return result
 
     def steps_per_epoch(self, run: Run) -> int:

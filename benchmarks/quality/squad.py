@@ -174,21 +174,27 @@ def prepare(task: Task, splits: Splits[Question], tokenizer: Any, max_tokens: in
     def figures(predictions: list[str]) -> dict[str, float]:
         return metrics.answers(predictions, answers, may_be_empty=task.name == _UNANSWERABLE)
 
-    def score(outputs: Any, _: Any) -> Mapping[str, float]:
-        starts, ends = (np.asarray(logits, dtype=np.float64) for logits in outputs)
-        return figures(_predictions(task, splits.dev, windows, starts, ends))
+    def score(logits: list[tuple[_Array, _Array]]) -> Mapping[str, float]:
+        return figures(_predictions(task, splits.dev, windows, logits))
 
     return Prepared(
         train=train,
         evaluation=[feature for feature, _ in scored],
         collate=DataCollatorWithPadding(tokenizer),
+        reduce=_logits,
         score=score,
         constant_score=figures([""] * len(splits.dev)),
         outputs=2,
         digest=splits.digest,
-        label_names=("start_positions", "end_positions"),
-        reduce=lambda outputs, _: outputs[:2],  # start and end logits
     )
+
+
+def _logits(output: Any, features: Sequence[Feature]) -> list[tuple[_Array, _Array]]:
+    """The start and end logits of each window, with its padding."""
+    starts, ends = (
+        logits.double().cpu().numpy() for logits in (output.start_logits, output.end_logits)
+    )
+    return list(zip(starts, ends, strict=True))
 
 
 def _windows(
@@ -230,12 +236,15 @@ def _truncated(questions: list[str], tokenizer: Any, most: int) -> list[str]:
 
 
 def _predictions(
-    task: Task, questions: Sequence[Question], windows: list[_Window], starts: _Array, ends: _Array
+    task: Task,
+    questions: Sequence[Question],
+    windows: list[_Window],
+    logits: list[tuple[_Array, _Array]],
 ) -> list[str]:
     """The best span of each question; in v2.0 nothing, if `cls` scores higher in any window."""
     best = [(-np.inf, 0, 0)] * len(questions)
     none = [np.inf] * len(questions)
-    for window, start, end in zip(windows, starts, ends, strict=True):
+    for window, (start, end) in zip(windows, logits, strict=True):
         read = np.r_[0, window.first : window.first + len(window.offsets)]  # no padding
         if not np.isfinite(start[read] + end[read]).all():
             raise DivergedError("the start or end logits are not finite")

@@ -1,9 +1,8 @@
 """The questions that were asked, as tables of runs that anyone can repeat: see `studies.json`.
 
-A study has tasks, settings that all its runs share (fields of `Run`), and variants, the lines of
-its table: a method with its options, and the learning rates that are tried. The options state the
-initialization, so that a stored run names it even if the default changes. Equal runs of different
-studies are stored once.
+A study has tasks, settings that all its runs share, and variants, the lines of its table. The
+options of a variant state the initialization, so that a stored run names it even if the default
+changes. Equal runs of different studies are stored once.
 """
 
 from __future__ import annotations
@@ -20,12 +19,9 @@ from benchmarks.quality.runs import Run
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of a study's table.
+    """A method with its options, and the learning rates to choose from.
 
-    Attributes:
-        label: the line's name.
-        rates: the learning rates that are tried on a slice of train; a single one is used without
-            a search; None for the method's own candidates.
+    A single rate is used without a search; without rates the method has its own.
     """
 
     label: str
@@ -37,13 +33,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Study:
-    """A question, and the runs that answer it.
-
-    Attributes:
-        settings: what all its runs share.
-        paired: whether its variants differ only in rounding; their loss curves are then compared.
-        differences: pairs of labels whose difference is shown; by default DCFT minus LoRA r=1.
-    """
+    """A question, and the runs that answer it."""
 
     name: str
     question: str
@@ -51,18 +41,13 @@ class Study:
     tasks: tuple[str, ...]
     seeds: int
     settings: Run
-    paired: bool = False
-    differences: tuple[tuple[str, str], ...] = ()
+    paired: bool = False  # whether the variants differ only in rounding; their losses are compared
+    differences: tuple[tuple[str, str], ...] = ()  # labels; by default DCFT minus LoRA r=1
 
     def run(self, task: str, variant: Variant) -> Run:
         """A variant's run on a task, with the settings' seed and learning rate."""
-        return replace(
-            self.settings,
-            task=task,
-            method=variant.method,
-            options=dict(variant.options),
-            targets=variant.targets,
-        )
+        method, options, targets = variant.method, dict(variant.options), variant.targets
+        return replace(self.settings, task=task, method=method, options=options, targets=targets)
 
 
 def by_name(name: str) -> Study:
@@ -73,20 +58,16 @@ def by_name(name: str) -> Study:
 
 
 def _study(entry: Mapping[str, Any]) -> Study:
-    variants = (Variant(**{**line, "rates": tuple(line["rates"])}) for line in entry["variants"])
-    return Study(
-        **{
-            **entry,
-            "variants": tuple(variants),
-            "tasks": tuple(entry["tasks"]),
-            "settings": Run(task="", method="", **entry["settings"]),
-            "differences": tuple(map(tuple, entry.get("differences", ()))),
-        }
-    )
+    variants = [Variant(**{**line, "rates": tuple(line["rates"])}) for line in entry["variants"]]
+    parsed = {
+        "variants": tuple(variants),
+        "tasks": tuple(entry["tasks"]),
+        "settings": Run(task="", method="", **entry["settings"]),
+        "differences": tuple(map(tuple, entry.get("differences", ()))),
+    }
+    return Study(**{**entry, **parsed})
 
 
-_FILE = Path(__file__).with_name("studies.json")
-STUDIES: Mapping[str, Study] = {
-    entry["name"]: _study(entry) for entry in json.loads(_FILE.read_text(encoding="utf-8"))
-}
+_ENTRIES = json.loads(Path(__file__).with_name("studies.json").read_text(encoding="utf-8"))
+STUDIES: Mapping[str, Study] = {entry["name"]: _study(entry) for entry in _ENTRIES}
 """All studies by name."""

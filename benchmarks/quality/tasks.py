@@ -135,24 +135,22 @@ class Prepared:
         train: features in the order of the file.
         evaluation: features that are scored.
         collate: makes a batch of features.
-        score: the task's metrics, of the model's outputs on all of `evaluation` and their labels.
+        reduce: what `score` needs of the model's output on a batch, for each of its features.
+        score: the task's metrics, of what `reduce` gave for all of `evaluation`.
         constant_score: the metrics of the best answer that ignores the input: the most common
             class, the mean score, unigram frequencies.
         outputs: width of the head.
         digest: identifies the data.
-        label_names: the features that are labels.
-        reduce: reduces a batch's outputs to what `score` needs, where outputs are large.
     """
 
     train: Sequence[Feature]
     evaluation: Sequence[Feature]
     collate: Callable[[list[Feature]], Any]
-    score: Callable[[Any, Any], Mapping[str, float]]
+    reduce: Callable[[Any, Sequence[Feature]], list[Any]]
+    score: Callable[[list[Any]], Mapping[str, float]]
     constant_score: Mapping[str, float]
     outputs: int
     digest: str
-    label_names: tuple[str, ...] = ("labels",)
-    reduce: Callable[[Any, Any], Any] | None = None
 
 
 def spread(items: Sequence[_Item], size: int | None) -> Sequence[_Item]:

@@ -7,7 +7,7 @@ formed. The bias is not part of `W`. (IA)3, in `peft_methods`, scales the output
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ def bitfit(model: nn.Module, layers: Sequence[str], steps: int) -> Adapted:
 
 
 class SSLLinear(AdaptedLinear):
-    """`y = (x * d1) W^T + b` (equation 7 with `D2 = I`)."""
+    """SSL: `y = (x * d1) W^T + b` (equation 7 with `D2 = I`)."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__(base)
@@ -47,7 +47,7 @@ class SSLLinear(AdaptedLinear):
 
 
 class SSBLinear(AdaptedLinear):
-    """`y = ((x * d1) W^T) * d2 + b` (equation 7)."""
+    """SSB: `y = ((x * d1) W^T) * d2 + b` (equation 7)."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__(base)
@@ -59,7 +59,7 @@ class SSBLinear(AdaptedLinear):
 
 
 class SAMPARSERLinear(AdaptedLinear):
-    """`W = U diag(sigma) V` with `sigma` trained (equation 4).
+    """SAM-PARSER (Peng et al. 2024): `W = U diag(sigma) V` with `sigma` trained (equation 4).
 
     Computed as the base's output plus `x (U diag(sigma - sigma0) V)^T`: an SVD reproduces `W` only
     up to rounding, and this starts exactly at the base model.
@@ -95,16 +95,6 @@ def scaled_both_sides(W: Tensor, b: Tensor | None, x: Tensor, d1: Tensor, d2: Te
     return scaled.to(y.dtype)
 
 
-def ssl(model: nn.Module, layers: Sequence[str], steps: int) -> Adapted:
-    """SSL: scaled inputs, equation 7 of arXiv 2407.05417."""
-    return replace_each(model, layers, SSLLinear)
-
-
-def ssb(model: nn.Module, layers: Sequence[str], steps: int) -> Adapted:
-    """SSB: both sides scaled, equation 7 of arXiv 2407.05417."""
-    return replace_each(model, layers, SSBLinear)
-
-
-def sam_parser(model: nn.Module, layers: Sequence[str], steps: int) -> Adapted:
-    """SAM-PARSER (Peng et al. 2024): the singular values, equation 4 of arXiv 2407.05417."""
-    return replace_each(model, layers, SAMPARSERLinear)
+def each(kind: type[AdaptedLinear]) -> Callable[..., Adapted]:
+    """The method that replaces every layer by one of this kind."""
+    return lambda model, layers, steps: replace_each(model, layers, kind)

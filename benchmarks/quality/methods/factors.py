@@ -1,18 +1,18 @@
 """Methods with two new factors per layer: LoRA's relatives, and adapters with a nonlinearity.
 
-The factors `A` `[r, n]` and `B` `[m, r]` are the transposes of those in a paper that writes
-`x A B`. All methods start at the base model, and initialize as their published code does.
+`A` `[r, n]` and `B` `[m, r]` are the transposes of the factors in a paper's `x A B`; equations are
+those of arXiv 2407.05417. All methods start at the base model and initialize as published.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.quality.layers import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, with_role
+from benchmarks.quality.layers import with_role
 from benchmarks.quality.methods.adapted import Adapted, AdaptedLinear, replace_each
 from dcft_kernels import validation
 from dcft_kernels.nonlinearity import function_of
@@ -50,7 +50,11 @@ class LowRankLinear(Factored):
 
 
 class LoRAFALinear(LowRankLinear):
-    """LoRA with `A` frozen as it was drawn."""
+    """LoRA-FA (arXiv 2308.03303): LoRA with `A` frozen as it was drawn.
+
+    `peft.optimizers.create_lorafa_optimizer` also preconditions the gradient of `B`; here AdamW
+    trains it, like the factors of all other methods.
+    """
 
     def __init__(self, base: nn.Linear, r: int, alpha: float | None) -> None:
         super().__init__(base, r, alpha)
@@ -58,7 +62,7 @@ class LoRAFALinear(LowRankLinear):
 
 
 class SoRALinear(LowRankLinear):
-    """`DW = B diag(g) A` with the gate `g` drawn from N(0, 1)."""
+    """SoRA (Ding et al. 2023): `DW = B diag(g) A` with the gate `g` drawn from N(0, 1)."""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float | None) -> None:
         super().__init__(base, r, alpha)
@@ -70,7 +74,7 @@ class SoRALinear(LowRankLinear):
 
 
 class TriLoRALinear(LowRankLinear):
-    """`DW = B diag(D) A` with `D` zero and `B` random at the start."""
+    """TriLoRA (Feng et al. 2024), `A D B` with a diagonal `D` (equation 12), zero at the start."""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float | None) -> None:
         super().__init__(base, r, alpha)
@@ -82,7 +86,7 @@ class TriLoRALinear(LowRankLinear):
 
 
 class FLoRALinear(LowRankLinear):
-    """`DW = B G^T A` with `G` zero and the factors random at the start."""
+    """FLoRA (Si et al. 2024), `A G B` with any square `G` (equation 12), zero at the start."""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float | None) -> None:
         super().__init__(base, r, alpha)
@@ -94,39 +98,54 @@ class FLoRALinear(LowRankLinear):
         return h @ self.G
 
 
-class SerialAdapter(Factored):
-    """`z + h(z A^T) B^T` of the output `z = x W^T + b` (equation 22 of arXiv 2407.05417)."""
+class Bottleneck(Factored):
+    """A nonlinearity between the factors: `z -> h(z A^T) B^T`, without biases."""
+
+    def __init__(self, base: nn.Linear, features: int, r: int, activation: str) -> None:
+        super().__init__(base, features, r)
+        self.h = function_of(activation)
+
+    def increment(self, z: Tensor) -> Tensor:
+        """`h(z A^T) B^T`."""
+        return F.linear(self.h(F.linear(z, self.A)), self.B)
+
+
+class SerialAdapter(Bottleneck):
+    """`z + h(z A^T) B^T` of the output `z = x W^T + b` (equation 22)."""
 
     def __init__(self, base: nn.Linear, r: int, activation: str) -> None:
-        super().__init__(base, base.out_features, r)
-        self.h = function_of(activation)
+        super().__init__(base, base.out_features, r, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         z: Tensor = self.base(x)
-        return z + F.linear(self.h(F.linear(z, self.A)), self.B).to(z.dtype)
+        return z + self.increment(z).to(z.dtype)
 
 
-class ParallelAdapter(Factored):
-    """`x W^T + b + h(x A^T) B^T` (equation 25 of arXiv 2407.05417)."""
+class ParallelAdapter(Bottleneck):
+    """`x W^T + b + h(x A^T) B^T` (equation 25)."""
 
     def __init__(self, base: nn.Linear, r: int, activation: str) -> None:
-        super().__init__(base, base.in_features, r)
-        self.h = function_of(activation)
+        super().__init__(base, base.in_features, r, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        return y + F.linear(self.h(F.linear(x, self.A)), self.B).to(y.dtype)
+        return y + self.increment(x).to(y.dtype)
 
 
-def lora_fa(
-    model: nn.Module, layers: Sequence[str], steps: int, *, r: int = 1, alpha: float | None = None
-) -> Adapted:
-    """LoRA-FA (arXiv 2308.03303): LoRA with `A` frozen.
+def low_rank(kind: type[LowRankLinear], default_r: int) -> Callable[..., Adapted]:
+    """The method that replaces every layer by one of this kind."""
 
-    Not with `peft.optimizers.create_lorafa_optimizer`, which also preconditions the gradient of
-    `B`: the stored runs used AdamW, like those of all other methods.
-    """
-    return replace_each(model, layers, lambda layer: LoRAFALinear(layer, r, alpha))
+    def adapt(
+        model: nn.Module,
+        layers: Sequence[str],
+        steps: int,
+        *,
+        r: int = default_r,
+        alpha: float | None = None,
+    ) -> Adapted:
+        return replace_each(model, layers, lambda layer: kind(layer, r, alpha))
+
+    return adapt
 
 
 def sora(
@@ -138,7 +157,7 @@ def sora(
     alpha: float | None = None,
     threshold: float = 3e-4,
 ) -> Adapted:
-    """SoRA (Ding et al. 2023): gates, soft-thresholded by `threshold` after every step."""
+    """SoRA, whose gates are soft-thresholded by `threshold` after every step."""
     if validation.finite_number("threshold", threshold) < 0:
         raise ValueError(f"threshold: expected a number of at least 0, got {threshold}")
     adapted = replace_each(model, layers, lambda layer: SoRALinear(layer, r, alpha))
@@ -152,46 +171,27 @@ def sora(
     return adapted
 
 
-def trilora(
-    model: nn.Module, layers: Sequence[str], steps: int, *, r: int = 2, alpha: float | None = None
-) -> Adapted:
-    """TriLoRA (Feng et al. 2024), `A D B` with a diagonal `D`: equation 12 of arXiv 2407.05417."""
-    return replace_each(model, layers, lambda layer: TriLoRALinear(layer, r, alpha))
+def bottleneck(
+    kind: type[SerialAdapter] | type[ParallelAdapter],
+    default_r: int,
+    default_activation: str,
+    *roles: str,
+) -> Callable[..., Adapted]:
+    """The method that replaces the layers with these roles, or else every layer.
 
-
-def flora(
-    model: nn.Module, layers: Sequence[str], steps: int, *, r: int = 2, alpha: float | None = None
-) -> Adapted:
-    """FLoRA (Si et al. 2024), `A G B` with an arbitrary `G`: equation 12 of arXiv 2407.05417."""
-    return replace_each(model, layers, lambda layer: FLoRALinear(layer, r, alpha))
-
-
-def houlsby(
-    model: nn.Module, layers: Sequence[str], steps: int, *, r: int = 8, activation: str = "gelu"
-) -> Adapted:
-    """Adapters after the outputs of attention and feed-forward (Houlsby et al. 2019), equation 22.
-
-    Of `layers` only those outputs are adapted, before their dropout and the residual sum; without
-    biases and with frozen layer norms, as in section 4.3 of arXiv 2407.05417.
+    As in section 4.3 of arXiv 2407.05417 layer norms stay frozen, and serial adapters come before
+    dropout and the residual sum.
     """
-    names = with_role(layers, ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT)
-    return replace_each(model, names, lambda layer: SerialAdapter(layer, r, activation))
 
+    def adapt(
+        model: nn.Module,
+        layers: Sequence[str],
+        steps: int,
+        *,
+        r: int = default_r,
+        activation: str = default_activation,
+    ) -> Adapted:
+        names = with_role(layers, *roles) if roles else layers
+        return replace_each(model, names, lambda layer: kind(layer, r, activation))
 
-def pfeiffer(
-    model: nn.Module, layers: Sequence[str], steps: int, *, r: int = 16, activation: str = "relu"
-) -> Adapted:
-    """Adapters after the feed-forward's output only (Pfeiffer et al. 2020), equation 22."""
-    names = with_role(layers, FEED_FORWARD_OUTPUT)
-    return replace_each(model, names, lambda layer: SerialAdapter(layer, r, activation))
-
-
-def parallel_adapter(
-    model: nn.Module, layers: Sequence[str], steps: int, *, r: int = 1, activation: str = "gelu"
-) -> Adapted:
-    """An adapter parallel to every layer (He et al. 2021), equation 25 of arXiv 2407.05417.
-
-    LoRA with a nonlinearity. Not the paper's ReLU: at `r=1`, a unit that is off for all tokens
-    would never learn.
-    """
-    return replace_each(model, layers, lambda layer: ParallelAdapter(layer, r, activation))
+    return adapt

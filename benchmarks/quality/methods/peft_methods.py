@@ -47,17 +47,13 @@ def adalora(
     target_r: int = 1,
     init_r: int = 2,
     alpha: float | None = None,
-    init_share: float = 0.1,
-    final_share: float = 0.5,
-    beta1: float = 0.85,
-    beta2: float = 0.85,
     orthogonality: float = 0.5,
 ) -> Adapted:
     """AdaLoRA (Zhang et al. 2023): `DW = B diag(E) A`, whose rank is cut where it matters least.
 
-    Every layer has `init_r` ranks for the first `init_share` of the steps; then the budget falls,
-    until the last `final_share` of the steps, to `target_r` per layer on average. The penalty is
-    `orthogonality` times the mean over all `A` and `B` of `||A A^T - I||_F` and `||B^T B - I||_F`.
+    Every layer has `init_r` ranks for a tenth of the steps; then the budget falls, until half of the
+    steps are left, to `target_r` per layer on average. The penalty is `orthogonality` times the mean
+    over all `A` and `B` of `||A A^T - I||_F` and `||B^T B - I||_F`.
     The scaling is `alpha / init_r`; None is `alpha = init_r`.
     """
     from peft import AdaLoraConfig, AdaLoraModel
@@ -67,7 +63,7 @@ def adalora(
             f"target_r: expected less than init_r={init_r} and at least 2 steps to cut ranks in, "
             f"got {target_r} and {steps}"
         )
-    initial = int(init_share * steps)
+    initial = int(0.1 * steps)
     config = AdaLoraConfig(
         target_modules=_exactly(layers),
         target_r=target_r,
@@ -76,10 +72,8 @@ def adalora(
         total_step=steps,
         tinit=initial,
         # The last cut comes after the first one, which is not in the first step.
-        tfinal=min(int(final_share * steps), steps - max(initial + 1, 2)),
+        tfinal=min(steps // 2, steps - max(initial + 1, 2)),
         deltaT=max(1, steps // 1000),
-        beta1=beta1,
-        beta2=beta2,
         orth_reg_weight=orthogonality,
     )
     tuner = AdaLoraModel(model, config, _ADAPTER)
