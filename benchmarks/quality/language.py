@@ -17,15 +17,11 @@ from benchmarks.quality.tasks import Feature, Prepared, spread
 _SCORED_SHARE = 0.1
 
 
-def read_text(data: Path | None) -> str:
+def read_text(data: Path) -> str:
     """The text of a file, or of the only .txt file of a folder."""
-    if data is None:
-        raise QualityError("--data: expected a text file, or a folder with one, got nothing")
     files = sorted(data.glob("*.txt")) if data.is_dir() else [data]
     if len(files) != 1 or not files[0].is_file():
-        raise QualityError(
-            f"--data: expected a text file, or a folder with one .txt file, got {data}"
-        )
+        raise QualityError(f"--data: expected a text file, or a folder with one .txt, got {data}")
     try:
         return files[0].read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -8,57 +8,30 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
-from benchmarks.quality import plots
 from benchmarks.quality.errors import QualityError
 from benchmarks.quality.found import Cell, Found, Stored
 from benchmarks.quality.metrics import LOWER_IS_BETTER
 from benchmarks.quality.runs import FILE, FOLDER, read
-from benchmarks.quality.studies import STUDIES, Study, Variant
+from benchmarks.quality.studies import STUDIES, Variant
 from benchmarks.tables import table
 
 REPORT = "report.md"
 NONE = "-"
 
-_INTRODUCTION = """\
-# Learning quality
-
-Written by `python -m benchmarks.quality.report`; do not edit. A pretrained model is fine-tuned on \
-real tasks with DCFT and with other methods, and scored on the dev split by the task's official \
-metric.
-
-From [`{file}`]({file}), {count} runs: {provenance}. {others} more do not belong to a study.
-
-Data by digest: {digests}.
-
-Values are the mean over seeds ± the sample standard deviation. The best value of a task is bold. \
-The constant answer is the best that ignores the input. Parameters are a method's own, without the \
-task's head, which every method trains. `-` was not run. Curves are means over seeds. Seconds are \
-what a run took here, while other work ran on the machine: equal runs differ by up to a factor of \
-two.
-
-A method's learning rate is chosen per task: each candidate is scored with seed 0 on a slice of \
-the training split that these trials do not train on. The dev split is never used for it. † marks \
-a rate that is the highest or the lowest candidate. Every trial is under \
-[Learning rates](#learning-rates). If a study states a single rate, there is no search.
-
-To repeat: `python -m benchmarks.quality --study NAME --data DIR`, where NAME is one of {names} \
-and DIR holds the tasks' files (for `language` one .txt file); stored runs are not repeated \
-(`--results FOLDER` stores elsewhere). A seed determines the new head, the method's random numbers \
-and the order of the batches, so all methods see the same batches."""
 _DIFFERENCES = "Differences, paired by seed: mean ± standard error."
 _PAIRED = (
     "The same runs with different arithmetic: the largest difference over all seeds, of the loss "
     "at any stored point (rounded to 8 decimals) and of the final metric (not in percent)."
 )
-_TRIALS = """\
-## Learning rates
-
-Scores on the slice of the training split; the chosen rate is bold. Seed 0 only, so a choice \
-between close rates is a matter of chance."""
+_TRIALS = (
+    "Scores on the slice of the training split; the chosen rate is bold. Seed 0 only, so a choice "
+    "between close rates is a matter of chance."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,20 +60,15 @@ def write(results: Path, out: Path) -> None:
             "`python -m benchmarks.quality --study NAME --data DIR` makes some"
         )
     out.mkdir(parents=True, exist_ok=True)
+    parts = [_introduction(found, stored, Path(os.path.relpath(results / FILE, out)).as_posix())]
     for one in found:
-        plots.curves(one, out / _plot(one.study))
-    file = os.path.relpath(results / FILE, out).replace(os.sep, "/")
-    parts = [_introduction(found, stored, file)]
-    for one in found:
+        draw_losses(one, out / f"{one.study.name}_curves.png")
         parts += _study(one)
     trials = [(one.study.name, trials_table(one)) for one in found]
-    parts += [_TRIALS, *(f"### Study `{name}`\n\n{shown}" for name, shown in trials if shown)]
+    parts += ["## Learning rates", _TRIALS]
+    parts += [f"### Study `{name}`\n\n{shown}" for name, shown in trials if shown]
     (out / REPORT).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print(f"wrote {out / REPORT} and {len(found)} plots")
-
-
-def _plot(study: Study) -> str:
-    return f"{study.name}_curves.png"
 
 
 def _introduction(found: Sequence[Found], stored: Stored, file: str) -> str:
@@ -114,7 +82,8 @@ def _introduction(found: Sequence[Found], stored: Stored, file: str) -> str:
         f"model {_distinct(result.run.model for result in used)}",
         f"{days[0]} to {days[-1]}",
     ]
-    return _INTRODUCTION.format(
+    template = Path(__file__).with_name("report_introduction.md").read_text(encoding="utf-8")
+    return template.strip().format(
         file=file,
         count=len(used),
         others=len(stored.results) - len(used),
@@ -142,7 +111,7 @@ def _study(found: Found) -> list[str]:
         parts.append(f"{_DIFFERENCES}\n\n{differences}")
     if study.paired and (paired := paired_table(found)):
         parts.append(f"{_PAIRED}\n\n{paired}")
-    return [*parts, f"![Learning curves]({_plot(study)})"]
+    return [*parts, f"![Learning curves]({study.name}_curves.png)"]
 
 
 def results_table(found: Found) -> str:
@@ -207,34 +176,24 @@ def _with_error(
     return f"{_figure(metric, fmean(values), sign)}{error}{seeds}"
 
 
-def _by_task(found: Found, head: str, lines: Iterable[list[str]]) -> str:
+def _by_task(found: Found, head: str, lines: Sequence[tuple[str, Callable[[str], str]]]) -> str:
     """A table with a column per task, without empty lines; "" if all are empty."""
-    shown = [line for line in lines if any(cell != NONE for cell in line[1:])]
+    filled = [[label, *map(cell_of, found.study.tasks)] for label, cell_of in lines]
+    shown = [line for line in filled if any(cell != NONE for cell in line[1:])]
     return table([head, *_titles(found)], shown) if shown else ""
 
 
 def difference_table(found: Found) -> str:
     """The study's differences, paired by seed: those it names, or DCFT minus LoRA r=1."""
-    by_label = {variant.label: variant for variant in found.study.variants}
-    compared = [(by_label[one], by_label[other]) for one, other in found.study.differences]
-    lora = by_label.get("LoRA r=1")
-    if not compared and lora:
-        compared = [(v, lora) for v in found.study.variants if plots.is_dcft(v)]
-    return _by_task(
-        found,
-        "difference",
-        (
-            [
-                f"{one.label} − {other.label}",
-                *(_difference(found, one, other, t) for t in found.study.tasks),
-            ]
-            for one, other in compared
-        ),
-    )
+    lora = [variant.label for variant in found.study.variants if variant.label == "LoRA r=1"]
+    dcft = [variant.label for variant in found.study.variants if is_dcft(variant)]
+    pairs = found.study.differences or [(one, other) for one in dcft for other in lora]
+    lines = [(f"{one} − {two}", partial(_difference, found, one, two)) for one, two in pairs]
+    return _by_task(found, "difference", lines)
 
 
-def _difference(found: Found, one: Variant, other: Variant, task: str) -> str:
-    ours, theirs = found.cell(one, task).values, found.cell(other, task).values
+def _difference(found: Found, one: str, other: str, task: str) -> str:
+    ours, theirs = found.cells[one, task].values, found.cells[other, task].values
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     if not differences:
         return NONE
@@ -243,15 +202,12 @@ def _difference(found: Found, one: Variant, other: Variant, task: str) -> str:
 
 def trials_table(found: Found) -> str:
     """Every candidate's score on the slice of train, the chosen one bold; "" without trials."""
-    tasks = found.study.tasks
-    lines = (
-        [v.label, *(_trials(found.cell(v, task)) for task in tasks)] for v in found.study.variants
-    )
+    lines = [(v.label, partial(_trials, found, v)) for v in found.study.variants]
     return _by_task(found, "rate → score", lines)
 
 
-def _trials(cell: Cell) -> str:
-    shown = []
+def _trials(found: Found, variant: Variant, task: str) -> str:
+    cell, shown = found.cell(variant, task), []
     for trial in cell.trials:
         rate = trial.run.learning_rate
         score = "failed" if trial.value is None else _figure(trial.metric, trial.value)
@@ -267,29 +223,111 @@ def paired_table(found: Found) -> str:
     for (label, task), cell in found.cells.items():
         others = {r.run.seed: r for r in found.cell(reference, task).results}
         pairs = [(r, others[r.run.seed]) for r in cell.results if r.run.seed in others]
-        if label == reference.label or not pairs:
-            continue
-        losses = [
-            (loss, other)
-            for one, two in pairs
-            for (_, loss), (_, other) in zip(one.loss_curve, two.loss_curve, strict=False)
-        ]
-        values = [
-            (a.value, b.value) for a, b in pairs if a.value is not None and b.value is not None
-        ]
-        name = f"{label} − {reference.label}, {task}"
-        lines.append([name, str(len(pairs)), *_largest(losses), *_largest(values)])
+        if pairs and label != reference.label:
+            losses = [p for a, b in pairs for p in zip(a.loss_curve, b.loss_curve, strict=False)]
+            largest = _largest([(loss, other) for (_, loss), (_, other) in losses])
+            largest += _largest([(a.value or 0.0, b.value or 0.0) for a, b in pairs])
+            lines.append([f"{label} − {reference.label}, {task}", str(len(pairs)), *largest])
     heads = ["difference", "seeds", "loss", "loss, relative", "metric", "metric, relative"]
     return table(heads, lines) if lines else ""
 
 
 def _largest(pairs: Sequence[tuple[float, float]]) -> list[str]:
     """The largest absolute and relative difference."""
-    absolute = max((abs(value - other) for value, other in pairs), default=0.0)
-    relative = max(
-        (abs(value - other) / abs(other) for value, other in pairs if other), default=0.0
-    )
+    absolute = max(abs(value - other) for value, other in pairs)
+    relative = max(abs(value - other) / abs(other) if other else 0.0 for value, other in pairs)
     return [f"{number:.1e}" if number else "0" for number in (absolute, relative)]
+
+
+# Plots
+
+MOST_LINES = 8
+"""More of them cannot be told apart."""
+
+SMOOTHED_OVER = 5
+"""Stored points."""
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, with grey for yellow; the
+# first colour is the first DCFT's.
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#999999")
+_YARDSTICKS = ("lora", "full", "head")
+
+Curve = Sequence[tuple[int, float]]
+
+
+def is_dcft(variant: Variant) -> bool:
+    """Whether a variant is DCFT, alone or combined."""
+    return "dcft" in variant.method.split("_")
+
+
+def draw_losses(found: Found, path: Path) -> None:
+    """Draw the training loss of a study's main variants, a panel for each task."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure  # draws with Agg, whatever the backend
+
+    lines = main_lines(found)
+    colours = {variant.label: colour for variant, colour in zip(lines, _COLOURS, strict=False)}
+    across = len(found.study.tasks)
+    with mpl.rc_context({"font.size": 9, "figure.labelsize": 9, "axes.titlesize": 9}):
+        figure = Figure(figsize=(max(6.6, 1.0 + 3.3 * across), 4.0), layout="constrained")
+        panels = figure.subplots(1, across, squeeze=False)[0]
+        handles = {}
+        for task, axes in zip(found.study.tasks, panels, strict=True):
+            axes.set_title(task, loc="left", fontweight="bold")
+            axes.set_xlim(0, found.study.settings.steps * 1.02)
+            axes.grid(axis="y", alpha=0.25, linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+            for variant in lines:
+                if curve := smooth(_mean_loss(found, variant, task)):
+                    x, y = zip(*curve, strict=True)
+                    (handle,) = axes.plot(x, y, color=colours[variant.label], linewidth=1.3)
+                    handles[variant.label] = handle
+        panels[0].set_ylabel("training loss")
+        caption = f"steps\nmean over seeds, smoothed over {SMOOTHED_OVER} stored points"
+        if len(lines) == MOST_LINES:
+            caption += "; DCFT, LoRA and the best of the others"
+        figure.supxlabel(caption, fontsize=8)
+        figure.legend(
+            handles.values(),
+            handles,
+            loc="outside upper center",
+            ncols=3,
+            frameon=False,
+            fontsize=8,
+        )
+        figure.savefig(path, dpi=150)
+
+
+def main_lines(found: Found) -> list[Variant]:
+    """At most `MOST_LINES` variants: DCFT, what it is compared with, the best on the first task."""
+    task = found.study.tasks[0]
+    sign = 1 if found.metric(task) in LOWER_IS_BETTER else -1
+
+    def order(variant: Variant) -> tuple[bool, bool, float]:
+        mean = found.cell(variant, task).mean
+        worst = float("inf") if mean is None else sign * mean
+        return (not is_dcft(variant), variant.method not in _YARDSTICKS, worst)
+
+    return sorted(found.study.variants, key=order)[:MOST_LINES]
+
+
+def _mean_loss(found: Found, variant: Variant, task: str) -> Curve:
+    """The mean over the seeds that finished."""
+    results = [r for r in found.cell(variant, task).results if r.value is not None]
+    return [
+        (step, fmean(curve[place][1] for curve in (r.loss_curve for r in results)))
+        for place, (step, _) in enumerate(results[0].loss_curve if results else ())
+    ]
+
+
+def smooth(curve: Curve) -> Curve:
+    """The mean of each point and its neighbours, equally many on both sides."""
+    smoothed = []
+    for place, (step, _) in enumerate(curve):
+        reach = min(SMOOTHED_OVER // 2, place, len(curve) - 1 - place)
+        near = [value for _, value in curve[place - reach : place + reach + 1]]
+        smoothed.append((step, fmean(near)))
+    return smoothed
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ from rich.progress import Progress
 from benchmarks.quality import errors, language, sentences, squad, tasks, training
 from benchmarks.quality.errors import QualityError
 from benchmarks.quality.found import best_of
-from benchmarks.quality.layers import TARGETS
 from benchmarks.quality.methods.table import by_name
-from benchmarks.quality.pretrained import load_tokenizer
+from benchmarks.quality.models import TARGETS, load_tokenizer
 from benchmarks.quality.runs import SLICE, Result, Run, Store
 from benchmarks.quality.studies import Study, Variant
 from benchmarks.quality.tasks import Prepared, Task, spread
@@ -43,9 +42,8 @@ class Session:
             for variant in study.variants:
                 run = study.run(task, variant)
                 rate = self._learning_rate(run, variant, study.name)
-                for seed in range(0 if rate is None else study.seeds):
-                    seeded = dataclasses.replace(run, learning_rate=rate, seed=seed)
-                    self.result(seeded, study.name)
+                for seed in range(study.seeds) if rate else ():
+                    self.result(dataclasses.replace(run, learning_rate=rate, seed=seed), study.name)
 
     def _check(self, study: Study) -> None:
         """Report mistakes in any line before the first one is trained."""
@@ -56,16 +54,16 @@ class Session:
             for name in study.tasks:
                 self._prepare(study.run(name, variant))
 
-    def _learning_rate(self, run: Run, variant: Variant, study: str) -> float | None:
+    def _learning_rate(self, run: Run, variant: Variant, study: str) -> float:
         """The only rate, or the best on a slice of the training split, which those trials leave
-        out; the dev split is not used. None if all trials diverge."""
+        out; the dev split is not used. 0 if all trials diverge."""
         rates = variant.rates or by_name(variant.method).learning_rates
         if len(rates) == 1:
             return rates[0]
         trial = dataclasses.replace(run, scored=SLICE, scored_size=_SLICE_SIZE, evaluations=1)
         trials = [dataclasses.replace(trial, learning_rate=rate) for rate in rates]
         best = best_of([self.result(trial, study) for trial in trials])
-        return None if best is None else best.run.learning_rate
+        return 0.0 if best is None else best.run.learning_rate
 
     def result(self, run: Run, study: str) -> Result:
         """The stored result of a run, or a new one, which is stored."""
@@ -87,15 +85,20 @@ class Session:
         return math.ceil(len(spread(train, run.train_size)) / run.batch_size)
 
     def _prepare(self, run: Run) -> tuple[Task, Prepared]:
-        is_folder = run.task not in tasks.TASKS and Path(run.task).is_dir()
-        task = sentences.own_task(Path(run.task)) if is_folder else tasks.by_name(run.task)
+        data = self._data
+        if run.task not in tasks.TASKS and Path(run.task).is_dir():
+            data = Path(run.task)
+            task = sentences.own_task(data)
+        else:
+            task = tasks.by_name(run.task)
+        if data is None:
+            raise QualityError(f"--data: expected the folder or file of {task.name}, got nothing")
         key = (run.task, run.scored, run.scored_size, run.model, run.max_tokens)
         if key not in self._prepared:
-            data = Path(run.task) if is_folder else self._data
             self._prepared[key] = self._read(run, task, data)
         return task, self._prepared[key]
 
-    def _read(self, run: Run, task: Task, data: Path | None) -> Prepared:
+    def _read(self, run: Run, task: Task, data: Path) -> Prepared:
         if run.model not in self._tokenizers:
             self._tokenizers[run.model] = load_tokenizer(run.model)
         tokenizer = self._tokenizers[run.model]
@@ -105,16 +108,14 @@ class Session:
             raise QualityError(
                 f"--max-tokens: {run.model} reads at most {longest} tokens, got {run.max_tokens}"
             )
-        in_slice = run.scored == SLICE
+        in_slice, size = run.scored == SLICE, run.scored_size
         if task.kind == "language":
             text = language.read_text(data)
-            return language.prepare(
-                text, tokenizer, max_tokens, run.scored_size, slice_of_train=in_slice
-            )
+            return language.prepare(text, tokenizer, max_tokens, size, slice_of_train=in_slice)
         reader: Any = squad if task.kind == "answers" else sentences
         splits = reader.read(task, data)
         splits = reader.slice_of_train(splits) if in_slice else splits
-        splits = dataclasses.replace(splits, dev=spread(splits.dev, run.scored_size))
+        splits = dataclasses.replace(splits, dev=spread(splits.dev, size))
         prepared: Prepared = reader.prepare(task, splits, tokenizer, max_tokens)
         return prepared
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.quality import metrics, tasks
+from benchmarks.quality import metrics
 from benchmarks.quality.errors import DivergedError, QualityError
 from benchmarks.quality.tasks import Feature, Prepared, Splits, Task
 
@@ -33,6 +33,7 @@ _SHARE = 3
 _CHUNK = 256  # questions that are tokenized together
 
 _Array = npt.NDArray[Any]
+_Logits = tuple[_Array, _Array]  # start and end, of every token
 
 
 class Answer(NamedTuple):
@@ -51,26 +52,22 @@ class Question(NamedTuple):
     answers: tuple[Answer, ...]
 
 
-def read(task: Task, folder: Path | None) -> Splits[Question]:
-    """Both splits from the official files of a folder, or without one from the hub."""
-    if folder is None:
-        train, dev = (_from_hub(task, split) for split in ("train", task.dev_split))
-    else:
-        place = folder / task.name if (folder / task.name).is_dir() else folder
-        version = _VERSIONS[task.name]
-        train, dev = (_from_file(place / f"{s}-{version}.json") for s in ("train", "dev"))
+def read(task: Task, folder: Path) -> Splits[Question]:
+    """Both splits from the official files of a folder."""
+    place = folder / task.name if (folder / task.name).is_dir() else folder
+    version = _VERSIONS[task.name]
+    train, dev = (_questions(task, place / f"{s}-{version}.json") for s in ("train", "dev"))
     digest = hashlib.sha256()
-    for name, questions in (("train", train), ("dev", dev)):
-        _check_answers(task, name, questions)
+    for questions in (train, dev):
         for question in questions:
             digest.update(repr(question).encode())
         digest.update(b"\n")
     return Splits(train, dev, digest.hexdigest()[:12])
 
 
-def _from_file(path: Path) -> list[Question]:
+def _questions(task: Task, path: Path) -> list[Question]:
     try:
-        return [
+        questions = [
             Question(article["title"], paragraph["context"], asked["question"], answers)
             for article in json.loads(path.read_text(encoding="utf-8"))["data"]
             for paragraph in article["paragraphs"]
@@ -81,22 +78,8 @@ def _from_file(path: Path) -> list[Question]:
         raise QualityError(
             f"--data: expected SQuAD's official file at {path}; reading it failed with {error!r}"
         ) from None
-
-
-def _from_hub(task: Task, split: str) -> list[Question]:
-    found = []
-    for row in tasks.read_hub(task, split):
-        columns = (row["answers"][name] for name in ("text", "answer_start"))
-        answers = tuple(map(Answer, *columns))
-        found.append(Question(row["title"], row["context"], row["question"], answers))
-    return found
-
-
-def _check_answers(task: Task, split: str, questions: list[Question]) -> None:
-    if not questions:
-        raise QualityError(f"--data: the {split} split of {task.name} holds no questions")
     for question in questions:
-        where = f"--data: {task.name}, {split}: the question {question.text!r}"
+        where = f"--data: {path}: the question {question.text!r}"
         if not question.answers and task.name != _UNANSWERABLE:
             raise QualityError(f"{where} has no answer; expected --task {_UNANSWERABLE}")
         for text, start in question.answers:
@@ -105,6 +88,7 @@ def _check_answers(task: Task, split: str, questions: list[Question]) -> None:
                 raise QualityError(
                     f"{where}: expected the answer {text!r} at answer_start {start}, got {there!r}"
                 )
+    return questions
 
 
 def slice_of_train(splits: Splits[Question]) -> Splits[Question]:
@@ -168,33 +152,27 @@ def prepare(task: Task, splits: Splits[Question], tokenizer: Any, max_tokens: in
     scored = list(_windows(splits.dev, tokenizer, max_tokens))
     scored.sort(key=lambda pair: len(pair[0]["input_ids"]))
     windows = [window for _, window in scored]
-
     answers = [[answer.text for answer in question.answers] for question in splits.dev]
 
     def figures(predictions: list[str]) -> dict[str, float]:
         return metrics.answers(predictions, answers, may_be_empty=task.name == _UNANSWERABLE)
-
-    def score(logits: list[tuple[_Array, _Array]]) -> Mapping[str, float]:
-        return figures(_predictions(task, splits.dev, windows, logits))
 
     return Prepared(
         train=train,
         evaluation=[feature for feature, _ in scored],
         collate=DataCollatorWithPadding(tokenizer),
         reduce=_logits,
-        score=score,
+        score=lambda logits: figures(_predictions(task, splits.dev, windows, logits)),
         constant_score=figures([""] * len(splits.dev)),
         outputs=2,
         digest=splits.digest,
     )
 
 
-def _logits(output: Any, features: Sequence[Feature]) -> list[tuple[_Array, _Array]]:
+def _logits(output: Any, features: Sequence[Feature]) -> list[_Logits]:
     """The start and end logits of each window, with its padding."""
-    starts, ends = (
-        logits.double().cpu().numpy() for logits in (output.start_logits, output.end_logits)
-    )
-    return list(zip(starts, ends, strict=True))
+    starts, ends = output.start_logits.double(), output.end_logits.double()
+    return list(zip(starts.cpu().numpy(), ends.cpu().numpy(), strict=True))
 
 
 def _windows(
@@ -236,10 +214,7 @@ def _truncated(questions: list[str], tokenizer: Any, most: int) -> list[str]:
 
 
 def _predictions(
-    task: Task,
-    questions: Sequence[Question],
-    windows: list[_Window],
-    logits: list[tuple[_Array, _Array]],
+    task: Task, questions: Sequence[Question], windows: list[_Window], logits: list[_Logits]
 ) -> list[str]:
     """The best span of each question; in v2.0 nothing, if `cls` scores higher in any window."""
     best = [(-np.inf, 0, 0)] * len(questions)

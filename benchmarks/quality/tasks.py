@@ -1,41 +1,27 @@
-"""The tasks by name, and what training needs of a task that was prepared for a model."""
+"""The tasks by name, their splits, and what training needs of a task."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Generic, Literal, TypeVar
 
 from benchmarks.quality import errors
-from benchmarks.quality.errors import QualityError
 
-Kind = Literal["classification", "regression", "answers", "language"]
 Feature = dict[str, Any]
-_Item = TypeVar("_Item")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task.
-
-    Attributes:
-        columns: the hub's columns with an example's texts.
-        metrics: the official metrics, the one that is compared first.
-        labels: the names of the classes.
-        max_tokens: where texts are truncated.
-        hub: the dataset's name and configuration on the Hugging Face hub.
-        dev_split: the hub's name of the split that is scored.
-    """
+    """A task; the first of its metrics is the one that is compared."""
 
     name: str
-    kind: Kind
-    columns: tuple[str, ...]
-    metrics: tuple[str, ...]
-    labels: tuple[str, ...] = ()
-    max_tokens: int = 128
-    hub: tuple[str, ...] = ()
-    dev_split: str = "validation"
+    kind: Literal["classification", "regression", "answers", "language"]
+    metrics: tuple[str, ...] = ("accuracy",)
+    classes: int = 0
+    sentences: int = 2  # per example
+    max_tokens: int = 128  # where texts are truncated
 
     @property
     def metric(self) -> str:
@@ -43,45 +29,22 @@ class Task:
         return self.metrics[0]
 
 
-_PAIR = ("sentence1", "sentence2")
-_ENTAILS = ("entailment", "not_entailment")
-_SAME = ("not_equivalent", "equivalent")
-_ACCURACY = ("accuracy",)
-
-
-def _glue(
-    name: str,
-    columns: tuple[str, ...],
-    labels: tuple[str, ...],
-    metrics: tuple[str, ...] = _ACCURACY,
-    max_tokens: int = 128,
-    dev_split: str = "validation",
-) -> Task:
-    kind: Kind = "classification" if labels else "regression"
-    return Task(name, kind, columns, metrics, labels, max_tokens, ("glue", name), dev_split)
-
-
-def _squad(name: str) -> Task:
-    columns, metrics = ("question", "context"), ("f1", "exact")
-    return Task(name, "answers", columns, metrics, max_tokens=384, hub=(name,))
-
-
-_MNLI = ("entailment", "neutral", "contradiction")
+_CLASSES: Literal["classification"] = "classification"
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        _glue("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews", "accuracy"), 64),
-        _glue("sst2", ("sentence",), ("negative", "positive"), max_tokens=64),
-        _glue("mrpc", _PAIR, _SAME, ("accuracy", "f1")),
-        _glue("qqp", ("question1", "question2"), _SAME, ("accuracy", "f1")),
-        _glue("stsb", _PAIR, (), ("pearson",)),
-        _glue("mnli", ("premise", "hypothesis"), _MNLI, dev_split="validation_matched"),
-        _glue("qnli", ("question", "sentence"), _ENTAILS, max_tokens=256),
-        _glue("rte", _PAIR, _ENTAILS, max_tokens=256),
-        _glue("wnli", _PAIR, _ENTAILS[::-1]),
-        _squad("squad"),
-        _squad("squad_v2"),
-        Task("shakespeare", "language", ("text",), ("perplexity",)),
+        Task("cola", _CLASSES, ("matthews", "accuracy"), 2, sentences=1, max_tokens=64),
+        Task("sst2", _CLASSES, classes=2, sentences=1, max_tokens=64),
+        Task("mrpc", _CLASSES, ("accuracy", "f1"), 2),
+        Task("qqp", _CLASSES, ("accuracy", "f1"), 2),
+        Task("stsb", "regression", ("pearson",)),
+        Task("mnli", _CLASSES, classes=3),
+        Task("qnli", _CLASSES, classes=2, max_tokens=256),
+        Task("rte", _CLASSES, classes=2, max_tokens=256),
+        Task("wnli", _CLASSES, classes=2),
+        Task("squad", "answers", ("f1", "exact"), max_tokens=384),
+        Task("squad_v2", "answers", ("f1", "exact"), max_tokens=384),
+        Task("shakespeare", "language", ("perplexity",)),
     )
 }
 
@@ -95,32 +58,15 @@ def by_name(name: str) -> Task:
     return TASKS[known[plain]]
 
 
-def read_hub(task: Task, split: str) -> Any:
-    """The rows of a split from the Hugging Face hub, which needs the package `datasets`."""
-    try:
-        load_dataset = import_module("datasets").load_dataset
-    except ImportError:
-        raise QualityError(
-            f"--data: expected a folder with the files of {task.name}, got nothing; to read it "
-            "from the Hugging Face hub instead: pip install datasets"
-        ) from None
-    try:
-        return load_dataset(*task.hub, split=split)
-    except Exception as error:
-        raise QualityError(
-            f"--data: {task.name} could not be read from the hub: {error}; pass a folder"
-        ) from error
-
-
 @dataclass(frozen=True)
-class Splits(Generic[_Item]):
+class Splits(Generic[Item]):
     """A task's examples; `digest` identifies the files, whatever is left out afterwards."""
 
-    train: Sequence[_Item]
-    dev: Sequence[_Item]
+    train: Sequence[Item]
+    dev: Sequence[Item]
     digest: str
 
-    def hold_out(self, held: Sequence[bool]) -> Splits[_Item]:
+    def hold_out(self, held: Sequence[bool]) -> Splits[Item]:
         """The marked training examples take the place of the dev split, which is not used."""
         train = [item for item, out in zip(self.train, held, strict=True) if not out]
         dev = [item for item, out in zip(self.train, held, strict=True) if out]
@@ -129,31 +75,22 @@ class Splits(Generic[_Item]):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task that was prepared for a model.
+    """A task that was prepared for a model."""
 
-    Attributes:
-        train: features in the order of the file.
-        evaluation: features that are scored.
-        collate: makes a batch of features.
-        reduce: what `score` needs of the model's output on a batch, for each of its features.
-        score: the task's metrics, of what `reduce` gave for all of `evaluation`.
-        constant_score: the metrics of the best answer that ignores the input: the most common
-            class, the mean score, unigram frequencies.
-        outputs: width of the head.
-        digest: identifies the data.
-    """
-
-    train: Sequence[Feature]
-    evaluation: Sequence[Feature]
+    train: Sequence[Feature]  # in the order of the file
+    evaluation: Sequence[Feature]  # what is scored
     collate: Callable[[list[Feature]], Any]
+    # What `score` needs of the model's output on a batch, for each of its features ...
     reduce: Callable[[Any, Sequence[Feature]], list[Any]]
+    # ... and the task's metrics, of all of `evaluation`.
     score: Callable[[list[Any]], Mapping[str, float]]
+    # The metrics of the best answer that ignores the input: the most common class, the mean.
     constant_score: Mapping[str, float]
-    outputs: int
+    outputs: int  # width of the head
     digest: str
 
 
-def spread(items: Sequence[_Item], size: int | None) -> Sequence[_Item]:
+def spread(items: Sequence[Item], size: int | None) -> Sequence[Item]:
     """At most `size` items, spread evenly over the sequence."""
     if size is None or size >= len(items):
         return items

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.environment import ROOT, commit, describe
 from benchmarks.quality.errors import DivergedError, QualityError
-from benchmarks.quality.layers import find_layers
-from benchmarks.quality.methods.adapted import Adapted, Method
-from benchmarks.quality.pretrained import head_parameters, load_model
+from benchmarks.quality.methods import Adapted, Method
+from benchmarks.quality.models import find_layers, head_parameters, load_model
 from benchmarks.quality.runs import Result, Run
-from benchmarks.quality.tasks import Prepared, Task, spread
+from benchmarks.quality.tasks import Feature, Prepared, Task, spread
 
 CHECKPOINTS = ROOT / "outputs" / "quality"
 
@@ -31,17 +27,6 @@ _EVALUATION_BATCH = 64
 _MAX_GRADIENT_NORM = 1.0
 _CURVE_POINTS = 50
 _POOL_BATCHES = 16  # batches of similar length are cut from random pools of this many
-
-
-@dataclass
-class _Progress:
-    """How far a run has come; `values` are the task's metrics at the last evaluation."""
-
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    values: dict[str, float] = field(default_factory=dict)
-    value_curve: list[tuple[int, float]] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 def train(
@@ -79,21 +64,21 @@ def train(
     groups = [{"params": parameters, "lr": rate} for parameters, rate in rates if parameters]
     # Code of another commit would not continue the same run.
     folder = CHECKPOINTS / f"{run.key()}-{prepared.digest}-{commit(ROOT)}"
+    training = _Training(run, adapted, prepared, groups, folder / "checkpoint.pt")
     outcome: dict[str, Any]
     try:
-        done = _fit(run, adapted, prepared, groups, folder / "checkpoint.pt", on_step)
-    except DivergedError as error:
-        outcome = {"error": f"{error}; a lower --lr may help (it was {run.learning_rate:g})"}
-    else:
+        training.fit(on_step)
         outcome = {
-            "value": done.values[task.metric],
-            "values": done.values,
+            "value": training.values[task.metric],
+            "values": training.values,
             "trainable_parameters": sum(p.numel() for p in own),
             "head_parameters": sum(p.numel() for p in head),
-            "loss_curve": _curve(done.losses),
-            "value_curve": done.value_curve,
-            "seconds": round(done.seconds, 2),
+            "loss_curve": _curve(training.losses),
+            "value_curve": training.value_curve,
+            "seconds": round(training.seconds, 2),
         }
+    except DivergedError as error:
+        outcome = {"error": f"{error}; a lower --lr may help (it was {run.learning_rate:g})"}
     shutil.rmtree(folder, ignore_errors=True)
     environment = describe("cuda" if torch.cuda.is_available() else "cpu")
     packages = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -112,119 +97,122 @@ def train(
     )
 
 
-def _fit(
-    run: Run,
-    adapted: Adapted,
-    prepared: Prepared,
-    groups: list[dict[str, Any]],
-    checkpoint: Path,
-    on_step: Callable[[], object],
-) -> _Progress:
-    """Train and score; without parameter groups, only score."""
-    started = time.perf_counter()
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = adapted.model.to(device)
-    train = spread(prepared.train, run.train_size)
-    order = batch_order([len(f["input_ids"]) for f in train], run.batch_size, run.steps, run.seed)
-    # Dropout does not depend on what a method has drawn.
-    transformers.set_seed(run.seed)
-    _advance_generator()
-    done = _Progress()
-    if groups:
-        optimizer = torch.optim.AdamW(groups, weight_decay=run.weight_decay)
-        warm_up = round(run.warm_up * run.steps)
-        schedule = transformers.get_linear_schedule_with_warmup(optimizer, warm_up, run.steps)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if checkpoint.exists() and adapted.after_step is None:
-            done = _load(checkpoint, trained, optimizer, schedule)
-    before = done.seconds
-    scored = {run.steps * n // run.evaluations for n in range(1, run.evaluations)}
-    save_every = max(1, min(run.steps // run.evaluations, run.steps // 4))
-    for step in range(done.step, run.steps if groups else 0):
-        indices = order[step * run.batch_size : (step + 1) * run.batch_size]
-        model.train()
-        loss = _forward(run, model, prepared, [train[index] for index in indices], device).loss
-        if adapted.penalty is not None:
-            loss = loss + adapted.penalty()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise DivergedError(f"step {step + 1} of {run.steps} has the loss {value}")
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
-        optimizer.step()
-        if adapted.after_step is not None:
-            adapted.after_step(step + 1)
-        schedule.step()
-        model.zero_grad()
-        done.step = step + 1
-        done.losses.append(value)
-        done.seconds = before + time.perf_counter() - started
-        if done.step in scored:
-            _score(run, model, prepared, device, done)
-        if done.step % save_every == 0:
-            _save(checkpoint, done, trained, optimizer, schedule)
-        on_step()
-    _score(run, model, prepared, device, done)
-    done.seconds = before + time.perf_counter() - started
-    return done
+class _Training:
+    """The state of a run, and its checkpoint; without parameter groups it only scores."""
 
+    def __init__(
+        self,
+        run: Run,
+        adapted: Adapted,
+        prepared: Prepared,
+        groups: list[dict[str, Any]],
+        checkpoint: Path,
+    ) -> None:
+        self.losses: list[float] = []  # one per step
+        self.values: dict[str, float] = {}  # the metrics at the last evaluation
+        self.value_curve: list[tuple[int, float]] = []
+        self.seconds = 0.0
+        self._run, self._adapted, self._prepared = run, adapted, prepared
+        self._device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        self._model = adapted.model.to(self._device)
+        self._groups = groups
+        self._checkpoint = checkpoint
+        if groups:
+            self._optimizer = torch.optim.AdamW(groups, weight_decay=run.weight_decay)
+            self._schedule = transformers.get_linear_schedule_with_warmup(
+                self._optimizer, round(run.warm_up * run.steps), run.steps
+            )
 
-def _forward(
-    run: Run, model: nn.Module, prepared: Prepared, features: Sequence[Any], device: torch.device
-) -> Any:
-    batch = {name: tensor.to(device) for name, tensor in prepared.collate(list(features)).items()}
-    with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-        return model(**batch)
+    def fit(self, on_step: Callable[[], object]) -> None:
+        """Train and score."""
+        run, adapted, model = self._run, self._adapted, self._model
+        train = spread(self._prepared.train, run.train_size)
+        lengths = [len(feature["input_ids"]) for feature in train]
+        order = batch_order(lengths, run.batch_size, run.steps, run.seed)
+        scored = {run.steps * n // run.evaluations for n in range(1, run.evaluations)}
+        save_every = max(1, min(run.steps // run.evaluations, run.steps // 4))
+        transformers.set_seed(run.seed)  # dropout does not depend on what a method has drawn
+        _advance_generator()
+        if self._groups and adapted.after_step is None and self._checkpoint.exists():
+            self._load()
+        started = time.perf_counter() - self.seconds
+        for step in range(len(self.losses) + 1, run.steps + 1 if self._groups else 1):
+            model.train()
+            indices = order[(step - 1) * run.batch_size : step * run.batch_size]
+            loss = self._forward([train[index] for index in indices]).loss
+            if adapted.penalty is not None:
+                loss = loss + adapted.penalty()
+            self.losses.append(float(loss.detach()))
+            if not math.isfinite(self.losses[-1]):
+                raise DivergedError(f"step {step} of {run.steps} has the loss {self.losses[-1]}")
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
+            self._optimizer.step()
+            if adapted.after_step is not None:
+                adapted.after_step(step)
+            self._schedule.step()
+            model.zero_grad()
+            if step in scored:
+                self._score()
+            self.seconds = time.perf_counter() - started
+            if step % save_every == 0:
+                self._save()
+            on_step()
+        self._score()
+        self.seconds = time.perf_counter() - started
 
+    def _forward(self, features: Sequence[Feature]) -> Any:
+        batch = self._prepared.collate(list(features)).items()
+        inputs = {name: tensor.to(self._device) for name, tensor in batch}
+        is_bf16 = self._run.precision == "bf16"
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=is_bf16):
+            return self._model(**inputs)
 
-@torch.no_grad()
-def _score(
-    run: Run, model: nn.Module, prepared: Prepared, device: torch.device, done: _Progress
-) -> None:
-    model.eval()
-    _advance_generator()
-    outputs: list[Any] = []
-    for start in range(0, len(prepared.evaluation), _EVALUATION_BATCH):
-        features = prepared.evaluation[start : start + _EVALUATION_BATCH]
-        outputs += prepared.reduce(_forward(run, model, prepared, features, device), features)
-    try:
-        done.values = dict(prepared.score(outputs))
-    except DivergedError as error:
-        raise DivergedError(f"after step {done.step} of {run.steps} {error}") from error
-    done.value_curve.append((done.step, next(iter(done.values.values()))))
+    @torch.no_grad()
+    def _score(self) -> None:
+        prepared, step = self._prepared, len(self.losses)
+        self._model.eval()
+        _advance_generator()
+        outputs: list[Any] = []
+        for start in range(0, len(prepared.evaluation), _EVALUATION_BATCH):
+            features = prepared.evaluation[start : start + _EVALUATION_BATCH]
+            outputs += prepared.reduce(self._forward(features), features)
+        try:
+            self.values = dict(prepared.score(outputs))
+        except DivergedError as error:
+            raise DivergedError(f"after step {step} of {self._run.steps} {error}") from error
+        self.value_curve.append((step, next(iter(self.values.values()))))
+
+    def _trained(self) -> list[Tensor]:
+        return [p.data for p in self._model.parameters() if p.requires_grad]
+
+    def _save(self) -> None:
+        state = {
+            "curves": (self.losses, self.value_curve, self.seconds),
+            "trained": self._trained(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "generators": (torch.get_rng_state(), torch.cuda.get_rng_state_all()),
+        }
+        self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._checkpoint.with_suffix(".part")
+        torch.save(state, unfinished)
+        unfinished.replace(self._checkpoint)
+
+    def _load(self) -> None:
+        state = torch.load(self._checkpoint, weights_only=True)
+        self.losses, self.value_curve, self.seconds = state["curves"]
+        for parameter, stored in zip(self._trained(), state["trained"], strict=True):
+            parameter.copy_(stored)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["generators"][0])
+        torch.cuda.set_rng_state_all(state["generators"][1])
 
 
 def _advance_generator() -> None:
     """Draw a number, as a DataLoader does when it starts: the stored runs used one."""
     torch.empty((), dtype=torch.int64).random_()
-
-
-def _save(
-    path: Path, done: _Progress, trained: list[nn.Parameter], optimizer: Any, schedule: Any
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {
-        "done": dataclasses.asdict(done),
-        "trained": [parameter.data for parameter in trained],
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "generator": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
-    }
-    unfinished = path.with_suffix(".part")
-    torch.save(state, unfinished)
-    os.replace(unfinished, path)
-
-
-def _load(path: Path, trained: list[nn.Parameter], optimizer: Any, schedule: Any) -> _Progress:
-    state = torch.load(path, weights_only=True)
-    for parameter, stored in zip(trained, state["trained"], strict=True):
-        parameter.data.copy_(stored)
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    torch.set_rng_state(state["generator"])
-    torch.cuda.set_rng_state_all(state["cuda"])
-    return _Progress(**state["done"])
 
 
 def _curve(losses: Sequence[float]) -> list[tuple[int, float]]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.quality.methods.adapted import Adapted
-from benchmarks.quality.methods.elementary import scaled_both_sides
-from dcft_kernels import DCFTLinear, constraint_loss, dcft_update, swap_linear, validation
+from benchmarks.quality.methods import Adapted
+from benchmarks.quality.methods.layerwise import scaled_both_sides
+from dcft_kernels import DCFTLinear, constraint_loss, dcft_update, swap_linear
 
 
 def dcft(
@@ -34,32 +34,22 @@ def dcft(
 
     `options` are those of `DCFTLinear`; `adapter_dtype` may be a name such as "float32".
     `orthogonality` is the weight of `dcft_kernels.constraint_loss(constraint,
-    form=orthogonality_form)` in the loss: equation 4, or with `constraint="diagonal"` MPC_d. The
-    gains multiply the initial factors and the scaling; with Adam they also act as a factor's own
-    learning rate.
+    form=orthogonality_form)` in the loss: equation 4, or with `constraint="diagonal"` MPC_d.
+    The gains multiply the initial factors and the scaling.
     """
-    gains = {"dcft_A": A_gain, "dcft_B": B_gain, "dcft_C": C_gain}
-    for name, gain in (*gains.items(), ("scaling_gain", scaling_gain)):
-        validation.finite_number(name, gain)
     if constraint != "orthogonal" and not orthogonality:
         raise ValueError(f"constraint: {constraint!r} needs a weight, the option orthogonality")
-    swapped = swap_linear(
-        model,
-        "|".join(map(re.escape, layers)),  # a list's names would match as endings
-        exclude=exclude,
-        adapter_dtype=_dtype(adapter_dtype),
-        **options,
-    )
-    for name in swapped:
+    pattern = "|".join(map(re.escape, layers))  # a list's names would match as endings
+    dtype = _dtype(adapter_dtype)
+    for name in swap_linear(model, pattern, exclude=exclude, adapter_dtype=dtype, **options):
         layer = model.get_submodule(name)
-        for factor, gain in gains.items():
+        for factor, gain in (("dcft_A", A_gain), ("dcft_B", B_gain), ("dcft_C", C_gain)):
             layer.get_parameter(factor).data.mul_(gain)
         if isinstance(layer, DCFTLinear) and scaling_gain != 1.0:
             layer.alpha = scaling_gain * layer.scaling * layer.rank
 
     def penalty() -> Tensor:
-        weight = validation.finite_number("orthogonality", orthogonality)
-        return weight * constraint_loss(model, constraint, orthogonality_form)  # type: ignore[arg-type]
+        return orthogonality * constraint_loss(model, constraint, orthogonality_form)  # type: ignore[arg-type]
 
     if not orthogonality:
         return Adapted(model)

@@ -1,45 +1,75 @@
-"""The methods by name. A new one is an entry here and a function that adapts a model."""
+"""The methods by name. A new one is an entry here and a function that adapts a model or a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
 
 from benchmarks.quality.errors import unknown
-from benchmarks.quality.layers import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT
-from benchmarks.quality.methods import dcft, elementary, factors, peft_methods
-from benchmarks.quality.methods.adapted import Method
-from benchmarks.quality.methods.elementary import each
-from benchmarks.quality.methods.factors import ParallelAdapter, SerialAdapter, bottleneck, low_rank
+from benchmarks.quality.methods import (
+    LOW_RANK_RATES,
+    Adapted,
+    Method,
+    dcft,
+    layerwise,
+    peft_methods,
+)
+from benchmarks.quality.models import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT
 from dcft_kernels import DCFTLinear
 
 # Pretrained weights need smaller steps than factors that start near zero, scales larger ones.
 _FULL = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4)
 _SCALES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 
+
+def _head(model: nn.Module, layers: Sequence[str], steps: int) -> Adapted:
+    return Adapted(model)
+
+
+def _full(model: nn.Module, layers: Sequence[str], steps: int) -> Adapted:
+    return Adapted(model.requires_grad_(True))
+
+
+def _bitfit(model: nn.Module, layers: Sequence[str], steps: int) -> Adapted:
+    """Every bias, also the layer norms' (Zaken et al. 2021; equation 8 of arXiv 2407.05417)."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.rsplit(".", 1)[-1] == "bias")
+    return Adapted(model)
+
+
+def _layerwise(
+    build: Callable[..., layerwise.AdaptedLinear],
+    rates: tuple[float, ...] = LOW_RANK_RATES,
+    roles: tuple[str, ...] = (),
+) -> Method:
+    return Method(layerwise.each(build, *roles), rates, options_of=(build,))
+
+
 METHODS: Mapping[str, Method] = {
-    "head": Method(elementary.head, (1e-3,), uses_layers=False),
-    "full": Method(elementary.full, _FULL, uses_layers=False),
-    "bitfit": Method(elementary.bitfit, uses_layers=False),
+    "head": Method(_head, (1e-3,), uses_layers=False),
+    "full": Method(_full, _FULL, uses_layers=False),
+    "bitfit": Method(_bitfit, uses_layers=False),
     "dcft": Method(dcft.dcft, options_of=(dcft.dcft, DCFTLinear)),
     "ssb_dcft": Method(dcft.ssb_dcft, options_of=(dcft.dcft, DCFTLinear)),
     "lora": Method(peft_methods.lora),
-    "lora_fa": Method(low_rank(factors.LoRAFALinear, 1)),
+    "lora_fa": _layerwise(layerwise.lora_fa),
     "dora": Method(peft_methods.dora),
     "adalora": Method(peft_methods.adalora),
-    "sora": Method(factors.sora),
-    "trilora": Method(low_rank(factors.TriLoRALinear, 2)),
-    "flora": Method(low_rank(factors.FLoRALinear, 2)),
+    "sora": Method(
+        layerwise.thresholded_sora, options_of=(layerwise.sora, layerwise.thresholded_sora)
+    ),
+    "trilora": _layerwise(layerwise.trilora),
+    "flora": _layerwise(layerwise.flora),
     "lokr": Method(peft_methods.lokr),
     "vera": Method(peft_methods.vera, _SCALES),
     "ia3": Method(peft_methods.ia3, _SCALES),
-    "ssl": Method(each(elementary.SSLLinear), _SCALES),
-    "ssb": Method(each(elementary.SSBLinear), _SCALES),
-    "sam_parser": Method(each(elementary.SAMPARSERLinear)),
-    # Houlsby et al. 2019, Pfeiffer et al. 2020, He et al. 2021. Not the last one's ReLU: at r = 1,
-    # a unit that is off for all tokens would never learn.
-    "houlsby": Method(bottleneck(SerialAdapter, 8, "gelu", ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT)),
-    "pfeiffer": Method(bottleneck(SerialAdapter, 16, "relu", FEED_FORWARD_OUTPUT)),
-    "parallel_adapter": Method(bottleneck(ParallelAdapter, 1, "gelu")),
+    "ssl": _layerwise(layerwise.ssl, _SCALES),
+    "ssb": _layerwise(layerwise.ssb, _SCALES),
+    "sam_parser": _layerwise(layerwise.sam_parser),
+    "houlsby": _layerwise(layerwise.houlsby, roles=(ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT)),
+    "pfeiffer": _layerwise(layerwise.pfeiffer, roles=(FEED_FORWARD_OUTPUT,)),
+    "parallel_adapter": _layerwise(layerwise.parallel_adapter),
 }
 
 
