@@ -8,7 +8,7 @@ import fnmatch
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -148,21 +148,14 @@ def _overridden(study: Study, options: argparse.Namespace) -> Study:
     )
 
 
-def _count(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return number
+def _positive(kind: type[float]) -> Callable[[str], float]:
+    def positive_number(text: str) -> float:
+        number = kind(text)
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(f"expected a positive {kind.__name__}, got {text!r}")
+        return number
 
-
-def _rate(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return number
+    return positive_number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -172,31 +165,28 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tune a pretrained model with several methods and store the scores. "
         "Stored runs are not repeated; interrupted ones resume.",
     )
-    add = parser.add_argument
-    names = ", ".join(tasks.TASKS)
-    add("--task", help=f"comma-separated: {names}, or a folder with train.tsv and dev.tsv")
+    add, count, rate = parser.add_argument, _positive(int), _positive(float)
+    names = f"{', '.join(tasks.TASKS)}, or a folder with train.tsv and dev.tsv"
+    add("--task", help=f"comma-separated: {names}")
     add("--method", default="dcft", help=f"comma-separated: {', '.join(METHODS)}")
     add("--recipe", action="store_true", help="DCFT with the published settings of the task")
-    example = "for all methods, or METHOD.NAME=VALUE for one"
-    add("--option", action="append", default=[], metavar="NAME=VALUE", help=example)
+    add("--option", action="append", default=[], help="NAME=VALUE for all methods, or "
+        "METHOD.NAME=VALUE for one")  # fmt: skip
     add("--study", help=f"comma-separated: {', '.join(studies.STUDIES)}")
     add("--variants", default="*", help="only these lines of the study, * as a wildcard (*)")
-    add("--seeds", type=_count, help="how many (1)")
-    rate = "a learning rate, or the best of the method's candidates on a slice of train (search)"
-    add("--lr", type=lambda text: text if text == "search" else _rate(text), default="search",
-        help=rate)  # fmt: skip
-    data = "folder with <task>/train.tsv and dev.tsv or with SQuAD's files, or a text file"
-    add("--data", type=Path, help=data)
-    packaged = f"{MINILM} or {SMOLLM2} from PyPI packages"
-    add("--model", help=f"{packaged}, a folder, or a name on the hub ({MINILM})")
+    add("--seeds", type=count, help="how many (1)")
+    add("--lr", type=lambda text: text if text == "search" else rate(text), default="search",
+        help="a learning rate, or the best one on a slice of train (search)")  # fmt: skip
+    add("--data", type=Path, help="the folder or the text file of the task")
+    add("--model", help=f"{MINILM} or {SMOLLM2} from PyPI packages, a folder, or a name on the hub")
     add("--targets", default="ALL", help=f"layers: {', '.join(TARGETS)} (ALL)")
-    add("--steps", type=_count, help="optimizer steps (250)")
-    add("--batch-size", type=_count, help="examples per step (32)")
-    add("--head-lr", dest="head_learning_rate", type=_rate, help="of the task's head (1e-3)")
-    add("--train-size", type=_count, help="number of training examples, evenly spread (all)")
-    add("--scored-size", type=_count, help="number of scored examples, evenly spread (all)")
-    add("--max-tokens", type=_count, help="truncate texts there (the task's own limit)")
-    add("--evaluations", type=_count, help="how often to score, the last time at the end (1)")
+    add("--steps", type=count, help="optimizer steps (250)")
+    add("--batch-size", type=count, help="examples per step (32)")
+    add("--head-lr", dest="head_learning_rate", type=rate, help="of the task's head (1e-3)")
+    add("--train-size", type=count, help="number of training examples, evenly spread (all)")
+    add("--scored-size", type=count, help="number of scored examples, evenly spread (all)")
+    add("--max-tokens", type=count, help="truncate texts there (the task's own limit)")
+    add("--evaluations", type=count, help="how often to score, the last time at the end (1)")
     add("--precision", choices=("fp32", "bf16"), help="bf16: autocast (fp32)")
     add("--results", type=Path, default=FOLDER, help=f"folder of the results ({FOLDER})")
     return parser

@@ -241,11 +241,8 @@ def _largest(pairs: Sequence[tuple[float, float]]) -> list[str]:
 
 # Plots
 
-MOST_LINES = 8
-"""More of them cannot be told apart."""
-
-SMOOTHED_OVER = 5
-"""Stored points."""
+MOST_LINES = 8  # more of them cannot be told apart
+SMOOTHED_OVER = 5  # stored points
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, with grey for yellow; the
 # first colour is the first DCFT's.
@@ -287,14 +284,8 @@ def draw_losses(found: Found, path: Path) -> None:
         if len(lines) == MOST_LINES:
             caption += "; DCFT, LoRA and the best of the others"
         figure.supxlabel(caption, fontsize=8)
-        figure.legend(
-            handles.values(),
-            handles,
-            loc="outside upper center",
-            ncols=3,
-            frameon=False,
-            fontsize=8,
-        )
+        place = "outside upper center"
+        figure.legend(handles.values(), handles, loc=place, ncols=3, frameon=False)
         figure.savefig(path, dpi=150)
 
 

@@ -20,7 +20,7 @@ def dcft(
     steps: int,
     *,
     exclude: str | Sequence[str] = (),
-    adapter_dtype: str | torch.dtype | None = None,
+    adapter_dtype: str | None = None,
     orthogonality: float = 0.0,
     orthogonality_form: str = "published_code",
     constraint: str = "orthogonal",
@@ -32,7 +32,7 @@ def dcft(
 ) -> Adapted:
     """DCFT (arXiv 2503.01419, equations 5 and 6): `dcft_kernels.swap_linear` on `layers`.
 
-    `options` are those of `DCFTLinear`; `adapter_dtype` may be a name such as "float32".
+    `options` are those of `DCFTLinear`, with the name of a dtype.
     `orthogonality` is the weight of `dcft_kernels.constraint_loss(constraint,
     form=orthogonality_form)` in the loss: equation 4, or with `constraint="diagonal"` MPC_d.
     The gains multiply the initial factors and the scaling.
@@ -40,7 +40,7 @@ def dcft(
     if constraint != "orthogonal" and not orthogonality:
         raise ValueError(f"constraint: {constraint!r} needs a weight, the option orthogonality")
     pattern = "|".join(map(re.escape, layers))  # a list's names would match as endings
-    dtype = _dtype(adapter_dtype)
+    dtype = getattr(torch, adapter_dtype, adapter_dtype) if adapter_dtype else None
     for name in swap_linear(model, pattern, exclude=exclude, adapter_dtype=dtype, **options):
         layer = model.get_submodule(name)
         for factor, gain in (("dcft_A", A_gain), ("dcft_B", B_gain), ("dcft_C", C_gain)):
@@ -55,15 +55,6 @@ def dcft(
         return Adapted(model)
     penalty()  # raises for an unknown constraint or form
     return Adapted(model, penalty)
-
-
-def _dtype(value: str | torch.dtype | None) -> torch.dtype | None:
-    if not isinstance(value, str):
-        return value
-    dtype = getattr(torch, value, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"adapter_dtype: expected a dtype's name like 'float32', got {value!r}")
-    return dtype
 
 
 class ScaledDCFT(nn.Module):

@@ -13,12 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 FILLERS = ("the", "film", "was", "and", "a", "very", "long", "one", "we", "saw", "it", "twice")
 GOOD, BAD = "fine", "poor"
-_SPECIAL = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-}
+_SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 # With the usual 0.02, layers this narrow would hardly affect the output.
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 _SIZES |= {"intermediate_size": 64, "max_position_embeddings": 64}

@@ -145,12 +145,6 @@ def test_metrics_of_classes() -> None:
     assert metrics.METRICS["f1"](1 - constant, 1 - constant) == 0.0
 
 
-def test_pearson_by_hand() -> None:
-    # Deviations (-1.5, -0.5, 0.5, 1.5) and (-1, 1, -1, 1): 2 / sqrt(5 * 4)
-    found = metrics.pearson(np.array([1, 2, 3, 4]), np.array([0, 2, 0, 2]))
-    assert found == pytest.approx(0.4472135955)
-
-
 @pytest.mark.parametrize(
     ("prediction", "expected", "may_be_empty", "f1", "exact"),
     [
@@ -169,10 +163,6 @@ def test_metrics_of_answers(
 ) -> None:
     found = metrics.answers([prediction], [expected], may_be_empty)
     assert found == pytest.approx({"f1": f1, "exact": exact})
-
-
-def test_normalized_answers() -> None:
-    assert metrics.normalized("U.S., another a day\n") == "us another day"
 
 
 # Question answering
@@ -339,13 +329,6 @@ def test_no_answer_wins_where_cls_scores_higher_in_every_window() -> None:
     # The window with the lowest score of cls decides.
     assert scored(prepared, {**cls, (0, "start", 0): 9.0, **span})["exact"] == 1.0
     assert answering(SQUAD_V2, [asked("we")], 64).train[0]["start_positions"] == 0
-
-
-def test_tokenizers_that_cannot_be_used_are_reported() -> None:
-    tokenizer = small_data.tokenizer()
-    tokenizer.padding_side = "left"
-    with pytest.raises(QualityError, match=r"--model: expected a fast tokenizer that begins with"):
-        squad.prepare(SQUAD, Splits([], [], ""), tokenizer, 64)
 
 
 # Language modelling

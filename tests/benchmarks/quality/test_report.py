@@ -110,11 +110,6 @@ def test_paired_losses_are_compared() -> None:
     assert table["fast − slow, cola"] == ["2", "1.0e-01", "2.0e-01", "0", "0"]
 
 
-def test_smoothing_keeps_a_straight_line() -> None:
-    line = [(step, 2.0 * step) for step in range(9)]
-    assert report.smooth(line) == line
-
-
 def test_the_stored_report_is_what_the_stored_rows_give(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
