@@ -46,12 +46,6 @@ class Cell:
     learning_rate: float | None  # None until all candidates were tried, and if all of them failed
 
     @property
-    def at_edge(self) -> bool:
-        """Whether the learning rate is the highest or the lowest of those tried."""
-        rates = [trial.run.learning_rate for trial in self.trials]
-        return len(rates) > 1 and self.learning_rate in (min(rates), max(rates))
-
-    @property
     def failed(self) -> bool:
         """Whether a run failed, or all trials did."""
         runs = [result.value is None for result in self.results]
@@ -69,12 +63,7 @@ class Cell:
         return statistics.fmean(values) if values and len(values) == len(self.results) else None
 
 
-def match(stored: Stored, study: Study, task: str, variant: Variant) -> Cell:
-    """The stored results of a variant on a task with exactly the study's settings.
-
-    Of several learning rates, the one that scored best on the slice of train counts.
-    """
-    run = study.run(task, variant)
+def _cell(stored: Stored, run: Run, variant: Variant) -> Cell:
     rates = variant.rates or by_name(variant.method).learning_rates
     trials: list[Result] = []
     chosen: float | None = rates[0]
@@ -107,9 +96,9 @@ class Found:
 
     @classmethod
     def of(cls, stored: Stored, study: Study) -> Found:
-        """Look up every variant on every task."""
+        """Look up every variant on every task, with exactly the study's settings."""
         pairs = [(variant, task) for variant in study.variants for task in study.tasks]
-        return cls(study, {(v.label, task): match(stored, study, task, v) for v, task in pairs})
+        return cls(study, {(v.label, t): _cell(stored, study.run(t, v), v) for v, t in pairs})
 
     def cell(self, variant: Variant, task: str) -> Cell:
         """What is stored of a variant on a task."""

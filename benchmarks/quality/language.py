@@ -47,16 +47,9 @@ def prepare(
     if slice_of_train:
         features = features[:-scored]
     train, evaluation = features[:-scored], spread(features[-scored:], size)
-    return Prepared(
-        train=train,
-        evaluation=evaluation,
-        collate=_collate,
-        reduce=_block_losses,
-        score=_score,
-        constant_score={"perplexity": _unigram_perplexity(train, evaluation, len(tokenizer))},
-        outputs=0,
-        digest=hashlib.sha256(text.encode()).hexdigest()[:12],
-    )
+    constant = {"perplexity": _unigram_perplexity(train, evaluation, len(tokenizer))}
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return Prepared(train, evaluation, _collate, _block_losses, _score, constant, 0, digest)
 
 
 def _unigram_perplexity(

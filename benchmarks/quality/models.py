@@ -39,20 +39,17 @@ def load_model(name: str, task: Task, outputs: int) -> Any:
     """The model in float32 with a head for the task, newly initialized where the task needs one."""
     import transformers
 
-    if task.kind == "answers":
-        model = _load(name, transformers.AutoModelForQuestionAnswering, dtype=torch.float32)
-    elif task.kind == "language":
-        model = _load(name, transformers.AutoModelForCausalLM, dtype=torch.float32)
-    else:
+    kinds = {
+        "answers": transformers.AutoModelForQuestionAnswering,
+        "language": transformers.AutoModelForCausalLM,
+    }
+    head: dict[str, Any] = {}
+    if task.kind not in kinds:  # a checkpoint may have a head for other classes
+        head = {"num_labels": outputs, "ignore_mismatched_sizes": True}
         regression = task.kind == "regression"
-        model = _load(
-            name,
-            transformers.AutoModelForSequenceClassification,
-            dtype=torch.float32,
-            num_labels=outputs,
-            problem_type="regression" if regression else "single_label_classification",
-            ignore_mismatched_sizes=True,  # a checkpoint may have a head for other classes
-        )
+        head["problem_type"] = "regression" if regression else "single_label_classification"
+    kind = kinds.get(task.kind, transformers.AutoModelForSequenceClassification)
+    model = _load(name, kind, dtype=torch.float32, **head)
     if getattr(model, "is_quantized", False):
         # A GGUF model was widened when it was read, but transformers still calls it quantized.
         model.is_quantized = False
@@ -76,9 +73,8 @@ def _load(name: str, kind: Any, **keywords: Any) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise QualityError(
             f"--model: {name!r} could not be loaded as {kind.__name__}: {reason}. Expected a "
-            "folder, a model on the Hugging Face hub (which needs a connection or a cached copy), "
-            f"or one of {', '.join(_PACKAGED)}; some tokenizers also need: pip install "
-            "sentencepiece protobuf"
+            f"folder, a model on the Hugging Face hub, or one of {', '.join(_PACKAGED)}; some "
+            "tokenizers also need: pip install sentencepiece protobuf"
         ) from None
 
 

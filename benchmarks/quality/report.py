@@ -152,7 +152,9 @@ def _value(found: Found, variant: Variant, task: str) -> str:
 def _rate(cell: Cell) -> str:
     if cell.learning_rate is None or not cell.results:
         return NONE
-    return f"{cell.learning_rate:g}" + "†" * cell.at_edge
+    tried = sorted(trial.run.learning_rate for trial in cell.trials)
+    at_edge = len(tried) > 1 and cell.learning_rate in (tried[0], tried[-1])
+    return f"{cell.learning_rate:g}" + "†" * at_edge
 
 
 def _titles(found: Found) -> list[str]:

@@ -161,7 +161,9 @@ def prepare(task: Task, splits: Splits[Question], tokenizer: Any, max_tokens: in
         train=train,
         evaluation=[feature for feature, _ in scored],
         collate=DataCollatorWithPadding(tokenizer),
-        reduce=_logits,
+        reduce=lambda output, _: list(
+            zip(_numbers(output.start_logits), _numbers(output.end_logits), strict=True)
+        ),
         score=lambda logits: figures(_predictions(task, splits.dev, windows, logits)),
         constant_score=figures([""] * len(splits.dev)),
         outputs=2,
@@ -169,10 +171,8 @@ def prepare(task: Task, splits: Splits[Question], tokenizer: Any, max_tokens: in
     )
 
 
-def _logits(output: Any, features: Sequence[Feature]) -> list[_Logits]:
-    """The start and end logits of each window, with its padding."""
-    starts, ends = output.start_logits.double(), output.end_logits.double()
-    return list(zip(starts.cpu().numpy(), ends.cpu().numpy(), strict=True))
+def _numbers(logits: Any) -> _Array:
+    return logits.double().cpu().numpy()
 
 
 def _windows(

@@ -101,12 +101,7 @@ class _Training:
     """The state of a run, and its checkpoint; without parameter groups it only scores."""
 
     def __init__(
-        self,
-        run: Run,
-        adapted: Adapted,
-        prepared: Prepared,
-        groups: list[dict[str, Any]],
-        checkpoint: Path,
+        self, run: Run, adapted: Adapted, prepared: Prepared, groups: list[Any], checkpoint: Path
     ) -> None:
         self.losses: list[float] = []  # one per step
         self.values: dict[str, float] = {}  # the metrics at the last evaluation

@@ -50,17 +50,13 @@ def each(build: Callable[..., AdaptedLinear], *roles: str) -> Callable[..., Adap
     return adapt
 
 
-def _zeros(base: nn.Linear, *shape: int) -> nn.Parameter:
-    return nn.Parameter(base.weight.detach().new_zeros(shape))
-
-
-def _ones(base: nn.Linear, size: int) -> nn.Parameter:
-    return nn.Parameter(base.weight.detach().new_ones(size))
+def _full(base: nn.Linear, value: float, *shape: int) -> nn.Parameter:
+    return nn.Parameter(base.weight.detach().new_full(shape, value))
 
 
 def _uniform(base: nn.Linear, *shape: int) -> nn.Parameter:
     """As LoRA draws `A`."""
-    parameter = _zeros(base, *shape)
+    parameter = _full(base, 0.0, *shape)
     nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
     return parameter
 
@@ -70,13 +66,13 @@ def _uniform(base: nn.Linear, *shape: int) -> nn.Parameter:
 
 def ssl(base: nn.Linear) -> AdaptedLinear:
     """SSL: `y = (x * d1) W^T + b` (equation 7 with `D2 = I`)."""
-    d1 = _ones(base, base.in_features)
+    d1 = _full(base, 1.0, base.in_features)
     return AdaptedLinear(base, lambda x: base((x * d1).to(x.dtype)), d1=d1)
 
 
 def ssb(base: nn.Linear) -> AdaptedLinear:
     """SSB: `y = ((x * d1) W^T) * d2 + b` (equation 7)."""
-    d1, d2 = _ones(base, base.in_features), _ones(base, base.out_features)
+    d1, d2 = _full(base, 1.0, base.in_features), _full(base, 1.0, base.out_features)
 
     def compute(x: Tensor) -> Tensor:
         return scaled_both_sides(base.weight, base.bias, x, d1, d2)
@@ -151,7 +147,7 @@ def lora_fa(base: nn.Linear, *, r: int = 1, alpha: float | None = None) -> Adapt
 def sora(base: nn.Linear, *, r: int = 8, alpha: float | None = None) -> AdaptedLinear:
     """SoRA (Ding et al. 2023): `DW = B diag(g) A` with the gate `g` drawn from N(0, 1)."""
     A, B = _factors(base, r)
-    g = _zeros(base, r)
+    g = _full(base, 0.0, r)
     nn.init.normal_(g)
     return _low_rank(base, alpha, A, B, lambda h: h * g, g=g)
 
@@ -159,14 +155,14 @@ def sora(base: nn.Linear, *, r: int = 8, alpha: float | None = None) -> AdaptedL
 def trilora(base: nn.Linear, *, r: int = 2, alpha: float | None = None) -> AdaptedLinear:
     """TriLoRA (Feng et al. 2024): `A D B` with a diagonal `D` (equation 12), zero at the start."""
     A, _ = _factors(base, r)
-    B, D = _uniform(base, base.out_features, r), _zeros(base, r)
+    B, D = _uniform(base, base.out_features, r), _full(base, 0.0, r)
     return _low_rank(base, alpha, A, B, lambda h: h * D, D=D)
 
 
 def flora(base: nn.Linear, *, r: int = 2, alpha: float | None = None) -> AdaptedLinear:
     """FLoRA (Si et al. 2024): `A G B` with any `G` `[r, r]` (equation 12), zero at the start."""
     A, B = _factors(base, r)
-    G = _zeros(base, r, r)
+    G = _full(base, 0.0, r, r)
     for factor in (A, B):
         nn.init.normal_(factor, std=0.02)
     return _low_rank(base, alpha, A, B, lambda h: h @ G, G=G)
@@ -175,7 +171,7 @@ def flora(base: nn.Linear, *, r: int = 2, alpha: float | None = None) -> Adapted
 def _factors(base: nn.Linear, r: int, features: int = 0) -> tuple[nn.Parameter, nn.Parameter]:
     """`A` drawn like LoRA's, and `B` zero."""
     r = validation.positive_int("r", r)
-    return _uniform(base, r, features or base.in_features), _zeros(base, base.out_features, r)
+    return _uniform(base, r, features or base.in_features), _full(base, 0.0, base.out_features, r)
 
 
 def thresholded_sora(

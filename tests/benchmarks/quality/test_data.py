@@ -175,32 +175,14 @@ def asked(text: str, *answers: str, context: str = CONTEXT, article: str = "A") 
 
 
 def official(questions: list[Question]) -> dict[str, Any]:
-    def paragraph(context: str, inside: list[Question]) -> dict[str, Any]:
-        return {
-            "context": context,
-            "qas": [
-                {
-                    "question": question.text,
-                    "answers": [
-                        {"text": a.text, "answer_start": a.start} for a in question.answers
-                    ],
-                }
-                for question in inside
-            ],
-        }
+    """One article per question."""
 
-    return {
-        "data": [
-            {
-                "title": title,
-                "paragraphs": [
-                    paragraph(context, list(inside))
-                    for context, inside in itertools.groupby(about, lambda q: q.context)
-                ],
-            }
-            for title, about in itertools.groupby(questions, lambda q: q.article)
-        ]
-    }
+    def paragraph(question: Question) -> dict[str, Any]:
+        answers = [{"text": a.text, "answer_start": a.start} for a in question.answers]
+        asked = {"question": question.text, "answers": answers}
+        return {"context": question.context, "qas": [asked]}
+
+    return {"data": [{"title": q.article, "paragraphs": [paragraph(q)]} for q in questions]}
 
 
 def write_squad(folder: Path, version: str, questions: list[Question]) -> Path:

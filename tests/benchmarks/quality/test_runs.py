@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from benchmarks.quality import __main__, runs, session, training
+from benchmarks.quality import __main__, runs, training
 from benchmarks.quality.errors import QualityError
 from benchmarks.quality.methods import Adapted, Method
 from benchmarks.quality.methods.table import METHODS
@@ -277,4 +277,3 @@ def test_mistakes_are_reported(cli: Any, capsys: Any, arguments: Any, message: s
 def test_a_missing_model_is_reported(cli: Any, capsys: Any) -> None:
     assert cli("--task", "cola", model="gone")[0] == 2
     assert "--model: " in capsys.readouterr().out
-    assert session.load_tokenizer.__module__ == "benchmarks.quality.models"
