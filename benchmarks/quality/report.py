@@ -37,9 +37,8 @@ _TRIALS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report; 2 for a mistake that the caller can fix."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.report")
-    add = parser.add_argument
-    add("--results", type=Path, default=FOLDER, help=f"folder that holds {FILE} ({FOLDER})")
-    add("--out", type=Path, help="folder for the report and its plots (the same)")
+    parser.add_argument("--results", type=Path, default=FOLDER, help=f"folder with {FILE}")
+    parser.add_argument("--out", type=Path, help="folder for the report (the same)")
     options = parser.parse_args(arguments)
     try:
         write(options.results, options.out or options.results)

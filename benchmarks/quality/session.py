@@ -21,8 +21,7 @@ from benchmarks.quality.runs import SLICE, Result, Run, Store
 from benchmarks.quality.studies import Study, Variant
 from benchmarks.quality.tasks import Prepared, Task, spread
 
-_SLICE_SIZE = 600
-"""At most so many examples are scored to choose a learning rate."""
+_SLICE_SIZE = 600  # at most so many examples are scored to choose a learning rate
 
 
 class Session:
@@ -125,7 +124,5 @@ def _line(result: Result) -> str:
     start = f"{run.label()} seed {run.seed} ({run.scored}): "
     if result.value is None:
         return f"{start}failed: {result.error}"
-    return (
-        f"{start}{result.metric} {result.value:.4f} (constant answer {result.constant_value:.4f}), "
-        f"{result.trainable_parameters:,} parameters, {result.seconds:.0f} s"
-    )
+    value = f"{result.value:.4f} (constant answer {result.constant_value:.4f})"
+    return f"{start}{result.metric} {value}, {result.seconds:.0f} s"

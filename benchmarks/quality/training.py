@@ -29,13 +29,11 @@ _CURVE_POINTS = 50
 _POOL_BATCHES = 16  # batches of similar length are cut from random pools of this many
 
 
+OnStep = Callable[[], object]
+
+
 def train(
-    run: Run,
-    task: Task,
-    method: Method,
-    prepared: Prepared,
-    study: str,
-    on_step: Callable[[], object] = lambda: None,
+    run: Run, task: Task, method: Method, prepared: Prepared, study: str, on_step: OnStep
 ) -> Result:
     """Fine-tune once and score the outcome; a diverged run has a result with its error.
 
@@ -118,7 +116,7 @@ class _Training:
                 self._optimizer, round(run.warm_up * run.steps), run.steps
             )
 
-    def fit(self, on_step: Callable[[], object]) -> None:
+    def fit(self, on_step: OnStep) -> None:
         """Train and score."""
         run, adapted, model = self._run, self._adapted, self._model
         train = spread(self._prepared.train, run.train_size)

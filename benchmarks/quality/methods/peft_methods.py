@@ -110,23 +110,15 @@ def ia3(model: nn.Module, layers: Sequence[str], steps: int) -> Adapted:
 
 
 def lokr(
-    model: nn.Module,
-    layers: Sequence[str],
-    steps: int,
-    *,
-    r: int = 1,
-    alpha: float | None = None,
-    decompose_factor: int = 8,
-    decompose_both: bool = False,
+    model: nn.Module, layers: Sequence[str], steps: int, *, r: int = 1, alpha: float | None = None
 ) -> Adapted:
     """LoKr (Yeh et al. 2023): `DW = kron(w1, w2)`, scaled by `alpha / r`; None is `alpha = r`.
 
-    `w1` is square of size `decompose_factor` where that divides the layer's sizes, and `w2` has
-    rank `r`: at the defaults it has as many parameters as DCFT with a kernel of 8 and rank 1.
+    `w1` is 8 x 8 where that divides the layer's sizes, and `w2` has rank `r`: at `r=1` it has as
+    many parameters as DCFT with a kernel of 8 and rank 1.
     """
     scale = r if alpha is None else alpha
-    sizes = {"decompose_factor": decompose_factor, "decompose_both": decompose_both}
-    return Adapted(_tuner("LoKr", model, layers, r=r, alpha=scale, **sizes).model)
+    return Adapted(_tuner("LoKr", model, layers, r=r, alpha=scale, decompose_factor=8).model)
 
 
 def vera(

@@ -57,7 +57,8 @@ class Killed(BaseException):
 
 def fine_tune(run: Run, prepared: Prepared, **changes: Any) -> Result:
     method = changes.pop("method", METHODS[run.method])
-    return training.train(run, TASKS[run.task], method, prepared, "", **changes)
+    on_step = changes.pop("on_step", lambda: None)
+    return training.train(run, TASKS[run.task], method, prepared, "", on_step)
 
 
 def kill_after(step: int) -> Callable[[], None]:
