@@ -39,6 +39,8 @@ def load_model(name: str, task: Task, outputs: int) -> Any:
     """The model in float32 with a head for the task, newly initialized where the task needs one."""
     import transformers
 
+    transformers.utils.logging.set_verbosity_error()  # the head is meant to be new
+    transformers.utils.logging.disable_progress_bar()
     kinds = {
         "answers": transformers.AutoModelForQuestionAnswering,
         "language": transformers.AutoModelForCausalLM,
