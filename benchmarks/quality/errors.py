@@ -1,4 +1,4 @@
-"""What the person who runs the harness can put right."""
+"""Errors that the caller can fix; the command line shows them without a traceback."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class QualityError(Exception):
-    """A wrong argument, file or state; shown without a traceback."""
+    """A wrong argument, file or model."""
 
 
 class DivergedError(QualityError):
-    """A loss that is not a finite number; the message names the step, the layer, the checkpoint."""
+    """A loss, output or parameter that is not finite."""
 
 
 def unknown(argument: str, name: str, known: Iterable[str]) -> QualityError:

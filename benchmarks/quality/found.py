@@ -1,4 +1,4 @@
-"""The stored results of a study, found by its settings: a cell a variant and task."""
+"""The stored results of a study, looked up by its settings: one cell per variant and task."""
 
 from __future__ import annotations
 
@@ -13,109 +13,78 @@ from benchmarks.quality.methods.table import by_name
 from benchmarks.quality.runs import SLICE, Result, Run
 from benchmarks.quality.studies import Study, Variant
 
-# What runs of one line and task differ in, and what trials on a slice of train have of their own.
-_OF_A_RUN = ("seed", "learning_rate")
-_OF_A_TRIAL = ("scored_size", "evaluations")
-
 
 class Stored:
-    """Results by their settings; of those with the same settings the last counts."""
+    """Results by their settings; of equal runs the last one counts."""
 
     def __init__(self, results: Iterable[Result]) -> None:
-        latest: dict[str, Result] = {}
-        for result in results:
-            key = result.run.key()
-            latest.pop(key, None)
-            latest[key] = result
-        self.results = list(latest.values())
+        self.results = list({result.run.key(): result for result in results}.values())
         self._by_settings: dict[str, list[Result]] = {}
         for result in self.results:
             self._by_settings.setdefault(_settings(result.run), []).append(result)
 
     def like(self, run: Run) -> list[Result]:
-        """The results that differ from `run` in nothing but the seed and the learning rate."""
+        """The results that differ from `run` only in the seed and the learning rate."""
         return self._by_settings.get(_settings(run), [])
 
 
 def _settings(run: Run) -> str:
-    """All settings of a run but those that its siblings differ in, as they are once stored."""
-    left_out = _OF_A_RUN + (_OF_A_TRIAL if run.scored == SLICE else ())
-    settings = {k: v for k, v in dataclasses.asdict(run).items() if k not in left_out}
+    settings = dataclasses.asdict(run)
+    # Trials on the slice of train have their own size and are scored once.
+    trial = ("scored_size", "evaluations") if run.scored == SLICE else ()
+    for name in ("seed", "learning_rate", *trial):
+        del settings[name]
     return json.dumps(settings, sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is stored of a variant on a task.
+    """What is stored of a variant on a task."""
 
-    Attributes:
-        results: one a seed, by seed, at the learning rate that was chosen.
-        trials: the candidates for it, each scored on a slice of train, in the variant's order.
-        candidates: how many learning rates there are to choose from.
-        learning_rate: the one that was chosen; None before all were tried, and if all failed.
-    """
-
-    results: tuple[Result, ...] = ()
-    trials: tuple[Result, ...] = ()
-    candidates: int = 1
-    learning_rate: float | None = None
+    results: Sequence[Result]  # by seed, at the learning rate that was chosen
+    trials: Sequence[Result]  # the candidates for it, each scored on a slice of train
+    learning_rate: float | None  # None until all candidates were tried, and if all of them failed
 
     @property
-    def unchosen(self) -> bool:
-        """Whether every learning rate was tried and none has a value."""
-        return len(self.trials) == self.candidates and self.learning_rate is None
-
-    @property
-    def at_edge(self) -> bool:
-        """Whether the learning rate is the highest or the lowest of those tried: one beyond might
-        have been better."""
-        rates = [trial.run.learning_rate for trial in self.trials]
-        return len(rates) > 1 and self.learning_rate in (min(rates), max(rates))
-
-    @property
-    def failures(self) -> int:
-        """How many runs have no value; that no learning rate could be chosen counts as one."""
-        return self.unchosen + sum(result.value is None for result in self.results)
+    def failed(self) -> bool:
+        """Whether a run failed, or all trials did."""
+        runs = [result.value is None for result in self.results]
+        return any(runs) or bool(self.trials and all(t.value is None for t in self.trials))
 
     @property
     def values(self) -> dict[int, float]:
-        """The metric by seed, of the runs that have one."""
+        """The metric by seed, without failed runs."""
         return {r.run.seed: r.value for r in self.results if r.value is not None}
 
+    @property
+    def mean(self) -> float | None:
+        """The mean over seeds; None if there is no result or one failed."""
+        values = self.values.values()
+        return statistics.fmean(values) if values and len(values) == len(self.results) else None
 
-def match(stored: Stored, study: Study, task: str, variant: Variant) -> Cell:
-    """The stored results of a variant on a task: those of exactly the study's settings.
 
-    A variant with one learning rate was run at that one. Of several, it is the one that did best
-    on the slice of train, once all of them were tried there.
-    """
-    run = study.run(task, variant)
+def _cell(stored: Stored, run: Run, variant: Variant) -> Cell:
     rates = variant.rates or by_name(variant.method).learning_rates
-    results = stored.like(run)
-    trials: tuple[Result, ...] = ()
-    if len(rates) == 1:
-        chosen: float | None = rates[0]
-    else:
-        trials = _trials(stored.like(dataclasses.replace(run, scored=SLICE)), run.seed, rates)
+    trials: list[Result] = []
+    chosen: float | None = rates[0]
+    if len(rates) > 1:
+        found = stored.like(dataclasses.replace(run, scored=SLICE))
+        by_rate = {r.run.learning_rate: r for r in found if r.run.seed == run.seed}
+        trials = [by_rate[rate] for rate in rates if rate in by_rate]
         best = best_of(trials) if len(trials) == len(rates) else None
         chosen = None if best is None else best.run.learning_rate
-    kept = [result for result in results if result.run.learning_rate == chosen]
-    return Cell(tuple(sorted(kept, key=lambda r: r.run.seed)), trials, len(rates), chosen)
-
-
-def _trials(results: Sequence[Result], seed: int, rates: Sequence[float]) -> tuple[Result, ...]:
-    by_rate = {r.run.learning_rate: r for r in results if r.run.seed == seed}
-    return tuple(by_rate[rate] for rate in rates if rate in by_rate)
+    results = [r for r in stored.like(run) if r.run.learning_rate == chosen]
+    return Cell(sorted(results, key=lambda r: r.run.seed), trials, chosen)
 
 
 def best_of(trials: Sequence[Result]) -> Result | None:
-    """The best result, of equals the first; None if none has a value."""
-    best: tuple[float, Result] | None = None
-    for trial in trials:
-        value = trial.value
-        if value is not None and (best is None or metrics.better(trial.metric, value, best[0])):
-            best = (value, trial)
-    return None if best is None else best[1]
+    """The best result, of equal ones the first; None if all failed."""
+    valued = [(trial.value, trial) for trial in trials if trial.value is not None]
+    if not valued:
+        return None
+    lowest = valued[0][1].metric in metrics.LOWER_IS_BETTER
+    choose = min if lowest else max  # both return the first of equal ones
+    return choose(valued, key=lambda pair: pair[0])[1]
 
 
 @dataclass(frozen=True)
@@ -127,15 +96,9 @@ class Found:
 
     @classmethod
     def of(cls, stored: Stored, study: Study) -> Found:
-        """Look up every variant on every task."""
-        return cls(
-            study,
-            {
-                (variant.label, task): match(stored, study, task, variant)
-                for variant in study.variants
-                for task in study.tasks
-            },
-        )
+        """Look up every variant on every task, with exactly the study's settings."""
+        pairs = [(variant, task) for variant in study.variants for task in study.tasks]
+        return cls(study, {(v.label, t): _cell(stored, study.run(t, v), v) for v, t in pairs})
 
     def cell(self, variant: Variant, task: str) -> Cell:
         """What is stored of a variant on a task."""
@@ -152,15 +115,6 @@ class Found:
         return sorted({r.run.seed for cell in self.cells.values() for r in cell.results})
 
     def metric(self, task: str) -> str:
-        """The figure that a task is compared by; empty for an unknown task without results."""
-        named = (r.metric for r in self.results if r.run.task == task)
+        """The metric that a task is compared by."""
         known = tasks.TASKS.get(task)
-        return next(named, "" if known is None else known.metric)
-
-
-def mean_and_spread(results: Sequence[Result]) -> tuple[float, float] | None:
-    """Mean and standard deviation over the seeds (0 for a single one); None if one failed."""
-    values = [result.value for result in results if result.value is not None]
-    if not values or len(values) < len(results):
-        return None
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        return known.metric if known else "accuracy"  # of a folder

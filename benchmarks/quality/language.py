@@ -1,4 +1,4 @@
-"""Language modelling: one text file, cut into blocks, the last tenth of it scored."""
+"""Language modelling: one text file, cut into blocks, the last tenth of which is scored."""
 
 from __future__ import annotations
 
@@ -12,33 +12,20 @@ import numpy as np
 import torch
 
 from benchmarks.quality.errors import DivergedError, QualityError
-from benchmarks.quality.prepared import Feature, Prepared, spread
+from benchmarks.quality.tasks import Feature, Prepared, spread
 
 _SCORED_SHARE = 0.1
 
 
-def read_text(data: Path | None) -> str:
-    """The text of a file, or of the only .txt file of a folder.
-
-    Raises:
-        QualityError: no such file, one that is not text, or an empty one.
-    """
-    if data is None:
-        raise QualityError("--data: expected a text file, or a folder with one, got nothing")
+def read_text(data: Path) -> str:
+    """The text of a file, or of the only .txt file of a folder."""
     files = sorted(data.glob("*.txt")) if data.is_dir() else [data]
     if len(files) != 1 or not files[0].is_file():
-        raise QualityError(
-            f"--data: expected a text file, or a folder with one .txt file, got {data}"
-        )
+        raise QualityError(f"--data: expected a text file, or a folder with one .txt, got {data}")
     try:
-        text = files[0].read_text(encoding="utf-8")
+        return files[0].read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise QualityError(
-            f"--data: {files[0]} could not be read: {error}; expected UTF-8 text"
-        ) from error
-    if not text.strip():
-        raise QualityError(f"--data: {files[0]} is empty")
-    return text
+        raise QualityError(f"--data: {files[0]} is not UTF-8 text: {error}") from error
 
 
 def prepare(
@@ -46,60 +33,54 @@ def prepare(
 ) -> Prepared:
     """Cut the text into blocks of tokens; the last tenth, or `size` blocks of it, is scored.
 
-    With `slice_of_train` the last tenth is not looked at, and the tenth before it is scored.
+    With `slice_of_train` the last tenth is not used, and the tenth before it is scored.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     features: list[Feature] = [
         {"input_ids": ids[start : start + block]} for start in range(0, len(ids) - block + 1, block)
     ]
-    scored = math.ceil(len(features) * _SCORED_SHARE)
     if len(features) < 3:
         raise QualityError(
             f"--data: the text has {len(ids)} tokens; expected at least {3 * block}, three blocks"
         )
+    scored = math.ceil(len(features) * _SCORED_SHARE)
     if slice_of_train:
         features = features[:-scored]
     train, evaluation = features[:-scored], spread(features[-scored:], size)
-    return Prepared(
-        train=train,
-        evaluation=evaluation,
-        collate=_collate,
-        score=_score,
-        constant_score={"perplexity": _unigram_perplexity(train, evaluation, len(tokenizer))},
-        outputs=0,
-        digest=hashlib.sha256(text.encode()).hexdigest()[:12],
-        reduce=_block_losses,
-    )
+    constant = {"perplexity": _unigram_perplexity(train, evaluation, len(tokenizer))}
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return Prepared(train, evaluation, _collate, _block_losses, _score, constant, 0, digest)
 
 
 def _unigram_perplexity(
     train: Sequence[Feature], evaluation: Sequence[Feature], vocabulary: int
 ) -> float:
-    """Of the distribution that does not look at the context: each token as often as in `train`,
-    and once more, so that none is impossible."""
+    """Perplexity of the token frequencies in `train`, with add-one smoothing."""
     counts = np.ones(vocabulary)
     for feature in train:
         np.add.at(counts, feature["input_ids"], 1)
     surprise = np.log(counts.sum()) - np.log(counts)
-    # As everywhere in this task, a block's first token is not predicted.
+    # The first token of a block is not predicted.
     tokens = [token for feature in evaluation for token in feature["input_ids"][1:]]
     return float(np.exp(surprise[tokens].mean()))
 
 
 def _collate(features: list[Feature]) -> dict[str, torch.Tensor]:
     ids = torch.tensor([feature["input_ids"] for feature in features])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def _block_losses(logits: Any, labels: Any) -> torch.Tensor:
-    """Each block's mean loss over the tokens it predicts, `[blocks]`: logits would be too large to
-    be kept."""
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none"
-    ).mean(1)
+def _block_losses(output: Any, blocks: Sequence[Feature]) -> list[float]:
+    """Each block's mean loss over the tokens it predicts."""
+    logits = output.logits.float()
+    ids = torch.tensor([block["input_ids"] for block in blocks], device=logits.device)
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
+    )
+    return list(losses.mean(1).cpu().numpy())
 
 
-def _score(losses: Any, _: Any) -> Mapping[str, float]:
+def _score(losses: list[float]) -> Mapping[str, float]:
     with np.errstate(over="ignore"):
         perplexity = float(np.exp(np.mean(losses, dtype=np.float64)))
     if not math.isfinite(perplexity):

@@ -1,242 +1,325 @@
 """Report on stored results: `python -m benchmarks.quality.report [--results FOLDER]`.
 
-Writes `report.md` and its plots, of every study that has results. Nothing is trained here.
+Writes `report.md` and its plots, on every study that has results. Nothing is trained here.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 
-from benchmarks.quality import report_plots, report_tables
 from benchmarks.quality.errors import QualityError
-from benchmarks.quality.found import Found, Stored
-from benchmarks.quality.results import FILE, FOLDER, read
-from benchmarks.quality.runs import Result, Run
-from benchmarks.quality.studies import STUDIES, Study
+from benchmarks.quality.found import Cell, Found, Stored
+from benchmarks.quality.metrics import LOWER_IS_BETTER
+from benchmarks.quality.runs import FILE, FOLDER, read
+from benchmarks.quality.studies import STUDIES, Variant
+from benchmarks.tables import table
 
 REPORT = "report.md"
+NONE = "-"
 
-_PLOTS: dict[str, Callable[[Found, Path], bool]] = {
-    "curves": report_plots.curves,
-    "paired": lambda found, stem: found.study.paired and report_plots.paired(found, stem),
-}
-
-_WHAT = (
-    "Written by `python -m benchmarks.quality.report`; do not edit. A pretrained model is "
-    "fine-tuned on real tasks by DCFT and by other methods, and scored on the dev split by the "
-    "figure that is official for the task."
-)
-_READING = (
-    "Values are the mean over seeds ± the standard deviation (of the sample). The best of a task "
-    "is bold; the constant answer is the best that can be had without reading the input. "
-    "Parameters are a method's own, without the head that every method trains. "
-    f"`{report_tables.NONE}` was not run. Curves are means over seeds too. Seconds say what a run "
-    "costs here and no more: other work ran beside many of these, so that equal runs differ by up "
-    "to a factor of two; how methods compare in time is measured by `python -m benchmarks.run`."
-)
-_RATES = (
-    "A method's learning rate is chosen for each task among its candidates: a run at each, seed 0, "
-    "is scored on a slice of the training split that these runs do not train on. The dev split is "
-    "never looked at for it. Where a study states a single rate, that is taken as it is. "
-    f"{report_tables.EDGE} marks a rate that is the highest or the lowest of its candidates. Every "
-    "trial is under [Learning rates](#learning-rates)."
+_DIFFERENCES = "Differences, paired by seed: mean ± standard error."
+_PAIRED = (
+    "The same runs with different arithmetic: the largest difference over all seeds, of the loss "
+    "at any stored point (rounded to 8 decimals) and of the final metric (not in percent)."
 )
 _TRIALS = (
-    "Scores on the slice of the training split; the chosen rate is bold. Seed 0 only, so that "
-    "a choice between rates that are close is a matter of luck."
-)
-_DIFFERENCES = "Differences, paired by seed: their mean ± its standard error."
-_PAIRED = (
-    "The same run by different arithmetic: the largest difference over all seeds, of the loss at "
-    "any stored point (points are rounded to 8 decimals) and of the final metric, as it is, not "
-    "in percent."
+    "Scores on the slice of the training split; the chosen rate is bold. Seed 0 only, so a choice "
+    "between close rates is a matter of chance."
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report; 2 for something that the caller can put right."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--results", type=Path, default=FOLDER, metavar="FOLDER", help=f"holds {FILE} ({FOLDER})"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="for the report and its plots (beside the rows)"
-    )
+    """Write the report; 2 for a mistake that the caller can fix."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.report")
+    parser.add_argument("--results", type=Path, default=FOLDER, help=f"folder with {FILE}")
+    parser.add_argument("--out", type=Path, help="folder for the report (the same)")
     options = parser.parse_args(arguments)
     try:
         write(options.results, options.out or options.results)
-    except (QualityError, OSError) as error:
+    except QualityError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def write(results: Path, out: Path, asked: Iterable[Study] = tuple(STUDIES.values())) -> None:
-    """The report and its plots on the results of a folder, into the folder `out`.
-
-    Raises:
-        QualityError: no results, none of a study, or a line that is no result.
-    """
-    stored, studies = _stored(results), list(asked)
-    found = [study for study in (Found.of(stored, study) for study in studies) if study.results]
+def write(results: Path, out: Path) -> None:
+    """Write the report and its plots on the results of a folder into the folder `out`."""
+    stored = Stored(read(results / FILE))
+    studies = [Found.of(stored, study) for study in STUDIES.values()]
+    found = [study for study in studies if study.results]
     if not found:
         raise QualityError(
-            f"--results: {results / FILE} holds {len(stored.results)} results, none with the "
-            f"settings of a study; {_command(results)} makes some"
+            f"--results: expected results of a study in {results / FILE}; "
+            "`python -m benchmarks.quality --study NAME --data DIR` makes some"
         )
     out.mkdir(parents=True, exist_ok=True)
-    drawn = _draw(studies, found, out)
-    file = os.path.relpath(results / FILE, out).replace(os.sep, "/")
-    (out / REPORT).write_text(text(found, stored, file, drawn), encoding="utf-8")
-    plots = f"{len(drawn)} plot{'s' * (len(drawn) != 1)}"
-    print(f"wrote {out / REPORT} and {plots}")
-
-
-def _stored(results: Path) -> Stored:
-    stored = Stored(read(results / FILE))
-    if not stored.results:
-        state = "holds no results" if (results / FILE).exists() else "is not there"
-        raise QualityError(f"--results: {results / FILE} {state}; {_command(results)} makes some")
-    return stored
-
-
-def _command(results: Path = FOLDER) -> str:
-    elsewhere = "" if results == FOLDER else f" --results {shlex.quote(str(results))}"
-    return f"`python -m benchmarks.quality --study NAME --data DIR{elsewhere}`"
-
-
-def _draw(studies: Sequence[Study], found: Sequence[Found], out: Path) -> set[str]:
-    """Draw what there are results for; the names of the plots. Those without are removed."""
-    by_name = {one.study.name: one for one in found}
-    drawn = set()
-    for study in studies:
-        for kind, draw in _PLOTS.items():
-            stem = out / _plot(study, kind)
-            if study.name in by_name and draw(by_name[study.name], stem):
-                drawn.add(stem.name)
-            else:
-                for suffix in (".png", ".svg"):
-                    stem.with_suffix(suffix).unlink(missing_ok=True)
-    return drawn
-
-
-def _plot(study: Study, kind: str) -> str:
-    return f"{study.name}_{kind}"
-
-
-def text(found: Sequence[Found], stored: Stored, file: str, drawn: set[str]) -> str:
-    """The report as Markdown, with the plots that are there."""
-    parts = ["# Learning quality", *_head(found, stored, file)]
+    parts = [_introduction(found, stored, Path(os.path.relpath(results / FILE, out)).as_posix())]
     for one in found:
-        parts += _study(one, drawn)
-    trials = [(one, table) for one in found if (table := report_tables.trials_table(one))]
-    if trials:
-        parts += ["## Learning rates", _TRIALS]
-    for one, table in trials:
-        parts += [f"### Study `{one.study.name}`", table]
-    return "\n\n".join(part for part in parts if part) + "\n"
+        draw_losses(one, out / f"{one.study.name}_curves.png")
+        parts += _study(one)
+    trials = [(one.study.name, trials_table(one)) for one in found]
+    parts += ["## Learning rates", _TRIALS]
+    parts += [f"### Study `{name}`\n\n{shown}" for name, shown in trials if shown]
+    (out / REPORT).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(f"wrote {out / REPORT} and {len(found)} plots")
 
 
-def _head(found: Sequence[Found], stored: Stored, file: str) -> list[str]:
-    """What this is, what it was made with, and how to repeat it."""
+def _introduction(found: Sequence[Found], stored: Stored, file: str) -> str:
     used = list({r.run.key(): r for one in found for r in one.results}.values())
-    others = len(stored.results) - len(used)
-    left_out = f" {others} more are of no study's settings and left out." if others else ""
-    return [
-        _WHAT,
-        f"From [`{file}`]({file}), {len(used)} runs: {_provenance(used)}.{left_out}",
-        f"Data by digest: {_digests(used)}.",
-        _READING,
-        _RATES,
-        _repeat(found),
+    versions = {f"{name} {v}" for result in used for name, v in result.versions.items()}
+    days = sorted({result.time[:10] for result in used})
+    provenance = [
+        _distinct(result.device for result in used),
+        _distinct(versions),
+        f"commit {_distinct(result.commit for result in used)}",
+        f"model {_distinct(result.run.model for result in used)}",
+        f"{days[0]} to {days[-1]}",
     ]
-
-
-def _repeat(found: Sequence[Found]) -> str:
-    names = ", ".join(f"`{one.study.name}`" for one in found)
-    return (
-        f"To repeat: {_command()}, where NAME is one of {names} and DIR holds the tasks' files "
-        "(for `language` one .txt file); runs that are stored are not repeated (`--results FOLDER` "
-        "stores elsewhere). Seeds count from 0. A seed decides on the fresh head, the method's "
-        "random numbers and the order of the batches, so that all methods see the same batches."
+    template = Path(__file__).with_name("report_introduction.md").read_text(encoding="utf-8")
+    return template.strip().format(
+        file=file,
+        count=len(used),
+        others=len(stored.results) - len(used),
+        provenance="; ".join(provenance),
+        digests=_distinct(f"{result.run.task} {result.data}" for result in used),
+        names=", ".join(f"`{one.study.name}`" for one in found),
     )
 
 
-def _provenance(results: Sequence[Result]) -> str:
-    """Devices, versions, commits, models and days behind results, in a line."""
-    parts = [", ".join(_distinct(result.device for result in results))]
-    for package in _distinct(name for result in results for name in result.versions):
-        known = _distinct(r.versions[package] for r in results if package in r.versions)
-        parts.append(f"{package} {', '.join(known)}")
-    parts.append(f"commit {', '.join(_distinct(result.commit for result in results))}")
-    parts.append(f"model {', '.join(_distinct(result.run.model for result in results))}")
-    days = _distinct(result.time[:10] for result in results)
-    return "; ".join([*parts, days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"])
+def _distinct(values: Iterable[str]) -> str:
+    return ", ".join(sorted(set(values)))
 
 
-def _digests(results: Sequence[Result]) -> str:
-    return ", ".join(
-        f"{task} {' and '.join(_distinct(r.data for r in results if r.run.task == task))}"
-        for task in _distinct(result.run.task for result in results)
-    )
-
-
-def _distinct(values: Iterable[str]) -> list[str]:
-    return sorted(set(values))
-
-
-def _study(found: Found, drawn: set[str]) -> list[str]:
+def _study(found: Found) -> list[str]:
     """A question and its answer."""
+    study, run, seeds = found.study, found.study.settings, found.seeds
+    counted = f"{len(seeds)} seed{'s' * (len(seeds) != 1)} ({', '.join(map(str, seeds))})"
+    scored = f", {run.scored_size} examples scored" if run.scored_size else ""
+    setting = (
+        f"Study `{study.name}`: {counted}, {run.steps} steps of {run.batch_size} examples, "
+        f"model {run.model}{scored}, texts truncated at {run.max_tokens} tokens."
+    )
+    parts = [f"## {study.question}", setting, results_table(found)]
+    if differences := difference_table(found):
+        parts.append(f"{_DIFFERENCES}\n\n{differences}")
+    if study.paired and (paired := paired_table(found)):
+        parts.append(f"{_PAIRED}\n\n{paired}")
+    return [*parts, f"![Learning curves]({study.name}_curves.png)"]
+
+
+def results_table(found: Found) -> str:
+    """One line per variant, and one for the constant answer."""
     study = found.study
-    plot = {
-        kind: f"![{title}]({_plot(study, kind)}.png)"
-        for kind, title in (
-            ("curves", "Learning curves"),
-            ("paired", "Curves on each other, and their difference"),
-        )
-        if _plot(study, kind) in drawn
-    }
-    table, notes = report_tables.results_table(found)
-    numbered = "\n".join(f"{number}. {note}" for number, note in enumerate(notes, start=1))
-    difference = report_tables.difference_table(found)
-    paired = report_tables.paired_table(found) if study.paired else ""
+    dev_runs = [r for cell in found.cells.values() for r in cell.results]
+    constants = {r.run.task: _figure(r.metric, r.constant_value) for r in dev_runs}
+    lines = []
+    for variant in study.variants:
+        cells = [found.cell(variant, task) for task in study.tasks]
+        done = [r for cell in cells for r in cell.results if r.value is not None]
+        counts = " / ".join(f"{n:,}" for n in sorted({r.trainable_parameters for r in done}))
+        values = [_value(found, variant, task) for task in study.tasks]
+        rates = list(map(_rate, cells))
+        rate = rates[0] if len(set(rates)) == 1 else " / ".join(rates)
+        seconds = f"{fmean(r.seconds for r in done):.0f}" if done else NONE
+        lines.append([variant.label, counts or NONE, *values, rate, seconds])
+    known = [constants.get(task, NONE) for task in study.tasks]
+    lines.append(["constant answer", "0", *known, NONE, NONE])
+    names = f" ({' / '.join(study.tasks)})" if len(study.tasks) > 1 else ""
+    heads = ["method", "parameters", *_titles(found), f"learning rate{names}", "seconds per run"]
+    return table(heads, lines)
+
+
+def _value(found: Found, variant: Variant, task: str) -> str:
+    """Mean and deviation; bold where it looks the best."""
+    cell, metric = found.cell(variant, task), found.metric(task)
+    if cell.failed or cell.mean is None:
+        return "failed" if cell.failed else NONE
+    values = list(cell.values.values())
+    shown = _with_error(found, metric, values, 1.0)
+    means = [found.cell(other, task).mean for other in found.study.variants]
+    best = min if metric in LOWER_IS_BETTER else max
+    is_best = _figure(metric, cell.mean) == _figure(metric, best(m for m in means if m is not None))
+    return f"**{shown}**" if is_best else shown
+
+
+def _rate(cell: Cell) -> str:
+    if cell.learning_rate is None or not cell.results:
+        return NONE
+    tried = sorted(trial.run.learning_rate for trial in cell.trials)
+    at_edge = len(tried) > 1 and cell.learning_rate in (tried[0], tried[-1])
+    return f"{cell.learning_rate:g}" + "†" * at_edge
+
+
+def _titles(found: Found) -> list[str]:
+    metrics = [(task, found.metric(task)) for task in found.study.tasks]
+    unit = {True: " (lower is better)", False: ", %"}
+    return [f"{task}, {metric}{unit[metric in LOWER_IS_BETTER]}" for task, metric in metrics]
+
+
+def _figure(metric: str, value: float, sign: str = "") -> str:
+    """In percent, or as it is where lower is better."""
+    return f"{value:{sign}.2f}" if metric in LOWER_IS_BETTER else f"{100 * value:{sign}.1f}"
+
+
+def _with_error(
+    found: Found, metric: str, values: Sequence[float], scale: float, sign: str = ""
+) -> str:
+    """The mean of values and their deviation over `scale`; how many, where it is not all seeds."""
+    count = len(values)
+    error = f" ± {_figure(metric, stdev(values) / scale)}" if count > 1 else ""
+    seeds = f" ({count} seed{'s' * (count != 1)})" if count != len(found.seeds) else ""
+    return f"{_figure(metric, fmean(values), sign)}{error}{seeds}"
+
+
+def _by_task(found: Found, head: str, lines: Sequence[tuple[str, Callable[[str], str]]]) -> str:
+    """A table with a column per task, without empty lines; "" if all are empty."""
+    filled = [[label, *map(cell_of, found.study.tasks)] for label, cell_of in lines]
+    shown = [line for line in filled if any(cell != NONE for cell in line[1:])]
+    return table([head, *_titles(found)], shown) if shown else ""
+
+
+def difference_table(found: Found) -> str:
+    """The study's differences, paired by seed: those it names, or DCFT minus LoRA r=1."""
+    lora = [variant.label for variant in found.study.variants if variant.label == "LoRA r=1"]
+    dcft = [variant.label for variant in found.study.variants if is_dcft(variant)]
+    pairs = found.study.differences or [(one, other) for one in dcft for other in lora]
+    lines = [(f"{one} − {two}", partial(_difference, found, one, two)) for one, two in pairs]
+    return _by_task(found, "difference", lines)
+
+
+def _difference(found: Found, one: str, other: str, task: str) -> str:
+    ours, theirs = found.cells[one, task].values, found.cells[other, task].values
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    if not differences:
+        return NONE
+    return _with_error(found, found.metric(task), differences, len(differences) ** 0.5, "+")
+
+
+def trials_table(found: Found) -> str:
+    """Every candidate's score on the slice of train, the chosen one bold; "" without trials."""
+    lines = [(v.label, partial(_trials, found, v)) for v in found.study.variants]
+    return _by_task(found, "rate → score", lines)
+
+
+def _trials(found: Found, variant: Variant, task: str) -> str:
+    cell, shown = found.cell(variant, task), []
+    for trial in cell.trials:
+        rate = trial.run.learning_rate
+        score = "failed" if trial.value is None else _figure(trial.metric, trial.value)
+        bold = "**" * (rate == cell.learning_rate)
+        shown.append(f"{bold}{rate:g} → {score}{bold}")
+    return ", ".join(shown) or NONE
+
+
+def paired_table(found: Found) -> str:
+    """The largest differences from the variant that the reference backend computes."""
+    reference = next(v for v in found.study.variants if v.options.get("backend") == "reference")
+    lines = []
+    for (label, task), cell in found.cells.items():
+        others = {r.run.seed: r for r in found.cell(reference, task).results}
+        pairs = [(r, others[r.run.seed]) for r in cell.results if r.run.seed in others]
+        if pairs and label != reference.label:
+            losses = [p for a, b in pairs for p in zip(a.loss_curve, b.loss_curve, strict=False)]
+            largest = _largest([(loss, other) for (_, loss), (_, other) in losses])
+            largest += _largest([(a.value or 0.0, b.value or 0.0) for a, b in pairs])
+            lines.append([f"{label} − {reference.label}, {task}", str(len(pairs)), *largest])
+    heads = ["difference", "seeds", "loss", "loss, relative", "metric", "metric, relative"]
+    return table(heads, lines) if lines else ""
+
+
+def _largest(pairs: Sequence[tuple[float, float]]) -> list[str]:
+    """The largest absolute and relative difference."""
+    absolute = max(abs(value - other) for value, other in pairs)
+    relative = max(abs(value - other) / abs(other) if other else 0.0 for value, other in pairs)
+    return [f"{number:.1e}" if number else "0" for number in (absolute, relative)]
+
+
+# Plots
+
+MOST_LINES = 8  # more of them cannot be told apart
+SMOOTHED_OVER = 5  # stored points
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, with grey for yellow; the
+# first colour is the first DCFT's.
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#999999")
+_YARDSTICKS = ("lora", "full", "head")
+
+Curve = Sequence[tuple[int, float]]
+
+
+def is_dcft(variant: Variant) -> bool:
+    """Whether a variant is DCFT, alone or combined."""
+    return "dcft" in variant.method.split("_")
+
+
+def draw_losses(found: Found, path: Path) -> None:
+    """Draw the training loss of a study's main variants, a panel for each task."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure  # draws with Agg, whatever the backend
+
+    lines = main_lines(found)
+    colours = {variant.label: colour for variant, colour in zip(lines, _COLOURS, strict=False)}
+    across = len(found.study.tasks)
+    with mpl.rc_context({"font.size": 9, "figure.labelsize": 9, "axes.titlesize": 9}):
+        figure = Figure(figsize=(max(6.6, 1.0 + 3.3 * across), 4.0), layout="constrained")
+        panels = figure.subplots(1, across, squeeze=False)[0]
+        handles = {}
+        for task, axes in zip(found.study.tasks, panels, strict=True):
+            axes.set_title(task, loc="left", fontweight="bold")
+            axes.set_xlim(0, found.study.settings.steps * 1.02)
+            axes.grid(axis="y", alpha=0.25, linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+            for variant in lines:
+                if curve := smooth(_mean_loss(found, variant, task)):
+                    x, y = zip(*curve, strict=True)
+                    (handle,) = axes.plot(x, y, color=colours[variant.label], linewidth=1.3)
+                    handles[variant.label] = handle
+        panels[0].set_ylabel("training loss")
+        caption = f"steps\nmean over seeds, smoothed over {SMOOTHED_OVER} stored points"
+        if len(lines) == MOST_LINES:
+            caption += "; DCFT, LoRA and the best of the others"
+        figure.supxlabel(caption, fontsize=8)
+        place = "outside upper center"
+        figure.legend(handles.values(), handles, loc=place, ncols=3, frameon=False)
+        figure.savefig(path, dpi=150)
+
+
+def main_lines(found: Found) -> list[Variant]:
+    """At most `MOST_LINES` variants: DCFT, what it is compared with, the best on the first task."""
+    task = found.study.tasks[0]
+    sign = 1 if found.metric(task) in LOWER_IS_BETTER else -1
+
+    def order(variant: Variant) -> tuple[bool, bool, float]:
+        mean = found.cell(variant, task).mean
+        worst = float("inf") if mean is None else sign * mean
+        return (not is_dcft(variant), variant.method not in _YARDSTICKS, worst)
+
+    return sorted(found.study.variants, key=order)[:MOST_LINES]
+
+
+def _mean_loss(found: Found, variant: Variant, task: str) -> Curve:
+    """The mean over the seeds that finished."""
+    results = [r for r in found.cell(variant, task).results if r.value is not None]
     return [
-        f"## {study.question}",
-        _setting(found),
-        table,
-        f"Failed:\n\n{numbered}" if notes else "",
-        f"{_DIFFERENCES}\n\n{difference}" if difference else "",
-        f"{_PAIRED}\n\n{paired}" if paired else "",
-        plot.get("paired", ""),
-        plot.get("curves", ""),
+        (step, fmean(curve[place][1] for curve in (r.loss_curve for r in results)))
+        for place, (step, _) in enumerate(results[0].loss_curve if results else ())
     ]
 
 
-def _setting(found: Found) -> str:
-    """How many seeds and steps, and what else is not as usual."""
-    run, usual, seeds = found.study.settings, Run(task="", method=""), found.seeds
-    named = f"{len(seeds)} seed{'s' * (len(seeds) != 1)}" if seeds else "no seed as yet"
-    if seeds:
-        named += f" ({', '.join(map(str, seeds))})"
-    parts = [named, f"{run.steps} steps of {run.batch_size} examples", f"model {run.model}"]
-    if run.train_size is not None:
-        parts.append(f"{run.train_size} training examples")
-    if run.scored_size is not None:
-        parts.append(f"{run.scored_size} examples scored")
-    if run.max_tokens != usual.max_tokens:
-        parts.append(f"texts cut at {run.max_tokens} tokens")
-    if run.precision != usual.precision:
-        parts.append(f"precision {run.precision}")
-    return f"Study `{found.study.name}`: {', '.join(parts)}."
+def smooth(curve: Curve) -> Curve:
+    """The mean of each point and its neighbours, equally many on both sides."""
+    smoothed = []
+    for place, (step, _) in enumerate(curve):
+        reach = min(SMOOTHED_OVER // 2, place, len(curve) - 1 - place)
+        near = [value for _, value in curve[place - reach : place + reach + 1]]
+        smoothed.append((step, fmean(near)))
+    return smoothed
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One fine-tuning run: everything that is needed to repeat it, and what came of it."""
+"""A fine-tuning run, its result, and the file that results are stored in."""
 
 from __future__ import annotations
 
@@ -7,26 +7,23 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from benchmarks import rows
+from benchmarks.environment import RESULTS
+from benchmarks.quality.errors import QualityError
+
 SLICE, DEV = "slice", "dev"
-"""What is scored: a slice of the training split, for choices; or the dev split, for results."""
+"""What is scored: a slice of the training split to choose a learning rate, or the dev split."""
+
+FOLDER = RESULTS / "quality"
+FILE = "runs.jsonl"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained, how, and on what it is scored.
-
-    Attributes:
-        learning_rate: of the method's own parameters.
-        head_learning_rate: of the task's fresh head, the same for all methods.
-        warm_up: share of the steps in which the learning rate rises; it then falls to zero.
-        train_size: how many training examples are used, evenly spread; None for all.
-        scored_size: likewise of the examples that are scored.
-        max_tokens: where texts are cut, at the latest at the task's own length; None for that, or
-            for what the model reads if that is less.
-        evaluations: how many times the model is scored, the last time at the end.
-    """
+    """Everything that is needed to repeat a run."""
 
     task: str
     method: str
@@ -37,56 +34,44 @@ class Run:
     scored: str = DEV
     steps: int = 250
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # of the method's own parameters
     head_learning_rate: float = 1e-3
     weight_decay: float = 0.0
-    warm_up: float = 0.06
-    train_size: int | None = None
-    scored_size: int | None = None
-    max_tokens: int | None = None
+    warm_up: float = 0.06  # fraction of the steps in which the rate rises; then it falls to zero
+    train_size: int | None = None  # so many training examples, evenly spread; None for all
+    scored_size: int | None = None  # so many scored examples, evenly spread
+    max_tokens: int | None = None  # None for the task's or the model's own limit
     precision: str = "fp32"
-    evaluations: int = 1
+    evaluations: int = 1  # the last one is at the end
 
     def key(self) -> str:
-        """The same for the same settings, and for no others."""
+        """A digest of the settings."""
         settings = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
     def label(self) -> str:
-        """One line for a progress bar."""
+        """One line for the terminal."""
         options = " ".join(f"{name}={value}" for name, value in self.options.items())
         return f"{self.task} {self.method} {options}".strip() + f" lr {self.learning_rate:g}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished run.
-
-    Attributes:
-        key: of the run, by which it is found again.
-        study: the collection that asked for it first.
-        value: the task's figure `metric` at the end.
-        values: all figures at the end.
-        constant_value: `metric` of the best constant answer.
-        trainable_parameters: the method's own, without the head's.
-        loss_curve: mean training loss up to a step, pairs.
-        value_curve: `metric` after a step, pairs.
-        error: why there is no value.
-    """
+    """A finished run; `value` is the task's `metric` at the end, None if the run failed."""
 
     key: str
-    study: str
+    study: str  # that asked for it first
     run: Run
     metric: str
-    value: float | None
-    values: Mapping[str, float]
-    constant_value: float
-    trainable_parameters: int
-    head_parameters: int
-    loss_curve: list[tuple[int, float]]
-    value_curve: list[tuple[int, float]]
-    seconds: float
-    data: str
+    value: float | None = None
+    values: Mapping[str, float] = field(default_factory=dict)  # all metrics
+    constant_value: float  # of the best constant answer
+    trainable_parameters: int = 0  # the method's own, without the head's
+    head_parameters: int = 0
+    loss_curve: list[tuple[int, float]] = field(default_factory=list)  # step, mean loss up to it
+    value_curve: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    data: str  # digest of the data
     device: str
     versions: Mapping[str, str]
     commit: str
@@ -94,25 +79,47 @@ class Result:
     error: str | None = None
 
     def as_line(self) -> dict[str, Any]:
-        """Flat: the run's settings beside its outcome."""
+        """Flat: the run's settings next to its outcome."""
         line = dataclasses.asdict(self)
         return {"key": line.pop("key"), "study": line.pop("study"), **line.pop("run"), **line}
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Result:
-        """The inverse of `as_line`.
-
-        Raises:
-            TypeError: a field that is missing or unknown, or something else than fields.
-        """
-        if not isinstance(line, Mapping):
-            raise TypeError(f"expected an object, got {line!r}")
+        """The inverse of `as_line`; TypeError for a missing or unknown field."""
         names = {entry.name for entry in dataclasses.fields(Run)}
         run = Run(**{name: value for name, value in line.items() if name in names})
         rest = {name: value for name, value in line.items() if name not in names}
-        result = cls(run=run, **rest)
-        return dataclasses.replace(
-            result,
-            loss_curve=[(step, loss) for step, loss in result.loss_curve],
-            value_curve=[(step, value) for step, value in result.value_curve],
-        )
+        for curve in ("loss_curve", "value_curve"):
+            rest[curve] = [(step, value) for step, value in rest[curve]]
+        return cls(run=run, **rest)
+
+
+class Store:
+    """The results of a folder; a run with a stored result is not repeated."""
+
+    def __init__(self, folder: Path = FOLDER) -> None:
+        self.path = folder / FILE
+        read(self.path)  # a broken line is reported before anything is trained
+
+    def find(self, run: Run, data: str) -> Result | None:
+        """The stored result of these settings on this data, unless the run failed.
+
+        The file is read again each time: another process may have added results.
+        """
+        found = [result for result in read(self.path) if result.run.key() == run.key()]
+        return found[-1] if found and not found[-1].error and found[-1].data == data else None
+
+    def add(self, result: Result) -> None:
+        """Append a result; it is on disk when this returns."""
+        rows.append_line(self.path, result.as_line())
+
+
+def read(path: Path) -> list[Result]:
+    """All results of a file; QualityError for a line that is not a result."""
+    results = []
+    for number, line in enumerate(rows.finished_lines(path) if path.exists() else [], start=1):
+        try:
+            results.append(Result.from_line(json.loads(line)))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise QualityError(f"{path}, line {number}: not a result: {error}") from error
+    return results

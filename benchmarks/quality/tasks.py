@@ -1,107 +1,97 @@
-"""The tasks by name: what their examples hold and which figure scores them."""
+"""The tasks by name, their splits, and what training needs of a task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from benchmarks.quality import errors
 
-Kind = Literal["classification", "regression", "answers", "language"]
+Feature = dict[str, Any]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task.
-
-    Attributes:
-        kind: what is predicted: a class, a number, a span of a text, or the next token.
-        columns: the texts of an example.
-        labels: the classes in the order of their numbers; empty for other kinds.
-        metrics: the official figures, the one that is compared first.
-        hub: the dataset's name and configuration on the Hugging Face hub.
-        max_tokens: where texts are cut.
-        dev_split: the hub's name of the split that is scored.
-    """
+    """A task; the first of its metrics is the one that is compared."""
 
     name: str
-    kind: Kind
-    columns: tuple[str, ...]
-    labels: tuple[str, ...]
-    metrics: tuple[str, ...]
-    hub: tuple[str, str | None] | None
-    max_tokens: int
-    dev_split: str = "validation"
+    kind: Literal["classification", "regression", "answers", "language"]
+    metrics: tuple[str, ...] = ("accuracy",)
+    classes: int = 0
+    sentences: int = 2  # per example
+    max_tokens: int = 128  # where texts are truncated
 
     @property
     def metric(self) -> str:
+        """The metric that is compared."""
         return self.metrics[0]
 
 
-_ENTAILS = ("entailment", "not_entailment")
-_SAME = ("not_equivalent", "equivalent")
-_TWO_SENTENCES = ("sentence1", "sentence2")
-
-
-def _glue(
-    name: str,
-    columns: tuple[str, ...],
-    labels: tuple[str, ...],
-    metrics: tuple[str, ...] = ("accuracy",),
-    max_tokens: int = 128,
-    dev_split: str = "validation",
-) -> Task:
-    kind: Kind = "classification" if labels else "regression"
-    return Task(name, kind, columns, labels, metrics, ("glue", name), max_tokens, dev_split)
-
-
+_CLASSES: Literal["classification"] = "classification"
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        _glue("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews", "accuracy"), 64),
-        _glue("sst2", ("sentence",), ("negative", "positive"), max_tokens=64),
-        _glue("mrpc", _TWO_SENTENCES, _SAME, ("accuracy", "f1")),
-        _glue("qqp", ("question1", "question2"), _SAME, ("accuracy", "f1")),
-        _glue("stsb", _TWO_SENTENCES, (), ("pearson",)),
-        _glue(
-            "mnli",
-            ("premise", "hypothesis"),
-            ("entailment", "neutral", "contradiction"),
-            dev_split="validation_matched",  # the mismatched one is not scored
-        ),
-        _glue("qnli", ("question", "sentence"), _ENTAILS, max_tokens=256),
-        _glue("rte", _TWO_SENTENCES, _ENTAILS, max_tokens=256),
-        _glue("wnli", _TWO_SENTENCES, _ENTAILS[::-1]),
-        Task(
-            "squad", "answers", ("question", "context"), (), ("f1", "exact"), ("squad", None), 384
-        ),
-        Task(
-            "squad_v2",
-            "answers",
-            ("question", "context"),
-            (),
-            ("f1", "exact"),
-            ("squad_v2", None),
-            384,
-        ),
-        Task("shakespeare", "language", ("text",), (), ("perplexity",), None, 128),
+        Task("cola", _CLASSES, ("matthews", "accuracy"), 2, sentences=1, max_tokens=64),
+        Task("sst2", _CLASSES, classes=2, sentences=1, max_tokens=64),
+        Task("mrpc", _CLASSES, ("accuracy", "f1"), 2),
+        Task("qqp", _CLASSES, ("accuracy", "f1"), 2),
+        Task("stsb", "regression", ("pearson",)),
+        Task("mnli", _CLASSES, classes=3),
+        Task("qnli", _CLASSES, classes=2, max_tokens=256),
+        Task("rte", _CLASSES, classes=2, max_tokens=256),
+        Task("wnli", _CLASSES, classes=2),
+        Task("squad", "answers", ("f1", "exact"), max_tokens=384),
+        Task("squad_v2", "answers", ("f1", "exact"), max_tokens=384),
+        Task("shakespeare", "language", ("perplexity",)),
     )
 }
 
-# Scores of sentence pairs are 0 to 5; trained as 0 to 1, where a fresh head starts. Correlations do
-# not notice.
-HIGHEST_SCORE = 5.0
-
 
 def by_name(name: str) -> Task:
-    """The task of that name, upper case and hyphens forgiven ("SST-2").
-
-    Raises:
-        QualityError: an unknown name.
-    """
+    """The task of that name; case, hyphens and underscores do not matter ("SST-2")."""
     known = {task.replace("_", ""): task for task in TASKS}
     plain = name.lower().replace("-", "").replace("_", "")
     if plain not in known:
         raise errors.unknown("--task", name, TASKS)
     return TASKS[known[plain]]
+
+
+@dataclass(frozen=True)
+class Splits(Generic[Item]):
+    """A task's examples; `digest` identifies the files, whatever is left out afterwards."""
+
+    train: Sequence[Item]
+    dev: Sequence[Item]
+    digest: str
+
+    def hold_out(self, held: Sequence[bool]) -> Splits[Item]:
+        """The marked training examples take the place of the dev split, which is not used."""
+        train = [item for item, out in zip(self.train, held, strict=True) if not out]
+        dev = [item for item, out in zip(self.train, held, strict=True) if out]
+        return Splits(train, dev, self.digest)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task that was prepared for a model."""
+
+    train: Sequence[Feature]  # in the order of the file
+    evaluation: Sequence[Feature]  # what is scored
+    collate: Callable[[list[Feature]], Any]
+    # What `score` needs of the model's output on a batch, for each of its features ...
+    reduce: Callable[[Any, Sequence[Feature]], list[Any]]
+    # ... and the task's metrics, of all of `evaluation`.
+    score: Callable[[list[Any]], Mapping[str, float]]
+    # The metrics of the best answer that ignores the input: the most common class, the mean.
+    constant_score: Mapping[str, float]
+    outputs: int  # width of the head
+    digest: str
+
+
+def spread(items: Sequence[Item], size: int | None) -> Sequence[Item]:
+    """At most `size` items, spread evenly over the sequence."""
+    if size is None or size >= len(items):
+        return items
+    return [items[place * len(items) // size] for place in range(size)]

@@ -13,20 +13,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 FILLERS = ("the", "film", "was", "and", "a", "very", "long", "one", "we", "saw", "it", "twice")
 GOOD, BAD = "fine", "poor"
-_SPECIAL = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-}
-# The usual 0.02 would leave layers this narrow with next to no influence on the output.
+_SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+# With the usual 0.02, layers this narrow would hardly affect the output.
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 _SIZES |= {"intermediate_size": 64, "max_position_embeddings": 64}
 _STD = 0.2
 
 
 def tokenizer() -> Any:
-    """A WordPiece tokenizer as BERT's, which knows the words above and lower-case letters."""
+    """A WordPiece tokenizer like BERT's that knows the words above and lower-case letters."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     pieces = (*_SPECIAL.values(), *FILLERS, GOOD, BAD, *letters, *(f"##{c}" for c in letters), ".")
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
@@ -58,7 +53,7 @@ def llama_config(**changes: Any) -> Any:
 
 
 def write_model(folder: Path, kind: Any, config: Any) -> Path:
-    """A folder for `--model`: a model with random weights, always the same, and the tokenizer."""
+    """A folder for `--model`: a model with fixed random weights, and the tokenizer."""
     with torch.random.fork_rng():
         torch.manual_seed(30)
         kind(config).save_pretrained(folder)
@@ -67,7 +62,7 @@ def write_model(folder: Path, kind: Any, config: Any) -> Path:
 
 
 def sentences(count: int, seed: int) -> list[tuple[str, int]]:
-    """Sentences of 3 to 9 words, of which one tells the label."""
+    """Sentences of 3 to 9 words, one of which determines the label."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(below: int) -> int:
@@ -83,14 +78,14 @@ def sentences(count: int, seed: int) -> list[tuple[str, int]]:
 
 
 def write_tsv(path: Path, rows: Sequence[Sequence[object]]) -> None:
-    """A tab-separated file, gzipped where its name says so; the first row names the columns."""
+    """A tab-separated file, gzipped if its name ends in .gz; the first row names the columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = "".join("\t".join(map(str, row)) + "\n" for row in rows).encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
 def write_task(folder: Path, train: int = 96, dev: int = 24) -> Path:
-    """A task that can be learnt."""
+    """A task that can be learned."""
     header = ("sentence1", "label")
     for split, count, seed in (("train", train, 31), ("dev", dev, 32)):
         write_tsv(folder / f"{split}.tsv", [header, *sentences(count, seed)])

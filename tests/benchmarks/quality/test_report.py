@@ -1,0 +1,124 @@
+"""The report on stored results, and the stored results themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.quality import report
+from benchmarks.quality.found import Found, Stored
+from benchmarks.quality.runs import FOLDER, SLICE, Result, Run
+from benchmarks.quality.studies import STUDIES, Study, Variant
+
+RATES = (2e-3, 5e-3, 1e-2)
+DCFT = Variant("DCFT", "dcft", {"init": "balanced"}, rates=RATES)
+LORA = Variant("LoRA r=1", "lora", {"r": 1}, rates=RATES[:1])
+FULL = Variant("full", "full", rates=(1e-4,))
+SETTINGS = Run(task="", method="", steps=8, batch_size=4)
+STUDY = Study("small", "How well?", (DCFT, LORA, FULL), ("cola", "shakespeare"), 3, SETTINGS)
+
+
+def result(variant: Variant, task: str, value: float | None, rate: float, **run: Any) -> Result:
+    settings = dataclasses.replace(STUDY.run(task, variant), learning_rate=rate, **run)
+    return Result(
+        key=settings.key(),
+        study="small",
+        run=settings,
+        metric="matthews" if task == "cola" else "perplexity",
+        value=value,
+        constant_value=0.25,
+        trainable_parameters=1234,
+        loss_curve=[(step, 1 / step) for step in range(1, 9)],
+        seconds=10.0,
+        data="d1g35t",
+        device="some device",
+        versions={"torch": "2.0"},
+        commit="abc1234",
+        time="2026-01-02T03:04:05+00:00",
+        error=None if value is not None else "step 5 has the loss nan",
+    )
+
+
+def seeds(variant: Variant, task: str, rate: float, *values: float | None) -> list[Result]:
+    return [result(variant, task, value, rate, seed=seed) for seed, value in enumerate(values)]
+
+
+def trials(task: str, *values: float | None) -> list[Result]:
+    slice_of_train = {"scored": SLICE, "scored_size": 600}
+    pairs = zip(RATES, values, strict=False)
+    return [result(DCFT, task, value, rate, **slice_of_train) for rate, value in pairs]
+
+
+RESULTS = [
+    *trials("cola", 0.1, 0.3, 0.2),
+    *trials("shakespeare", 9.0, 8.0, 7.0),
+    *seeds(DCFT, "cola", RATES[0], 0.9),  # a rate that was not chosen
+    *seeds(DCFT, "cola", RATES[1], 0.40, 0.44, 0.48),
+    *seeds(DCFT, "shakespeare", RATES[2], 7.0, 7.0, 7.3),
+    *seeds(LORA, "cola", RATES[0], 0.1, 0.50, 0.56),
+    *seeds(LORA, "cola", RATES[0], 0.50),  # the last of equal runs counts
+    *seeds(FULL, "cola", 1e-4, 0.1, None),
+    *seeds(FULL, "shakespeare", 1e-4, 7.0, 7.2),
+]
+
+
+def lines(table: str) -> dict[str, list[str]]:
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    return {first: rest for first, *rest in cells}
+
+
+def test_tables_of_a_study() -> None:
+    found = Found.of(Stored(RESULTS), STUDY)
+    table = lines(report.results_table(found))
+    assert table["method"][1:3] == [
+        "cola, matthews, %",
+        "shakespeare, perplexity (lower is better)",
+    ]
+    assert table["DCFT"] == ["1,234", "44.0 ± 4.0", "**7.10 ± 0.17**", "0.005 / 0.01†", "10"]
+    # 0.50, 0.50, 0.56: squares of 0.02, 0.02 and 0.04 are 0.0024, over 2 is 0.0346 squared
+    assert table["LoRA r=1"] == ["1,234", "**52.0 ± 3.5**", "-", "0.002 / -", "10"]
+    assert table["full"][1:3] == ["failed", "**7.10 ± 0.14 (2 seeds)**"]
+    assert table["constant answer"][1:3] == ["25.0", "0.25"]
+    difference = lines(report.difference_table(found))
+    # -0.10, -0.06, -0.08: a deviation of 0.02, over the root of 3 is 0.0115
+    assert difference["DCFT − LoRA r=1"] == ["-8.0 ± 1.2", "-"]
+    named = dataclasses.replace(STUDY, differences=(("LoRA r=1", "full"),))
+    difference = lines(report.difference_table(Found.of(Stored(RESULTS), named)))
+    assert difference["LoRA r=1 − full"] == ["+40.0 (1 seed)", "-"]
+    shown = lines(report.trials_table(found))["DCFT"]
+    assert shown[0] == "0.002 → 10.0, **0.005 → 30.0**, 0.01 → 20.0"
+
+
+def test_a_rate_is_chosen_only_when_all_were_tried() -> None:
+    for values, expected in (((0.1, 0.2), "-"), ((None, None, None), "failed")):
+        results = [*trials("cola", *values), *seeds(DCFT, "cola", RATES[1], 0.4)]
+        table = lines(report.results_table(Found.of(Stored(results), STUDY)))
+        assert table["DCFT"][1] == expected
+
+
+def test_paired_losses_are_compared() -> None:
+    fast = Variant("fast", "dcft", {"backend": "torch"}, rates=RATES[:1])
+    slow = Variant("slow", "dcft", {"backend": "reference"}, rates=RATES[:1])
+    study = dataclasses.replace(STUDY, variants=(fast, slow), tasks=("cola",))
+    ours = seeds(fast, "cola", RATES[0], 0.5, 0.4)
+    ours[1] = dataclasses.replace(ours[1], loss_curve=[(1, 1.0), (2, 0.6)])
+    found = Found.of(Stored([*ours, *seeds(slow, "cola", RATES[0], 0.5, 0.4)]), study)
+    table = lines(report.paired_table(found))
+    assert table["fast − slow, cola"] == ["2", "1.0e-01", "2.0e-01", "0", "0"]
+
+
+def test_the_stored_report_is_what_the_stored_rows_give(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main(["--results", str(FOLDER), "--out", str(tmp_path)]) == 0
+    written = (tmp_path / report.REPORT).read_text(encoding="utf-8").splitlines()
+    stored = (FOLDER / report.REPORT).read_text(encoding="utf-8").splitlines()
+    assert [line for line in written if line[:1] == "|"] == [x for x in stored if x[:1] == "|"]
+    plots = {path.name for path in tmp_path.glob("*.png")}
+    assert plots == {path.name for path in FOLDER.glob("*.png")}
+    assert len(plots) == len(STUDIES)
+    assert report.main(["--results", str(tmp_path)]) == 2
+    assert "--results: expected results of a study" in capsys.readouterr().err

@@ -1,0 +1,280 @@
+"""Runs: stored results, training, exact resume, learning rates, the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from benchmarks.quality import __main__, runs, training
+from benchmarks.quality.errors import QualityError
+from benchmarks.quality.methods import Adapted, Method
+from benchmarks.quality.methods.table import METHODS
+from benchmarks.quality.runs import SLICE, Result, Run, Store
+from benchmarks.quality.sentences import prepare, read
+from benchmarks.quality.tasks import TASKS, Prepared
+from tests.benchmarks.quality import small_data
+
+COLA = TASKS["cola"]
+STEPS = 12  # checkpoints are written every 3
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quality")
+    bert, llama = transformers.BertForSequenceClassification, transformers.LlamaForCausalLM
+    config = small_data.bert_config(hidden_dropout_prob=0.1)
+    small_data.write_model(folder / "bert", bert, config)
+    small_data.write_model(folder / "llama", llama, small_data.llama_config())
+    small_data.write_task(folder / "data" / "cola")
+    text = " ".join(sentence for sentence, _ in small_data.sentences(200, 33))
+    (folder / "data" / "text.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setattr(training, "CHECKPOINTS", tmp_path / "checkpoints")
+    rates = {"learning_rate": 1e-2, "head_learning_rate": 1e-2}
+    options, model = {"r": 2}, str(folder / "bert")
+    return Run("cola", "lora", options, model=model, steps=STEPS, batch_size=8, **rates)
+
+
+@pytest.fixture(scope="session")
+def prepared(folder: Path) -> Prepared:
+    return prepare(COLA, read(COLA, folder / "data"), small_data.tokenizer(), 32)
+
+
+class Killed(BaseException):
+    """Like a process that ends: nothing handles it."""
+
+
+def fine_tune(run: Run, prepared: Prepared, **changes: Any) -> Result:
+    method = changes.pop("method", METHODS[run.method])
+    on_step = changes.pop("on_step", lambda: None)
+    return training.train(run, TASKS[run.task], method, prepared, "", on_step)
+
+
+def kill_after(step: int) -> Callable[[], None]:
+    left = iter(range(step - 1))
+
+    def on_step() -> None:
+        if next(left, None) is None:
+            raise Killed
+
+    return on_step
+
+
+def test_keys_identify_settings(run: Run) -> None:
+    # Stored results are found by it.
+    assert Run("cola", "dcft", {"init": "balanced"}, max_tokens=128).key() == "e44acd29d6058bda"
+    run = dataclasses.replace(run, train_size=5, scored_size=6, max_tokens=7)
+    others = {str: "other", int: 99, float: 0.5, dict: {"r": 3}}
+    changes = {f.name: others[type(getattr(run, f.name))] for f in dataclasses.fields(Run)}
+    keys = {dataclasses.replace(run, **{name: value}).key() for name, value in changes.items()}
+    assert len(keys - {run.key()}) == len(changes)
+
+
+def test_results_are_stored(run: Run, prepared: Prepared, tmp_path: Path) -> None:
+    run = dataclasses.replace(run, steps=1, options={"r": (2, 3)})
+    unfinished = dataclasses.replace(run, options={})
+    result = dataclasses.replace(fine_tune(unfinished, prepared), run=run, key=run.key())
+    store = Store(tmp_path)
+    assert store.find(run, result.data) is None
+    store.add(dataclasses.replace(result, value=None, error="diverged"))
+    assert store.find(run, result.data) is None  # a failed run is repeated
+    store.add(result)
+    store.path.write_bytes(store.path.read_bytes() + b'{"key": "unfini')
+    found = Store(tmp_path).find(run, result.data)
+    assert found is not None
+    assert found.run.key() == found.key == run.key()
+    assert dataclasses.replace(found, run=run) == result
+    assert store.find(run, "other data") is None
+    store.add(result)
+    assert len(runs.read(store.path)) == 3
+    for line in ("nothing", "[1]", "7", '{"key": "a", "color": 1}'):
+        store.path.write_text(line + "\n", encoding="utf-8")
+        with pytest.raises(QualityError, match=r"runs\.jsonl, line 1: not a result: "):
+            Store(tmp_path)
+
+
+def test_batches_depend_on_the_seed_alone() -> None:
+    lengths = [number % 40 for number in range(50)]
+    order = training.batch_order(lengths, 8, 20, 1)
+    for epoch in range(3):
+        assert sorted(order[50 * epoch : 50 * (epoch + 1)]) == list(range(50))
+    assert training.batch_order(lengths, 8, 30, 1)[:160] == order
+    assert training.batch_order(lengths, 8, 20, 2) != order
+    similar = training.batch_order([number % 40 for number in range(640)], 8, 80, 1)
+    batches = [[number % 40 for number in similar[at : at + 8]] for at in range(0, 640, 8)]
+    # Drawn at random they would differ by 30 and more.
+    assert max(max(batch) - min(batch) for batch in batches) < 10
+
+
+def test_a_task_is_learned(run: Run, prepared: Prepared) -> None:
+    result = fine_tune(dataclasses.replace(run, steps=101, evaluations=3), prepared)
+    assert result.error is None
+    assert result.value == result.values["matthews"] > result.constant_value + 0.5
+    assert [step for step, _ in result.loss_curve] == [*range(2, 101, 2), 101]
+    assert [step for step, _ in result.value_curve] == [33, 67, 101]
+    losses = [loss for _, loss in result.loss_curve]
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+    # Rank 2: in each block four square layers and both of the feed-forward; pooler, classifier.
+    assert result.trainable_parameters == 2 * 2 * (4 * (32 + 32) + 2 * (32 + 64))
+    assert result.head_parameters == (32 * 32 + 32) + (32 * 2 + 2)
+    assert not list(training.CHECKPOINTS.glob("*"))
+
+
+@pytest.mark.parametrize("killed", [2, 3, 8, 12])
+def test_an_interrupted_run_ends_as_if_it_was_not(
+    run: Run, prepared: Prepared, killed: int
+) -> None:
+    run = dataclasses.replace(run, evaluations=3)
+    expected = fine_tune(run, prepared)
+    with pytest.raises(Killed):
+        fine_tune(run, prepared, on_step=kill_after(killed))
+    torch.rand(7)
+    steps: list[int] = []
+    found = fine_tune(run, prepared, on_step=lambda: steps.append(0))
+    assert len(steps) == STEPS - killed // 3 * 3
+    assert found.loss_curve == expected.loss_curve
+    assert found.value_curve == expected.value_curve
+    assert found.loss_curve != fine_tune(dataclasses.replace(run, seed=1), prepared).loss_curve
+
+
+@pytest.mark.parametrize("change", ["commit", "method with state"])
+def test_runs_that_cannot_resume_start_over(
+    run: Run, prepared: Prepared, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if change != "commit":
+        run = dataclasses.replace(run, method="adalora", options={})
+    with pytest.raises(Killed):
+        fine_tune(run, prepared, on_step=kill_after(8))
+    if change == "commit":
+        monkeypatch.setattr(training, "commit", lambda _: "other")
+    steps: list[int] = []
+    fine_tune(run, prepared, on_step=lambda: steps.append(0))
+    assert len(steps) == STEPS
+
+
+def test_rates_penalty_and_after_step(run: Run, prepared: Prepared) -> None:
+    """Adam's first step is the learning rate; without warm-up the schedule begins at its top."""
+    before: dict[str, torch.Tensor] = {}
+    calls: list[Any] = []
+    models = []
+
+    def adapt(model: Any, layers: Any, steps: int) -> Adapted:
+        adapted = METHODS["bitfit"].adapt(model, layers, steps)
+        before.update({name: p.detach().clone() for name, p in model.named_parameters()})
+        models.append(model)
+        bias = model.get_parameter("bert.encoder.layer.0.output.dense.bias")
+        adapted.penalty = lambda: torch.tensor(100.0)
+        adapted.after_step = lambda step: calls.append((step, bias.grad is not None))
+        return adapted
+
+    run = dataclasses.replace(
+        run, method="bitfit", options={}, steps=1, warm_up=0.0, head_learning_rate=3e-3
+    )
+    result = fine_tune(run, prepared, method=Method(adapt))
+    after = dict(models[0].named_parameters())
+    moved = {name: (after[name] - p).abs().max().item() for name, p in before.items()}
+    assert moved["bert.encoder.layer.0.output.dense.bias"] == pytest.approx(1e-2, rel=1e-2)
+    assert moved["classifier.weight"] == pytest.approx(3e-3, rel=1e-2)
+    assert moved["bert.encoder.layer.0.output.dense.weight"] == 0.0
+    assert result.loss_curve[0][1] > 100
+    assert calls == [(1, True)]
+
+
+def test_a_diverged_run_has_an_error(run: Run, prepared: Prepared) -> None:
+    result = fine_tune(dataclasses.replace(run, learning_rate=1e30), prepared)
+    assert result.value is None
+    message = (
+        r"(step \d+ of 12 has the loss nan|not finite); a lower --lr may help \(it was 1e\+30\)"
+    )
+    with pytest.raises(QualityError, match=message):
+        raise QualityError(result.error)
+
+
+# The command line
+
+
+@pytest.fixture
+def cli(run: Run, folder: Path, tmp_path: Path) -> Callable[..., tuple[int, list[Result]]]:
+    def main(*arguments: str, model: str = "bert") -> tuple[int, list[Result]]:
+        data = ["--model", str(folder / model), "--data", str(folder / "data")]
+        size = ["--batch-size", "8"] if not {"--recipe", "--study"} & set(arguments) else []
+        code = __main__.main([*data, *size, "--results", str(tmp_path), *arguments])
+        return code, runs.read(tmp_path / runs.FILE)
+
+    return main
+
+
+def test_learning_rates_are_chosen_on_a_slice_of_train(cli: Any, capsys: Any) -> None:
+    arguments = ("--task", "CoLA", "--steps", "4", "--seeds", "2", "--method", "dcft,head")
+    code, found = cli(*arguments, "--option", "dcft.rank=2")
+    assert code == 0
+    trials = [result for result in found if result.run.scored == SLICE]
+    assert [t.run.learning_rate for t in trials] == list(METHODS["dcft"].learning_rates)
+    best = max(trials, key=lambda trial: trial.value or -math.inf).run.learning_rate
+    final = [r.run for r in found if r.run.scored != SLICE and r.run.method == "dcft"]
+    assert [(r.seed, r.learning_rate) for r in final] == [(0, best), (1, best)]
+    assert final[0].options == {"rank": 2, "init": "balanced"}
+    assert len(found) == 5 + 2 + 2
+    assert cli(*arguments, "--option", "dcft.rank=2")[1] == found  # stored runs are not repeated
+    shown = capsys.readouterr().out
+    assert "| dcft | " in shown
+    assert "| constant answer | 0 | 0.0 |" in shown
+
+
+def test_language_models_and_folders(cli: Any, folder: Path) -> None:
+    steps = ("--lr", "1e-2", "--steps", "8", "--max-tokens", "16")
+    _, found = cli("--task", "shakespeare", "--method", "head,lora", *steps, model="llama")
+    head, lora = found
+    assert (head.trainable_parameters, head.head_parameters, head.loss_curve) == (0, 0, [])
+    assert 1.0 < lora.value < head.value
+    code, found = cli("--task", str(folder / "data" / "cola"), *steps, "--precision", "bf16")
+    assert (code, found[-1].metric, found[-1].error) == (0, "accuracy", None)
+
+
+def test_a_recipe_has_the_published_settings(cli: Any, run: Run) -> None:
+    _, (result,) = cli("--task", "cola", "--recipe", "--train-size", "16", "--max-tokens", "8")
+    options, used = result.run.options, result.run
+    assert (options["init"], options["alpha"], options["orthogonality"]) == ("paper", 4.0, 0.1)
+    assert used.learning_rate == used.head_learning_rate
+    assert used.steps % math.ceil(16 / used.batch_size) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--task: expected a task, or --study"),
+        (("--task", "colla"), "--task: expected one of .*did you mean cola"),
+        (("--task", "cola", "--method", "lroa"), "--method: expected one of .*did you mean lora"),
+        (("--task", "cola", "--targets", "X"), "--targets: expected one of QK"),
+        (("--task", "cola", "--option", "r"), "--option: expected name=value, got 'r'"),
+        (("--task", "cola", "--option", "rnk=1"), "--option of dcft: .*did you mean rank"),
+        (("--task", "cola", "--option", "lora.r=1"), "is for 'lora', which is not in --method"),
+        (("--task", "cola", "--option", "rank=0", "--lr", "1"), "--option: dcft: rank: expected"),
+        (("--task", "cola", "--recipe", "--lr", "1"), "--lr: --recipe sets it"),
+        (("--task", "shakespeare", "--recipe"), "--recipe: "),
+        (("--study", "rank", "--option", "a=1"), "--option: --study sets it"),
+        (("--study", "rank", "--variants", "z*"), "--variants: 'z\\*' matches none of k=1"),
+        (("--study", "rnk"), "--study: expected one of .*did you mean rank"),
+    ],
+)
+def test_mistakes_are_reported(cli: Any, capsys: Any, arguments: Any, message: str) -> None:
+    code, found = cli(*arguments)
+    assert (code, found) == (2, [])
+    with pytest.raises(QualityError, match=message):
+        raise QualityError(" ".join(capsys.readouterr().out.split()))
+
+
+def test_a_missing_model_is_reported(cli: Any, capsys: Any) -> None:
+    assert cli("--task", "cola", model="gone")[0] == 2
+    assert "--model: " in capsys.readouterr().out
