@@ -198,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--columns", nargs="+", default=["sentence1", "label"], help="label last")
     parser.add_argument("--model", help="hub name or folder (all-MiniLM-L6-v2)")
     parser.add_argument("--head", nargs="+", default=["classifier"], help="layers trained in full")
+    parser.add_argument("--max-length", type=int, default=32, help="tokens of a text")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--seeds", type=int, default=2, help="training runs of each method")
     parser.add_argument("--train-size", type=int, help="use at most so many training rows")
@@ -215,7 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     classes = sorted({label for *_, label in rows})
     source = args.model or packaged_model()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    data = [finetune.encode(split, classes, tokenizer) for split in (rows, dev_rows)]
+    data = [
+        finetune.encode(split, classes, tokenizer, args.max_length) for split in (rows, dev_rows)
+    ]
     print(f"{len(rows)} training and {len(dev_rows)} held-out rows, {len(classes)} classes")
 
     scores: dict[str, list[float]] = {method: [] for method in LEARNING_RATES}

@@ -50,10 +50,10 @@ def read_split(source: str, split: str, columns: Sequence[str]) -> list[tuple[st
     return [tuple(str(row[column]) for column in columns) for row in dataset]
 
 
-def encode(rows: Any, classes: Sequence[str], tokenizer: Any) -> list[dict[str, Any]]:
+def encode(rows: Any, classes: Any, tokenizer: Any, max_length: int = 128) -> list[dict[str, Any]]:
     """Tokenise rows of one or two texts and a label."""
     *texts, labels = (list(column) for column in zip(*rows, strict=True))
-    columns = dict(tokenizer(*texts, truncation=True, max_length=128))
+    columns = dict(tokenizer(*texts, truncation=True, max_length=max_length))
     columns["labels"] = [classes.index(label) for label in labels]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
