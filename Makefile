@@ -37,9 +37,9 @@ MATRIX ?= 3.6.0:2.11.0 3.7.1:2.13.0 newest:2.13.0
 
 help: ## show this list
 	@printf 'usage: make TARGET [VARIABLE=value ...]\n\n'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s%s\n", $$1, $$2 }' Makefile
 	@printf '\nvariables\n'
-	@printf '  %-13s%s\n' \
+	@printf '  %-14s%s\n' \
 	    PYTHON      'interpreter that .venv is made from, 3.11 or newer (python3)' \
 	    TORCH_INDEX 'extra package index for torch; on Linux without an NVIDIA GPU' \
 	    ''          'https://download.pytorch.org/whl/cpu saves gigabytes' \
