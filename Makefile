@@ -21,42 +21,57 @@ PY   := $(VENV)/bin/python
 PIP  := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -c constraints.txt
 SAY  := printf '==> %s\n'
 
-# The tests are many small operations: one worker a core with one thread each beats one process
-# with many threads. TEST_JOBS=0 runs them in a single process.
+# The tests are many small operations: one worker per core with one thread each is faster than one
+# process with many threads. TEST_JOBS=0 runs them in a single process.
 XDIST := $(if $(filter 0,$(TEST_JOBS)),,-n $(TEST_JOBS) --maxprocesses 8 --dist worksteal)
 test test-matrix: export OMP_NUM_THREADS ?= 1
 test test-matrix: export MKL_NUM_THREADS ?= 1
 
+# What `make test-portable` varies: ATEN_CPU_CAPABILITY (native: unset) and threads.
+PORTABLE ?= default:1 default:2 avx2:1 avx2:2 native:1 native:2
+
 # Pairs of Triton and PyTorch that `make test-matrix` tests; newest: whatever there is.
 MATRIX ?= 3.6.0:2.11.0 3.7.1:2.13.0 newest:2.13.0
 
-.PHONY: help demo test test-matrix aot bench quality report lint format hooks clean distclean
+.PHONY: help demo test test-portable test-matrix aot bench quality report lint format hooks clean distclean
 
 help: ## show this list
 	@printf 'usage: make TARGET [VARIABLE=value ...]\n\n'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s%s\n", $$1, $$2 }' Makefile
 	@printf '\nvariables\n'
-	@printf '  %-13s%s\n' \
-	    PYTHON      'interpreter that .venv is made from, 3.10 or newer (python3)' \
+	@printf '  %-14s%s\n' \
+	    PYTHON      'interpreter that .venv is made from, 3.11 or newer (python3)' \
 	    TORCH_INDEX 'extra package index for torch; on Linux without an NVIDIA GPU' \
 	    ''          'https://download.pytorch.org/whl/cpu saves gigabytes' \
 	    DEMO_ARGS   'for examples/demo.py, such as --help' \
 	    PYTEST_ARGS 'for make test, such as "-k merge -x"' \
-	    TEST_JOBS   'test processes, 0 for none beside the first (auto: one a core, at most 8)' \
+	    TEST_JOBS   'test processes; 0 runs all in one (auto: one per core, at most 8)' \
+    PORTABLE    'pairs capability:threads for make test-portable' \
 	    MATRIX      'pairs triton:torch for make test-matrix' \
 	    BENCH_ARGS  'for make bench, such as "-k layer-main"' \
 	    QUALITY_ARGS 'for make quality, such as "--study methods --data DIR"'
 
 demo: $(VENV)/stamp-demo $(VENV)/stamp-model ## fine-tune a pretrained model with DCFT and print the comparison
-	$(PY) examples/demo.py $(DEMO_ARGS)
+	$(PY) -m examples.demo $(DEMO_ARGS)
 
-# The kernels' tests run once more, under Triton's interpreter, which has to be chosen before Triton
-# is imported. 5 is pytest's status where PYTEST_ARGS selects none of them.
-test: $(VENV)/stamp-test $(VENV)/stamp-model ## run the tests, those of the kernels under Triton's interpreter
-	$(PY) -m pytest $(XDIST) $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(XDIST) $(PYTEST_ARGS) || [ $$? -eq 5 ]
+# The kernels' tests run a second time under Triton's interpreter, which has to be chosen before
+# Triton is imported. 5 is pytest's status when PYTEST_ARGS selects none of them.
+test: $(VENV)/stamp-test $(VENV)/stamp-model ## run all tests, the kernels' also under Triton's interpreter
+	status=0; \
+	$(PY) -m pytest $(XDIST) $(PYTEST_ARGS) || status=1; \
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels $(XDIST) $(PYTEST_ARGS) || [ $$? -eq 5 ] || status=1; \
+	exit $$status
 
-# Every pair has an environment of its own; the interpreter's tests need no GPU.
+test-portable: $(VENV)/stamp-test $(VENV)/stamp-model ## run all tests in random order on other CPU capabilities and threads
+	@status=0; for setting in $(PORTABLE); do \
+	    capability=$${setting%:*}; \
+	    [ "$$capability" = native ] && unset ATEN_CPU_CAPABILITY || export ATEN_CPU_CAPABILITY=$$capability; \
+	    $(SAY) "capability $$capability, threads $${setting#*:}"; \
+	    OMP_NUM_THREADS=$${setting#*:} MKL_NUM_THREADS=$${setting#*:} \
+	        $(MAKE) test PYTEST_ARGS="-p randomly $(PYTEST_ARGS)" || status=1; \
+	done; exit $$status
+
+# Each pair gets its own environment; under the interpreter the tests need no GPU.
 test-matrix: $(VENV)/stamp-test ## run the kernels' tests on every supported Triton and PyTorch
 	for pair in $(MATRIX); do \
 	    $(SAY) "triton==$${pair%:*}, torch==$${pair#*:}"; \
@@ -98,13 +113,14 @@ distclean: clean ## remove .venv as well
 	rm -rf $(VENV) $(VENV)-matrix
 
 $(PY):
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	    { $(SAY) 'needs Python 3.10 or newer: make PYTHON=/path/to/python3 ...' >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { $(SAY) 'needs Python 3.11 or newer: make PYTHON=/path/to/python3 ...' >&2; exit 1; }
 	@$(SAY) 'creating $(VENV)'
 	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); \
 	    $(SAY) 'could not create $(VENV); on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
 
-# torch alone and first: it is by far the largest, and everything after it finds it in place.
+# torch comes first and alone: it is by far the largest, and the rest finds it installed. Without the
+# pin in constraints.txt, pip may choose a CUDA build of several gigabytes.
 $(VENV)/stamp-torch: constraints.txt | $(PY)
 	@$(SAY) 'installing torch (once; TORCH_INDEX in "make help" tells how to get the smaller CPU build)'
 	@$(PIP) setuptools torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
