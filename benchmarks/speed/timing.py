@@ -135,6 +135,8 @@ class Replay:
                 warm_up(step)
             step.prepare()
         stream.synchronize()
+        # The graph reads the step's parameters wherever they were: freed, they would be others'.
+        self._step = step
         self._graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream()
         cause: Exception | None = None
