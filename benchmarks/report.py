@@ -24,14 +24,14 @@ _PREFACE = (
     "Written by `python -m benchmarks.report`; do not edit. Ratios are medians, over the rounds of "
     f"a case, of the ratio to the frozen `nn.Linear` in the same round; {NONE} is not measured."
 )
-# The last two are of earlier versions and have stored rows.
+# The last three are of earlier versions and have stored rows.
 _LEVELS = {
     "layer": "Layers",
     "block": "Blocks",
     "step": "Training steps",
     "kernel": "Kernels",
     "merge": "Merging",
-    "files": "Adapter files",
+    "load": "Adapter files",
     "optimizer": "AdamW over the adapters of a model",
     "ceiling": "Copy and matrix product",
 }
@@ -91,7 +91,7 @@ def _tables(stored: Stored, groups: Sequence[Group]) -> Iterator[str]:
         }
     if first.level in ("kernel", "merge", "ceiling"):
         metrics["GB/s, counted"] = lambda row: ratio(row.gb_per_s)
-    if first.level == "files":
+    if first.level == "load":
         metrics = {
             "Milliseconds": metrics["Milliseconds"],
             "MiB on disk": lambda row: mib(row.moved_bytes),
