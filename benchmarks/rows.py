@@ -40,7 +40,7 @@ class Row:
     peft: str | None
     commit: str
     time: str  # start of the case: rows of a case with the same time were measured together
-    sweep: str = "main"  # what varies: the cases of a sweep are drawn as a curve
+    sweep: str = "main"  # what varies from case to case or from provider to provider
     rounds: int = 0
     device_ms_p20: float | None = None
     device_ms_p50: float | None = None
