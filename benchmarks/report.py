@@ -1,6 +1,6 @@
 """Report on stored rows: `python -m benchmarks.report [FOLDER ...]`.
 
-Writes `report.md` and its plots into every folder that holds a `rows.jsonl`, by default all under
+Writes `report.md` and its plot into every folder that holds a `rows.jsonl`, by default all under
 benchmarks/results. Nothing is measured.
 """
 
@@ -24,14 +24,14 @@ _PREFACE = (
     "Written by `python -m benchmarks.report`; do not edit. Ratios are medians, over the rounds of "
     f"a case, of the ratio to the frozen `nn.Linear` in the same round; {NONE} is not measured."
 )
-# The last two are of earlier versions and have stored rows.
+# The last three are of earlier versions and have stored rows.
 _LEVELS = {
     "layer": "Layers",
     "block": "Blocks",
     "step": "Training steps",
     "kernel": "Kernels",
     "merge": "Merging",
-    "files": "Adapter files",
+    "load": "Adapter files",
     "optimizer": "AdamW over the adapters of a model",
     "ceiling": "Copy and matrix product",
 }
@@ -49,10 +49,10 @@ _CLOCKS = {
 }
 
 
-def report(stored: Stored, drawn: Sequence[str] = ()) -> str:
-    """A device's report, with the plots that were drawn, as Markdown."""
+def report(stored: Stored, *, plotted: bool = False) -> str:
+    """A device's report as Markdown, with its plot if there is one."""
     parts = [f"# {stored.device}", _PREFACE, _source(stored)]
-    parts += [f"![{name}]({name}.png)" for name in drawn]
+    parts += [f"![layer]({plots.FILE})"] if plotted else []
     for level, title in _LEVELS.items():
         sections = []
         for direction, sweep in stored.cases(level):
@@ -91,7 +91,7 @@ def _tables(stored: Stored, groups: Sequence[Group]) -> Iterator[str]:
         }
     if first.level in ("kernel", "merge", "ceiling"):
         metrics["GB/s, counted"] = lambda row: ratio(row.gb_per_s)
-    if first.level == "files":
+    if first.level == "load":
         metrics = {
             "Milliseconds": metrics["Milliseconds"],
             "MiB on disk": lambda row: mib(row.moved_bytes),
@@ -161,11 +161,10 @@ def _as_text(error: str) -> str:
 
 
 def write(stored: Stored) -> None:
-    """Report and plots, into the device's folder."""
-    drawn = plots.draw(stored)
+    """Report and plot, into the device's folder."""
     file = stored.folder / FILE
-    file.write_text(report(stored, drawn), encoding="utf-8")
-    print(f"wrote {file} and {len(drawn)} plots")
+    file.write_text(report(stored, plotted=plots.draw(stored)), encoding="utf-8")
+    print(f"wrote {file}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,11 +12,8 @@ from pathlib import Path
 FILE = "rows.jsonl"
 """In a device's folder."""
 
-# Names of stored rows that have changed since.
-_RENAMED = {
-    "provider": {"lora_autograd": "lora_by_hand"},
-    "level": {"load": "files"},
-}
+# Providers of stored rows that have another name since.
+_RENAMED = {"lora_autograd": "lora_by_hand"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class Row:
     """
 
     provider: str
-    level: str  # a key of benchmarks.speed.levels.LEVELS
+    level: str  # a key of benchmarks.speed.levels.LEVELS, or of an earlier version's
     model: str | None  # whose shape this is, if it is a model's
     direction: str  # "fwd", "bwd", "fwd+bwd", or what else the level times, such as "merge"
     dtype: str
@@ -43,7 +40,7 @@ class Row:
     peft: str | None
     commit: str
     time: str  # start of the case: rows of a case with the same time were measured together
-    sweep: str = "main"  # what varies: the cases of a sweep are drawn as a curve
+    sweep: str = "main"  # what varies from case to case or from provider to provider
     rounds: int = 0
     device_ms_p20: float | None = None
     device_ms_p50: float | None = None
@@ -151,8 +148,7 @@ def _parse(path: Path, lines: Iterable[str]) -> Iterator[Row]:
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
-            for field, names in _RENAMED.items():
-                values[field] = names.get(values[field], values[field])
+            values["provider"] = _RENAMED.get(values["provider"], values["provider"])
             yield Row(**values)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}, line {number}: not a result row: {error}") from error

@@ -15,7 +15,7 @@ CLOCKS = ("device", "wall", "graph", "host")
 """Of a GPU, the usual one first; see benchmarks/README.md."""
 
 MAIN_SWEEPS = ("main", "asked")
-"""Sweeps of separate cases, in contrast to points of a curve."""
+"""Sweeps of separate cases, in contrast to those that vary one size."""
 
 # In the order of reports. Other providers follow under the names that they are stored with.
 LABELS = {

@@ -23,7 +23,6 @@ from benchmarks.quality.models import MINILM, SMOLLM2, TARGETS
 from benchmarks.quality.runs import FOLDER, Run, Store, read
 from benchmarks.quality.session import Session
 from benchmarks.quality.studies import Study, Variant
-from dcft_kernels import recipes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,9 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked = _studies(options, parser)
         store = Store(options.results)
         session = Session(options.data, store, console)
-        if options.recipe:
-            head_rate = options.head_learning_rate
-            asked = [_published(session, s, task, head_rate) for s in asked for task in s.tasks]
         for study in asked:
             session.study(study)
     except QualityError as error:
@@ -53,13 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _studies(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Study]:
     """The named studies, or the one that the other arguments describe."""
-    settled = {"study": "method option lr targets recipe", "recipe": "method lr steps batch_size"}
-    for setting, names in settled.items():
-        for name in names.split() if getattr(options, setting) else ():
-            if getattr(options, name) != parser.get_default(name):
-                flag = name.replace("_", "-")
-                raise QualityError(f"--{flag}: --{setting} sets it; leave one of them out")
     if options.study:
+        for name in ("method", "option", "lr", "targets"):
+            if getattr(options, name) != parser.get_default(name):
+                raise QualityError(f"--{name}: --study sets it; leave one of them out")
         return [_overridden(studies.by_name(name), options) for name in options.study.split(",")]
     if not options.task:
         raise QualityError("--task: expected a task, or --study with a study's name, got neither")
@@ -67,7 +60,7 @@ def _studies(options: argparse.Namespace, parser: argparse.ArgumentParser) -> li
     for name in options.method.split(","):
         given = _options_of(name, options)
         known = by_name(name).options
-        if "init" in known and not options.recipe:
+        if "init" in known:
             given.setdefault("init", known["init"])  # stored by name: the default may change
         rates = None if options.lr == "search" else (options.lr,)
         variants.append(Variant(name, name, given, options.targets, rates))
@@ -95,35 +88,6 @@ def _options_of(method: str, options: argparse.Namespace) -> dict[str, Any]:
             except (ValueError, SyntaxError, TypeError):
                 found[option] = text
     return found
-
-
-def _published(session: Session, study: Study, task: str, head_rate: float | None) -> Study:
-    """DCFT on a task with the settings of its recipe (`dcft_kernels.recipes`).
-
-    The published code has one learning rate for adapters and head, so the head's is the recipe's
-    unless it is given. Warm-up and decay, which no table prints, are the study's.
-    """
-    versions = {"squad": "v1.1", "squad_v2": "v2.0"}
-    try:
-        recipe = recipes.squad(versions[task]) if task in versions else recipes.glue(task)
-    except ValueError as error:
-        raise QualityError(f"--recipe: {error}") from None
-    published = {
-        **recipe.dcft_options(),
-        "orthogonality": recipe.orthogonality_weight,
-        "orthogonality_form": recipe.orthogonality_form,
-        **study.variants[0].options,
-    }
-    label, rates = f"DCFT, recipe {recipe.name}", (recipe.learning_rate,)
-    variant = replace(study.variants[0], label=label, options=published, rates=rates)
-    settings = replace(
-        study.settings,
-        batch_size=recipe.batch_size,
-        head_learning_rate=head_rate or recipe.learning_rate,
-    )
-    steps = recipe.epochs * session.steps_per_epoch(replace(settings, task=task))
-    settings = replace(settings, steps=steps)
-    return replace(study, variants=(variant,), tasks=(task,), settings=settings)
 
 
 def _overridden(study: Study, options: argparse.Namespace) -> Study:
@@ -169,7 +133,6 @@ def _parser() -> argparse.ArgumentParser:
     names = f"{', '.join(tasks.TASKS)}, or a folder with train.tsv and dev.tsv"
     add("--task", help=f"comma-separated: {names}")
     add("--method", default="dcft", help=f"comma-separated: {', '.join(METHODS)}")
-    add("--recipe", action="store_true", help="DCFT with the published settings of the task")
     add("--option", action="append", default=[], help="NAME=VALUE for all methods, or "
         "METHOD.NAME=VALUE for one")  # fmt: skip
     add("--study", help=f"comma-separated: {', '.join(studies.STUDIES)}")

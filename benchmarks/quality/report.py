@@ -1,6 +1,6 @@
 """Report on stored results: `python -m benchmarks.quality.report [--results FOLDER]`.
 
-Writes `report.md` and its plots, on every study that has results. Nothing is trained here.
+Writes `report.md`, on every study that has results. Nothing is trained here.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(results: Path, out: Path) -> None:
-    """Write the report and its plots on the results of a folder into the folder `out`."""
+    """Write the report on the results of a folder into the folder `out`."""
     stored = Stored(read(results / FILE))
     studies = [Found.of(stored, study) for study in STUDIES.values()]
     found = [study for study in studies if study.results]
@@ -61,13 +61,12 @@ def write(results: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     parts = [_introduction(found, stored, Path(os.path.relpath(results / FILE, out)).as_posix())]
     for one in found:
-        draw_losses(one, out / f"{one.study.name}_curves.png")
         parts += _study(one)
     trials = [(one.study.name, trials_table(one)) for one in found]
     parts += ["## Learning rates", _TRIALS]
     parts += [f"### Study `{name}`\n\n{shown}" for name, shown in trials if shown]
     (out / REPORT).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    print(f"wrote {out / REPORT} and {len(found)} plots")
+    print(f"wrote {out / REPORT}")
 
 
 def _introduction(found: Sequence[Found], stored: Stored, file: str) -> str:
@@ -110,7 +109,7 @@ def _study(found: Found) -> list[str]:
         parts.append(f"{_DIFFERENCES}\n\n{differences}")
     if study.paired and (paired := paired_table(found)):
         parts.append(f"{_PAIRED}\n\n{paired}")
-    return [*parts, f"![Learning curves]({study.name}_curves.png)"]
+    return parts
 
 
 def results_table(found: Found) -> str:
@@ -186,8 +185,9 @@ def _by_task(found: Found, head: str, lines: Sequence[tuple[str, Callable[[str],
 
 def difference_table(found: Found) -> str:
     """The study's differences, paired by seed: those it names, or DCFT minus LoRA r=1."""
-    lora = [variant.label for variant in found.study.variants if variant.label == "LoRA r=1"]
-    dcft = [variant.label for variant in found.study.variants if is_dcft(variant)]
+    variants = found.study.variants
+    lora = [variant.label for variant in variants if variant.label == "LoRA r=1"]
+    dcft = [variant.label for variant in variants if "dcft" in variant.method.split("_")]
     pairs = found.study.differences or [(one, other) for one in dcft for other in lora]
     lines = [(f"{one} − {two}", partial(_difference, found, one, two)) for one, two in pairs]
     return _by_task(found, "difference", lines)
@@ -238,88 +238,6 @@ def _largest(pairs: Sequence[tuple[float, float]]) -> list[str]:
     absolute = max(abs(value - other) for value, other in pairs)
     relative = max(abs(value - other) / abs(other) if other else 0.0 for value, other in pairs)
     return [f"{number:.1e}" if number else "0" for number in (absolute, relative)]
-
-
-# Plots
-
-MOST_LINES = 8  # more of them cannot be told apart
-SMOOTHED_OVER = 5  # stored points
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart, with grey for yellow; the
-# first colour is the first DCFT's.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#999999")
-_YARDSTICKS = ("lora", "full", "head")
-
-Curve = Sequence[tuple[int, float]]
-
-
-def is_dcft(variant: Variant) -> bool:
-    """Whether a variant is DCFT, alone or combined."""
-    return "dcft" in variant.method.split("_")
-
-
-def draw_losses(found: Found, path: Path) -> None:
-    """Draw the training loss of a study's main variants, a panel for each task."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure  # draws with Agg, whatever the backend
-
-    lines = main_lines(found)
-    colours = {variant.label: colour for variant, colour in zip(lines, _COLOURS, strict=False)}
-    across = len(found.study.tasks)
-    with mpl.rc_context({"font.size": 9, "figure.labelsize": 9, "axes.titlesize": 9}):
-        figure = Figure(figsize=(max(6.6, 1.0 + 3.3 * across), 4.0), layout="constrained")
-        panels = figure.subplots(1, across, squeeze=False)[0]
-        handles = {}
-        for task, axes in zip(found.study.tasks, panels, strict=True):
-            axes.set_title(task, loc="left", fontweight="bold")
-            axes.set_xlim(0, found.study.settings.steps * 1.02)
-            axes.grid(axis="y", alpha=0.25, linewidth=0.6)
-            axes.spines[["top", "right"]].set_visible(False)
-            for variant in lines:
-                if curve := smooth(_mean_loss(found, variant, task)):
-                    x, y = zip(*curve, strict=True)
-                    (handle,) = axes.plot(x, y, color=colours[variant.label], linewidth=1.3)
-                    handles[variant.label] = handle
-        panels[0].set_ylabel("training loss")
-        caption = f"steps\nmean over seeds, smoothed over {SMOOTHED_OVER} stored points"
-        if len(lines) == MOST_LINES:
-            caption += "; DCFT, LoRA and the best of the others"
-        figure.supxlabel(caption, fontsize=8)
-        place = "outside upper center"
-        figure.legend(handles.values(), handles, loc=place, ncols=3, frameon=False)
-        figure.savefig(path, dpi=150)
-
-
-def main_lines(found: Found) -> list[Variant]:
-    """At most `MOST_LINES` variants: DCFT, what it is compared with, the best on the first task."""
-    task = found.study.tasks[0]
-    sign = 1 if found.metric(task) in LOWER_IS_BETTER else -1
-
-    def order(variant: Variant) -> tuple[bool, bool, float]:
-        mean = found.cell(variant, task).mean
-        worst = float("inf") if mean is None else sign * mean
-        return (not is_dcft(variant), variant.method not in _YARDSTICKS, worst)
-
-    return sorted(found.study.variants, key=order)[:MOST_LINES]
-
-
-def _mean_loss(found: Found, variant: Variant, task: str) -> Curve:
-    """The mean over the seeds that finished."""
-    results = [r for r in found.cell(variant, task).results if r.value is not None]
-    return [
-        (step, fmean(curve[place][1] for curve in (r.loss_curve for r in results)))
-        for place, (step, _) in enumerate(results[0].loss_curve if results else ())
-    ]
-
-
-def smooth(curve: Curve) -> Curve:
-    """The mean of each point and its neighbours, equally many on both sides."""
-    smoothed = []
-    for place, (step, _) in enumerate(curve):
-        reach = min(SMOOTHED_OVER // 2, place, len(curve) - 1 - place)
-        near = [value for _, value in curve[place - reach : place + reach + 1]]
-        smoothed.append((step, fmean(near)))
-    return smoothed
 
 
 if __name__ == "__main__":

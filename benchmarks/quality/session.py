@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +76,6 @@ class Session:
             self._store.add(result)
         self._console.print(_line(result))
         return result
-
-    def steps_per_epoch(self, run: Run) -> int:
-        """The number of steps in which every training example is seen once."""
-        train = self._prepare(run)[1].train
-        return math.ceil(len(spread(train, run.train_size)) / run.batch_size)
 
     def _prepare(self, run: Run) -> tuple[Task, Prepared]:
         data = self._data

@@ -24,7 +24,6 @@ from benchmarks.speed.timing import (
     Sample,
     Step,
     Stopwatch,
-    host_stopwatch,
     median_ratio,
     paired_rounds,
     percentiles,
@@ -140,8 +139,6 @@ def _measure(
     def failed(key: str, error: Exception) -> None:
         ready[key].fail(f"while timing: {_reason(error)}", gate="passed")
 
-    if any(o.workload is not None and o.workload.on_host for o in outcomes):
-        stopwatch = host_stopwatch
     for samples in paired_rounds(steps, first_round, plan, stopwatch, failed):
         for key, sample in samples.items():
             if ready[key].row.error is None:
@@ -167,8 +164,7 @@ def _first_step(
             saved = memory.saved_bytes(workload.forward, workload.parameters)
         if workload.compiles or device.type == "cuda":
             warm_up(workload.step)
-        clock = host_stopwatch if workload.on_host else stopwatch
-        outcome.first = timed(workload.step, clock)
+        outcome.first = timed(workload.step, stopwatch)
         reason = workload.check()
         workload.step.release()
     except Exception as error:

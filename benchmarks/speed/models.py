@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.speed.methods.peft_methods import required
-
 _VOCABULARY = 32  # inputs are embeddings: the vocabulary does not matter
 
 
@@ -119,12 +117,3 @@ def adapted_layers(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if type(module) is nn.Linear and "pooler" not in name:
             yield name
-
-
-def linear_shapes(name: str) -> list[tuple[int, int]]:
-    """`(in, out)` of every layer of a model that gets an adapter, without building its weights."""
-    required("transformers")
-    spec = MODELS[name]
-    model = spec.build(spec.layers, torch.float32, torch.device("meta"))
-    layers = (model.get_submodule(each) for each in adapted_layers(model))
-    return [(layer.in_features, layer.out_features) for layer in layers]  # type: ignore[misc]

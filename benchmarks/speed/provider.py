@@ -29,7 +29,6 @@ class Workload:
     moved_bytes: int | None = None  # counted: each tensor read or written once
     flops: int | None = None  # counted: a multiply-add is two
     compiles: bool = False  # at its first call, which must not be timed
-    on_host: bool = False  # CPU work, which a GPU's clock cannot time
     graphable: bool = True  # whether `run` can be captured as a CUDA graph
 
 

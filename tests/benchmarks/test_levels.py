@@ -53,7 +53,6 @@ def test_cases_and_providers_are_distinct(scope: Scope) -> None:
         ("block", "dcft lora_by_hand published"),
         ("step", "dcft lora_r1 full dora"),
         ("merge", "copy dcft dcft_in_place lora_r8 lokr"),
-        ("files", "dcft lora_r8"),
         ("kernel", "base_added copy"),
     ],
 )

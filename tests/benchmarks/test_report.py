@@ -104,24 +104,22 @@ def test_failures_are_counted_once_per_reason() -> None:
     assert "CUDA graph\n\n- LoKr r=4 (peft) (layer, 1 case): cannot capture" in text
 
 
-def test_plots_are_drawn_for_what_there_is(tmp_path: Path) -> None:
+def test_plot_is_drawn_if_there_are_layers(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    for one in layer_rows():
-        rows.append(tmp_path / rows.FILE, one)
-    stale = tmp_path / "scaling.png"
-    stale.touch()
-    assert report.main([str(tmp_path)]) == 0
-    text = (tmp_path / report.FILE).read_text(encoding="utf-8")
-    assert "![layer](layer.png)" in text
-    assert {f.name for f in tmp_path.glob("*.png")} == {"layer.png"}
-    swept = [timed(p, r, sweep="tokens", T=T) for T in (1, 16) for p, r in RATIOS.items()]
-    assert plots.scaling(stored(swept)) is not None
+    plot = tmp_path / plots.FILE
+    plot.touch()  # a stale one
+    for found, drawn in (([timed("frozen", 1.0)], False), (layer_rows(), True)):
+        for one in found:
+            rows.append(tmp_path / rows.FILE, one)
+        assert report.main([str(tmp_path)]) == 0
+        text = (tmp_path / report.FILE).read_text(encoding="utf-8")
+        assert (plot.exists(), "![layer](layer.png)" in text) == (drawn, drawn)
 
 
 @pytest.mark.parametrize("folder", sorted(f.parent for f in RESULTS.glob(f"*/{rows.FILE}")))
 def test_stored_report_is_that_of_the_stored_rows(folder: Path) -> None:
-    drawn = [name for name in ("layer", "scaling") if (folder / f"{name}.png").exists()]
-    assert report.report(load(folder), drawn) == (folder / report.FILE).read_text(encoding="utf-8")
+    text = report.report(load(folder), plotted=(folder / plots.FILE).exists())
+    assert text == (folder / report.FILE).read_text(encoding="utf-8")
 
 
 def test_folder_without_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.speed.cases import Case, Scope
-from benchmarks.speed.levels import files, kernel, layer, merge, model
+from benchmarks.speed.levels import kernel, layer, merge, model
 from benchmarks.speed.provider import Provider
 
 
@@ -29,5 +29,4 @@ LEVELS: dict[str, Level] = {
     "step": Level(model.step_cases, model.providers, model.ModelProblem),
     "kernel": Level(kernel.cases, kernel.providers, kernel.KernelProblem),
     "merge": Level(merge.cases, merge.providers, merge.MergeProblem),
-    "files": Level(files.cases, files.providers, files.FilesProblem),
 }

@@ -208,7 +208,7 @@ def test_a_diverged_run_has_an_error(run: Run, prepared: Prepared) -> None:
 def cli(run: Run, folder: Path, tmp_path: Path) -> Callable[..., tuple[int, list[Result]]]:
     def main(*arguments: str, model: str = "bert") -> tuple[int, list[Result]]:
         data = ["--model", str(folder / model), "--data", str(folder / "data")]
-        size = ["--batch-size", "8"] if not {"--recipe", "--study"} & set(arguments) else []
+        size = ["--batch-size", "8"] if "--study" not in arguments else []
         code = __main__.main([*data, *size, "--results", str(tmp_path), *arguments])
         return code, runs.read(tmp_path / runs.FILE)
 
@@ -242,14 +242,6 @@ def test_language_models_and_folders(cli: Any, folder: Path) -> None:
     assert (code, found[-1].metric, found[-1].error) == (0, "accuracy", None)
 
 
-def test_a_recipe_has_the_published_settings(cli: Any, run: Run) -> None:
-    _, (result,) = cli("--task", "cola", "--recipe", "--train-size", "16", "--max-tokens", "8")
-    options, used = result.run.options, result.run
-    assert (options["init"], options["alpha"], options["orthogonality"]) == ("paper", 4.0, 0.1)
-    assert used.learning_rate == used.head_learning_rate
-    assert used.steps % math.ceil(16 / used.batch_size) == 0
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -261,8 +253,6 @@ def test_a_recipe_has_the_published_settings(cli: Any, run: Run) -> None:
         (("--task", "cola", "--option", "rnk=1"), "--option of dcft: .*did you mean rank"),
         (("--task", "cola", "--option", "lora.r=1"), "is for 'lora', which is not in --method"),
         (("--task", "cola", "--option", "rank=0", "--lr", "1"), "--option: dcft: rank: expected"),
-        (("--task", "cola", "--recipe", "--lr", "1"), "--lr: --recipe sets it"),
-        (("--task", "shakespeare", "--recipe"), "--recipe: "),
         (("--study", "rank", "--option", "a=1"), "--option: --study sets it"),
         (("--study", "rank", "--variants", "z*"), "--variants: 'z\\*' matches none of k=1"),
         (("--study", "rnk"), "--study: expected one of .*did you mean rank"),
