@@ -22,6 +22,7 @@ import statistics
 import sys
 import sysconfig
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -210,12 +211,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--head", nargs="+", default=["classifier"], help="layers trained in full")
     parser.add_argument("--max-length", type=int, default=32, help="tokens of a text")
     parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--seeds", type=int, default=2, help="training runs of each method")
+    parser.add_argument("--seeds", type=int, default=1, help="training runs of each method")
     parser.add_argument("--train-size", type=int, help="use at most so many training rows")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
     args = parser.parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' and peft's own
 
     if args.data is None:
         rows, dev_rows = read_docstrings()
