@@ -72,7 +72,7 @@ def dcft_linear(
     if nonlinearity is not None:
         check_nonlinear(nonlinearity, backend, strategy)
         adapter = _with_dropout(adapter, training, x.device, rescale=False)
-        y = autograd.nonlinear_linear(tokens, weight, bias, adapter, nonlinearity)
+        y = autograd.nonlinear(tokens, weight, bias, None, adapter, nonlinearity)
     else:
         runs = select(backend, adapter, x.dtype, strategy)
         adapter = _with_dropout(adapter, training, x.device)
@@ -138,7 +138,7 @@ def dcft_update(
     if nonlinearity is not None:
         check_nonlinear(nonlinearity, backend)
         adapter = _with_dropout(adapter, training, x.device, rescale=False)
-        out = autograd.nonlinear_update(flat_y, flat_x, adapter, nonlinearity)
+        out = autograd.nonlinear(flat_x, None, None, flat_y, adapter, nonlinearity)
     else:
         runs = select(backend, adapter, x.dtype)
         adapter = _with_dropout(adapter, training, x.device)

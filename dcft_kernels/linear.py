@@ -17,6 +17,7 @@ from dcft_kernels.adapter import Adapter, Geometry, Pair
 from dcft_kernels.backends import check_backend, check_nonlinear, check_strategy
 from dcft_kernels.functional import dcft_linear, delta_weight, merged_weight
 from dcft_kernels.initialization import check_init, default_alpha, initialize
+from dcft_kernels.nonlinearity import not_mergeable
 
 _HOOK_TABLES = (
     "_forward_hooks",
@@ -433,7 +434,7 @@ class DCFTLinear(nn.Linear):
 
     def _refuse_if_nonlinear(self, action: str) -> None:
         if self.nonlinearity is not None:
-            raise RuntimeError(f"{action}: {why_not_mergeable(self.nonlinearity)}")
+            raise not_mergeable(f"{action}: this DCFTLinear", self.nonlinearity)
 
     def _refuse_if_merged(self, action: str) -> None:
         if self.merged:
@@ -490,15 +491,6 @@ class DCFTLinear(nn.Linear):
             )
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
-
-
-def why_not_mergeable(nonlinearity: str) -> str:
-    """What is wrong with merging a layer that has a nonlinearity, and what to do instead."""
-    return (
-        f"this DCFTLinear has nonlinearity={nonlinearity!r} between its factors, so what it adds "
-        "is no matrix that a weight could take in; run it as it is, or take the nonlinearity out "
-        "with dcft_kernels.constraints.remove_nonlinearity"
-    )
 
 
 def is_conv1d(module: nn.Module) -> bool:

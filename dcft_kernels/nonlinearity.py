@@ -30,6 +30,15 @@ def check_nonlinearity(nonlinearity: object) -> str:
     return nonlinearity
 
 
+def not_mergeable(what: str, nonlinearity: str) -> RuntimeError:
+    """The error for merging an adapter that has a nonlinearity; `what` names the action and it."""
+    return RuntimeError(
+        f"{what} has nonlinearity={nonlinearity!r} between its factors, so what it adds is no "
+        "matrix that a weight could take in; run it as it is, or take the nonlinearity out with "
+        "dcft_kernels.constraints.remove_nonlinearity"
+    )
+
+
 def function_of(nonlinearity: str) -> Callable[[Tensor], Tensor]:
     """The function of this name, elementwise and differentiable; GELU is the exact one."""
     return _FUNCTIONS[check_nonlinearity(nonlinearity)]
