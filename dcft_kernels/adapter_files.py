@@ -27,6 +27,7 @@ from safetensors.torch import save as serialize_safetensors
 from torch import Tensor, nn
 
 from dcft_kernels import validation
+from dcft_kernels.adapter import Geometry
 from dcft_kernels.linear import DCFTLinear, DCFTOptions, linear_sizes, why_not_adaptable
 from dcft_kernels.model import dcft_layers, find_dcft_layers, swap_each
 from dcft_kernels.targets import check_holds_its_layers
@@ -236,7 +237,10 @@ def _checked_record(path: Path, name: str, record: Any, tensors: dict[str, Tenso
         raise ValueError(f"{path}: layer {name!r} has no tensor {', '.join(missing)}")
     try:
         checked = _LayerRecord.from_json(record, tensors[f"{name}.dcft_A"].dtype)
-        geometry = checked.options.geometry(checked.in_features, checked.out_features)
+        n, m, options = checked.in_features, checked.out_features, checked.options
+        kernel_size = validation.pair("kernel_size", options.kernel_size)
+        stride = validation.stride_pair(options.stride, kernel_size)
+        geometry = Geometry.build(n, m, options.rank, kernel_size, stride)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: layer {name!r}: {error}") from None
     shapes = (geometry.shape_A, geometry.shape_B, geometry.shape_C)

@@ -267,10 +267,8 @@ def _those_needed(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tens
 
 def delta_weight(adapter: Adapter, strategy: str) -> Tensor:
     """`scaling * DW`, `[m, n]`, in the factors' common dtype; differentiable."""
-    if strategy == "reference":
-        return _reference().delta_weight(adapter)
-    if strategy == "torch":
-        return torch_backend.delta_weight(adapter)
+    if strategy != "row_block":
+        return _module(strategy, 1).delta_weight(adapter)
     A, B, C, _, *numbers = _flatten(adapter, strategy)
     return torch.ops.dcft_kernels.delta_weight(A, B, C, *numbers[:2])
 

@@ -34,7 +34,7 @@ from dcft_kernels import autocast, peft_layers, validation
 from dcft_kernels.backends import check_nonlinear
 from dcft_kernels.linear import DCFTLinear
 from dcft_kernels.model import dcft_layers, find_dcft_layers
-from dcft_kernels.nonlinearity import check_nonlinearity
+from dcft_kernels.nonlinearity import NONLINEARITIES
 
 ConstraintName = Literal["orthogonal", "diagonal"]
 ConstraintForm = Literal["paper", "published_code"]
@@ -158,7 +158,7 @@ def add_nonlinearity(model: nn.Module, nonlinearity: str) -> NonlinearityHandle:
         The model is unchanged then.
     """
     validation.module("model", model)
-    check_nonlinearity(nonlinearity)
+    validation.one_of("nonlinearity", nonlinearity, NONLINEARITIES)
     dcft, lora = find_dcft_layers(model), peft_layers.lora_layers(model)
     adapters = frozenset(
         name for layer in lora.values() for name in peft_layers.active_adapters(layer)
