@@ -49,21 +49,13 @@ class Geometry(NamedTuple):
         cls, in_features: int, out_features: int, rank: int, kernel_size: Pair, stride: Pair
     ) -> Geometry:
         """The geometry for given sizes; `kernel_size` and `stride` are `(out, in)` pairs."""
-        return cls(
-            rank,
-            Side(
-                out_features,
-                window_count(out_features, kernel_size[0], stride[0]),
-                kernel_size[0],
-                stride[0],
-            ),
-            Side(
-                in_features,
-                window_count(in_features, kernel_size[1], stride[1]),
-                kernel_size[1],
-                stride[1],
-            ),
+        outputs, inputs = (
+            Side(size, window_count(size, width, step), width, step)
+            for size, width, step in zip(
+                (out_features, in_features), kernel_size, stride, strict=True
+            )
         )
+        return cls(rank, outputs, inputs)
 
     @property
     def shape_A(self) -> Pair:

@@ -27,8 +27,9 @@ from safetensors.torch import save as serialize_safetensors
 from torch import Tensor, nn
 
 from dcft_kernels import validation
+from dcft_kernels.adapter import Geometry
 from dcft_kernels.linear import DCFTLinear, DCFTOptions, linear_sizes, why_not_adaptable
-from dcft_kernels.model import dcft_layers, swap_each
+from dcft_kernels.model import dcft_layers, find_dcft_layers, swap_each
 from dcft_kernels.targets import check_holds_its_layers
 
 CONFIG_FILE = "dcft_config.json"
@@ -36,8 +37,8 @@ FORMAT = "dcft_adapter"
 FORMAT_VERSION = 1
 _OWN_WEIGHTS = re.compile(rf"{FORMAT}-[0-9a-f]{{12}}\.safetensors")
 _FACTORS = ("dcft_A", "dcft_B", "dcft_C")
-# Settings that are written only if they are not None.
-_OPTIONAL_SETTINGS = {"nonlinearity"}
+_SIZES = ("in_features", "out_features")
+_SETTINGS = ("rank", "kernel_size", "stride", "alpha", "dropout", "init")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,37 +50,27 @@ class _LayerRecord:
     options: DCFTOptions
 
     def to_json(self) -> dict[str, Any]:
-        options = self.options
-        record: dict[str, Any] = {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "rank": options.rank,
-            "kernel_size": options.kernel_size,
-            "stride": options.stride,
-            "alpha": options.alpha,
-            "dropout": options.dropout,
-            "init": options.init,
-        }
+        record = {name: getattr(self, name) for name in _SIZES}
+        record |= {name: getattr(self.options, name) for name in _SETTINGS}
         # Only if it is set: versions without nonlinearities read all other files, and refuse these,
         # which they would compute wrongly.
-        if options.nonlinearity is not None:
-            record["nonlinearity"] = options.nonlinearity
+        if self.options.nonlinearity is not None:
+            record["nonlinearity"] = self.options.nonlinearity
         return record
 
     @classmethod
     def from_json(cls, record: Any, dtype: torch.dtype) -> _LayerRecord:
         if not isinstance(record, dict):
             raise ValueError(f"expected an object with the layer's settings, got {record!r}")
-        known = _LayerRecord(1, 1, DCFTOptions()).to_json().keys()
-        missing, unknown = known - record.keys(), record.keys() - known - _OPTIONAL_SETTINGS
+        known = {*_SIZES, *_SETTINGS}
+        missing, unknown = known - record.keys(), record.keys() - known - {"nonlinearity"}
         if missing or unknown:
             what = [f"has no {name!r}" for name in sorted(missing)]
             what += [f"has an unknown setting {name!r}" for name in sorted(unknown)]
             raise ValueError(", ".join(what))
-        fields = dict(record)
-        in_features = validation.positive_int("in_features", fields.pop("in_features"))
-        out_features = validation.positive_int("out_features", fields.pop("out_features"))
-        return cls(in_features, out_features, DCFTOptions(**fields, adapter_dtype=dtype))
+        n, m = (validation.positive_int(name, record[name]) for name in _SIZES)
+        settings = {name: record[name] for name in record if name not in _SIZES}
+        return cls(n, m, DCFTOptions(**settings, adapter_dtype=dtype))
 
     @classmethod
     def of(cls, layer: DCFTLinear) -> _LayerRecord:
@@ -157,7 +148,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     """
     validation.module("model", model)
     records, tensors = _read(_as_path(folder))
-    swapped = {name: m for name, m in model.named_modules() if isinstance(m, DCFTLinear)}
+    swapped = find_dcft_layers(model)
     merged = [name for name, layer in swapped.items() if layer.merged]
     if merged:
         raise RuntimeError(f"model: {merged[0]!r} is merged; call unmerge_model(model) first")
@@ -246,7 +237,10 @@ def _checked_record(path: Path, name: str, record: Any, tensors: dict[str, Tenso
         raise ValueError(f"{path}: layer {name!r} has no tensor {', '.join(missing)}")
     try:
         checked = _LayerRecord.from_json(record, tensors[f"{name}.dcft_A"].dtype)
-        geometry = checked.options.geometry(checked.in_features, checked.out_features)
+        n, m, options = checked.in_features, checked.out_features, checked.options
+        kernel_size = validation.pair("kernel_size", options.kernel_size)
+        stride = validation.stride_pair(options.stride, kernel_size)
+        geometry = Geometry.build(n, m, options.rank, kernel_size, stride)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: layer {name!r}: {error}") from None
     shapes = (geometry.shape_A, geometry.shape_B, geometry.shape_C)

@@ -28,12 +28,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from dcft_kernels import autocast, dropout, torch_backend
+from dcft_kernels import autocast, dropout, rounding, torch_backend
 from dcft_kernels.adapter import Adapter, Geometry, Gradients, Needs, Side
 from dcft_kernels.nonlinearity import function_of
 
@@ -268,20 +267,20 @@ def _those_needed(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tens
 
 def delta_weight(adapter: Adapter, strategy: str) -> Tensor:
     """`scaling * DW`, `[m, n]`, in the factors' common dtype; differentiable."""
-    if strategy == "reference":
-        return _reference().delta_weight(adapter)
-    if strategy == "torch":
-        return torch_backend.delta_weight(adapter)
+    if strategy != "row_block":
+        return _module(strategy, 1).delta_weight(adapter)
     A, B, C, _, *numbers = _flatten(adapter, strategy)
     return torch.ops.dcft_kernels.delta_weight(A, B, C, *numbers[:2])
 
 
 def merge(weight: Tensor, adapter: Adapter, seed: Tensor | None, strategy: str) -> Tensor:
     """A new `weight + scaling * DW`, rounded once; strides as `weight`'s. Not differentiable."""
-    if strategy != "row_block":
-        return _module(strategy, 1).merge(weight, adapter, seed)
-    A, B, C, _, *numbers = _flatten(adapter, strategy)
-    return torch.ops.dcft_kernels.merge(weight, A, B, C, *numbers[:2], seed)
+    if strategy == "row_block":
+        A, B, C, _, *numbers = _flatten(adapter, strategy)
+        return torch.ops.dcft_kernels.merge(weight, A, B, C, *numbers[:2], seed)
+    out = torch.empty_like(weight)
+    _store_sum(weight, adapter, seed, strategy, out)
+    return out
 
 
 def merge_(weight: Tensor, adapter: Adapter, seed: Tensor | None, strategy: str) -> None:
@@ -289,10 +288,27 @@ def merge_(weight: Tensor, adapter: Adapter, seed: Tensor | None, strategy: str)
     if _is_traced(weight):
         weight.copy_(merge(weight, adapter, seed, strategy))
         return
-    _module(strategy, 1).merge(weight, adapter, seed, out=weight)
+    _store_sum(weight, adapter, seed, strategy, weight)
     if strategy == "row_block":
         # Kernels write behind autograd's back: whatever it has saved of the weight is stale.
         torch.autograd.graph.increment_version(weight)
+
+
+def _store_sum(
+    weight: Tensor, adapter: Adapter, seed: Tensor | None, strategy: str, out: Tensor
+) -> None:
+    """Write `weight + scaling * DW`, in float32 or wider, to `out`, which may be `weight`."""
+    if strategy == "row_block":
+        _expand().expand(adapter, out=out, weight=weight, seed=seed)
+        return
+    dense = _module(strategy, 1).delta_weight(adapter.widened(weight.dtype))
+    rounding.store(weight + dense, out, seed)
+
+
+def _expand() -> Any:
+    from dcft_kernels.triton import expand
+
+    return expand
 
 
 def _dense(A: Tensor, B: Tensor, C: Tensor, scaling: float, geometry: Sequence[int]) -> Adapter:
@@ -302,9 +318,11 @@ def _dense(A: Tensor, B: Tensor, C: Tensor, scaling: float, geometry: Sequence[i
 
 @torch.library.impl(LIBRARY, "delta_weight", "CompositeExplicitAutograd")
 def _delta_weight_operator(*factors: Any) -> Tensor:
-    from dcft_kernels.triton import passes
-
-    return passes.delta_weight(_dense(*factors))
+    adapter = _dense(*factors)
+    sizes = (adapter.geometry.outputs.size, adapter.geometry.inputs.size)
+    out = adapter.A.new_empty(sizes, dtype=adapter.dtype)
+    _expand().expand(adapter, out=out)
+    return out
 
 
 @torch.library.register_fake("dcft_kernels::delta_weight", lib=LIBRARY)
@@ -316,10 +334,9 @@ def _delta_weight_fake(A: Tensor, B: Tensor, C: Tensor, *numbers: Any) -> Tensor
 
 @torch.library.impl(LIBRARY, "delta_weight_backward", "CompositeExplicitAutograd")
 def _delta_weight_backward_operator(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    from dcft_kernels.triton import passes
-
     *factors, needs = arguments
-    return _as_tensors(grad, passes.delta_weight_backward(grad, _dense(*factors), needs))
+    gradients = _expand().expand_backward(grad, _dense(*factors), tuple(needs))
+    return _as_tensors(grad, gradients)
 
 
 @torch.library.register_fake("dcft_kernels::delta_weight_backward", lib=LIBRARY)
@@ -361,10 +378,10 @@ torch.library.register_autograd(
 
 @torch.library.impl(LIBRARY, "merge", "CompositeExplicitAutograd")
 def _merge_operator(weight: Tensor, *arguments: Any) -> Tensor:
-    from dcft_kernels.triton import passes
-
     *factors, seed = arguments
-    return passes.merge(weight, _dense(*factors), seed)
+    out = torch.empty_like(weight)
+    _store_sum(weight, _dense(*factors), seed, "row_block", out)
+    return out
 
 
 @torch.library.register_fake("dcft_kernels::merge", lib=LIBRARY)
@@ -380,25 +397,20 @@ def _merge_fake(weight: Tensor, *arguments: Any) -> Tensor:
 # drawn again in the backward pass instead of stored.
 
 
-def nonlinear_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, nonlinearity: str
+def nonlinear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    adapter: Adapter,
+    nonlinearity: str,
 ) -> Tensor:
-    """`x W^T + b + expand(C h(shrink(dropout(x))))`; `x [T, n]`, result `[T, m]`."""
+    """A new `base + expand(C h(shrink(dropout(x))))`; arguments as `torch_backend.forward`."""
     with autocast.suspended(x):
-        return _add_nonlinear_(F.linear(x, weight, bias), x, adapter, nonlinearity)
-
-
-def nonlinear_update(y: Tensor, x: Tensor, adapter: Adapter, nonlinearity: str) -> Tensor:
-    """A new `y + expand(C h(shrink(dropout(x))))`; `x [T, n]`, `y [T, m]`."""
-    with autocast.suspended(x):
-        out = y.clone(memory_format=torch.contiguous_format)
-        return _add_nonlinear_(out, x, adapter, nonlinearity)
-
-
-def _add_nonlinear_(y: Tensor, x: Tensor, adapter: Adapter, nonlinearity: str) -> Tensor:
-    if adapter.seed is not None:
-        x = torch.ops.dcft_kernels.drop(x, adapter.seed, adapter.dropout_p)
-    return torch_backend.add_nonlinear_adapter_(y, x, adapter, function_of(nonlinearity))
+        y = torch_backend.base_output(x, weight, bias, base)
+        if adapter.seed is not None:
+            x = torch.ops.dcft_kernels.drop(x, adapter.seed, adapter.dropout_p)
+        return torch_backend.add_nonlinear_adapter_(y, x, adapter, function_of(nonlinearity))
 
 
 @torch.library.impl(LIBRARY, "drop", "CompositeExplicitAutograd")

@@ -23,37 +23,19 @@ A layer with a nonlinearity between its factors always runs on PyTorch operation
 from __future__ import annotations
 
 import functools
-from typing import Literal, get_args
 
 import torch
 
 from dcft_kernels.adapter import Adapter, Geometry
-from dcft_kernels.nonlinearity import check_nonlinearity
+from dcft_kernels.nonlinearity import NONLINEARITIES
+from dcft_kernels.validation import one_of
 
-BackendName = Literal["auto", "torch", "reference", "triton"]
-BACKENDS: tuple[str, ...] = get_args(BackendName)
-StrategyName = Literal["auto", "row_block", "torch"]
-STRATEGIES: tuple[str, ...] = get_args(StrategyName)
+BACKENDS = ("auto", "torch", "reference", "triton")
+STRATEGIES = ("auto", "row_block", "torch")
 
 _TOKEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_WIDTH = 64
 _MAX_COLUMNS = 128
-
-
-def check_backend(backend: str) -> None:
-    """Raise ValueError unless `backend` is a known name."""
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
-        )
-
-
-def check_strategy(strategy: object) -> None:
-    """Raise ValueError unless `strategy` is a known name."""
-    if not isinstance(strategy, str) or strategy not in STRATEGIES:
-        raise ValueError(
-            f"strategy: expected one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}"
-        )
 
 
 def select(backend: str, adapter: Adapter, dtype: torch.dtype, strategy: str = "auto") -> str:
@@ -73,7 +55,7 @@ def select(backend: str, adapter: Adapter, dtype: torch.dtype, strategy: str = "
     if torch.compiler.is_compiling():
         return _select(*call)
     if backend != "reference" and torch._C._are_functorch_transforms_active():
-        check_backend(backend)
+        one_of("backend", backend, BACKENDS)
         raise RuntimeError(
             f"backend={backend!r}: torch.func transforms (vmap, grad, jvp) cannot pass through "
             "its operators; use backend='reference' inside them"
@@ -90,8 +72,8 @@ def _select(
     *factors: torch.dtype,
 ) -> str:
     """`select`, given all that it depends on."""
-    check_backend(backend)
-    check_strategy(strategy)
+    one_of("backend", backend, BACKENDS)
+    one_of("strategy", strategy, STRATEGIES)
     if backend in ("torch", "reference") and strategy not in ("auto", "torch"):
         raise ValueError(
             f"strategy: {strategy!r} is one of the Triton kernels', got backend={backend!r}; "
@@ -125,9 +107,9 @@ def check_nonlinear(nonlinearity: str, backend: str, strategy: str = "auto") -> 
     Raises:
         ValueError: an unknown name, or a backend or strategy that does not compute nonlinearities.
     """
-    check_nonlinearity(nonlinearity)
-    check_backend(backend)
-    check_strategy(strategy)
+    one_of("nonlinearity", nonlinearity, NONLINEARITIES)
+    one_of("backend", backend, BACKENDS)
+    one_of("strategy", strategy, STRATEGIES)
     if backend in ("triton", "reference"):
         raise ValueError(
             f"backend: {backend!r} does not compute nonlinearity={nonlinearity!r}, PyTorch "
@@ -159,15 +141,7 @@ def _why_not_triton(
 def why_kernels_cannot(
     geometry: Geometry, dtype: torch.dtype, adapter_dtype: torch.dtype = torch.float32
 ) -> str | None:
-    """Why the Triton kernels cannot take an adapter, or None if they can.
-
-    This is the whole rule; they take
-
-    - tokens in float32, bfloat16 or float16;
-    - factors in any of these, the same or another;
-    - kernel sizes up to 64;
-    - rank times the larger kernel size up to 128.
-    """
+    """Why the Triton kernels cannot take an adapter, or None if they can: the whole rule."""
     for what, got in (("tokens", dtype), ("factors", adapter_dtype)):
         if got not in _TOKEN_DTYPES:
             short = str(got).removeprefix("torch.")

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from dcft_kernels import autocast, peft_layers, validation
 from dcft_kernels.backends import check_nonlinear
 from dcft_kernels.linear import DCFTLinear
-from dcft_kernels.model import dcft_layers
-from dcft_kernels.nonlinearity import check_nonlinearity
+from dcft_kernels.model import dcft_layers, find_dcft_layers
+from dcft_kernels.nonlinearity import NONLINEARITIES
 
 ConstraintName = Literal["orthogonal", "diagonal"]
 ConstraintForm = Literal["paper", "published_code"]
@@ -75,9 +75,8 @@ def constraint_loss(
         TypeError: `model` is not a module.
         ValueError: an unknown constraint or form, or no factors to constrain.
     """
-    validation.module("model", model)
     pairs: list[tuple[Tensor, Tensor]] = [
-        (layer.dcft_A, layer.dcft_B) for layer in _dcft_layers(model).values()
+        (layer.dcft_A, layer.dcft_B) for layer in find_dcft_layers(model).values()
     ]
     for other in peft_layers.lora_layers(model).values():
         pairs += peft_layers.active_factors(other)
@@ -159,8 +158,8 @@ def add_nonlinearity(model: nn.Module, nonlinearity: str) -> NonlinearityHandle:
         The model is unchanged then.
     """
     validation.module("model", model)
-    check_nonlinearity(nonlinearity)
-    dcft, lora = _dcft_layers(model), peft_layers.lora_layers(model)
+    validation.one_of("nonlinearity", nonlinearity, NONLINEARITIES)
+    dcft, lora = find_dcft_layers(model), peft_layers.lora_layers(model)
     adapters = frozenset(
         name for layer in lora.values() for name in peft_layers.active_adapters(layer)
     )
@@ -203,7 +202,7 @@ def remove_nonlinearity(model: nn.Module) -> None:
         TypeError: `model` is not a module.
         ValueError: no adapter has one.
     """
-    dcft, lora = _dcft_layers(validation.module("model", model)), peft_layers.lora_layers(model)
+    dcft, lora = find_dcft_layers(model), peft_layers.lora_layers(model)
     if all(layer.nonlinearity is None for layer in dcft.values()) and all(
         peft_layers.nonlinearity_of(layer) is None for layer in lora.values()
     ):
@@ -244,11 +243,6 @@ def _deviation(tall: Tensor, free_lengths: bool) -> Tensor:
 def _gather(terms: list[Tensor]) -> Tensor:
     """Scalars from possibly several devices as one vector on the first one's."""
     return torch.stack([term.to(terms[0].device) for term in terms])
-
-
-def _dcft_layers(model: nn.Module) -> dict[str, DCFTLinear]:
-    """The adapted layers by name, possibly none."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, DCFTLinear)}
 
 
 def _refuse_second(name: str, present: str | None) -> None:

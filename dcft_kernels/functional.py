@@ -72,7 +72,7 @@ def dcft_linear(
     if nonlinearity is not None:
         check_nonlinear(nonlinearity, backend, strategy)
         adapter = _with_dropout(adapter, training, x.device, rescale=False)
-        y = autograd.nonlinear_linear(tokens, weight, bias, adapter, nonlinearity)
+        y = autograd.nonlinear(tokens, weight, bias, None, adapter, nonlinearity)
     else:
         runs = select(backend, adapter, x.dtype, strategy)
         adapter = _with_dropout(adapter, training, x.device)
@@ -80,7 +80,7 @@ def dcft_linear(
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def dcft_update(
+def dcft_update(  # noqa: D417 - the others are `dcft_linear`'s
     y: Tensor,
     x: Tensor,
     dcft_A: Tensor,
@@ -101,15 +101,7 @@ def dcft_update(
     Args:
         y: `[..., m]`, the base layer's output, in `x`'s dtype. It is not changed.
         x: `[..., n]`, the base layer's input; leading dimensions as `y`'s.
-        dcft_A: `[k, I]`; see `dcft_linear` for this and all other arguments.
-        dcft_B: `[J, k]`.
-        dcft_C: `[d_out, d_in]`.
-        scaling: factor of the increment.
-        stride: distance between windows, an int or `(out, in)`; None is the kernel size.
-        dropout_p: probability of zeroing an element of the adapter's own view of `x`.
-        training: whether dropout is active.
-        backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`.
-        nonlinearity: between the factors, a name or None.
+        dcft_A: `[k, I]`; this and all other arguments as for `dcft_linear`.
 
     Returns:
         `[..., m]`, a new tensor in `y`'s dtype, or in autocast's where autocast is on.
@@ -138,7 +130,7 @@ def dcft_update(
     if nonlinearity is not None:
         check_nonlinear(nonlinearity, backend)
         adapter = _with_dropout(adapter, training, x.device, rescale=False)
-        out = autograd.nonlinear_update(flat_y, flat_x, adapter, nonlinearity)
+        out = autograd.nonlinear(flat_x, None, None, flat_y, adapter, nonlinearity)
     else:
         runs = select(backend, adapter, x.dtype)
         adapter = _with_dropout(adapter, training, x.device)
@@ -146,7 +138,7 @@ def dcft_update(
     return out.reshape(y.shape)
 
 
-def delta_weight(
+def delta_weight(  # noqa: D417 - the others are `dcft_linear`'s
     dcft_A: Tensor,
     dcft_B: Tensor,
     dcft_C: Tensor,
@@ -160,14 +152,9 @@ def delta_weight(
     """The increment itself, `scaling * DW` `[m, n]`: for merging and inspection, not for training.
 
     Args:
-        dcft_A: `[k, I]`; see `dcft_linear` for the factors.
-        dcft_B: `[J, k]`.
-        dcft_C: `[d_out, d_in]`.
+        dcft_A: `[k, I]`; this and what is not listed as for `dcft_linear`.
         in_features: `n`; the factors alone leave it open where the last window is cropped.
         out_features: `m`.
-        stride: distance between windows, an int or `(out, in)`; None is the kernel size.
-        scaling: factor of the increment.
-        backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`.
 
     Returns:
         `[m, n]` in the factors' common dtype, differentiable with respect to all three.
@@ -189,7 +176,7 @@ def delta_weight(
 
 
 @torch.no_grad()
-def add_delta_weight_(
+def add_delta_weight_(  # noqa: D417 - the others are `dcft_linear`'s
     weight: Tensor,
     dcft_A: Tensor,
     dcft_B: Tensor,
@@ -206,14 +193,10 @@ def add_delta_weight_(
 
     Args:
         weight: `[m, n]`, any float dtype and strides; changed, without a record for autograd.
-        dcft_A: `[k, I]`; see `dcft_linear` for the factors.
-        dcft_B: `[J, k]`.
-        dcft_C: `[d_out, d_in]`.
-        stride: distance between windows, an int or `(out, in)`; None is the kernel size.
+        dcft_A: `[k, I]`; this and what is not listed as for `dcft_linear`.
         scaling: factor of the increment; a negative one undoes a merge, up to rounding.
         stochastic_rounding: of a 16-bit `weight`: round up with the probability that makes the
             mean exact, so that increments below half a unit in the last place are not lost.
-        backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`.
 
     Returns:
         `weight`.

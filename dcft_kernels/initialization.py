@@ -60,23 +60,15 @@ start is slow, and its length depends on n, m and d.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dcft_kernels.adapter import Geometry
+from dcft_kernels.validation import one_of
 
-InitName = Literal["balanced", "zero", "paper"]
-INITS: tuple[str, ...] = get_args(InitName)
-
+INITS = ("balanced", "zero", "paper")
 PAPER_STD = 0.02
-
-
-def check_init(init: str) -> None:
-    """Raise ValueError unless `init` is a known scheme."""
-    if init not in INITS:
-        raise ValueError(f"init: expected one of {', '.join(map(repr, INITS))}, got {init!r}")
 
 
 def default_alpha(geometry: Geometry, init: str) -> float | None:
@@ -92,7 +84,7 @@ def default_alpha(geometry: Geometry, init: str) -> float | None:
 @torch.no_grad()
 def initialize(A: Tensor, B: Tensor, C: Tensor, geometry: Geometry, init: str) -> None:
     """Draw the factors in place, from PyTorch's default generator of their device."""
-    check_init(init)
+    one_of("init", init, INITS)
     if init == "paper":
         for factor in (A, B, C):
             factor.normal_(0.0, PAPER_STD)

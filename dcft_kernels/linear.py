@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from dcft_kernels import validation
 from dcft_kernels.adapter import Adapter, Geometry, Pair
-from dcft_kernels.backends import check_backend, check_nonlinear, check_strategy
+from dcft_kernels.backends import BACKENDS, STRATEGIES, check_nonlinear
 from dcft_kernels.functional import dcft_linear, delta_weight, merged_weight
-from dcft_kernels.initialization import check_init, default_alpha, initialize
+from dcft_kernels.initialization import INITS, default_alpha, initialize
+from dcft_kernels.nonlinearity import not_mergeable
 
 _HOOK_TABLES = (
     "_forward_hooks",
@@ -57,9 +58,9 @@ class DCFTOptions:
             checked["alpha"] = validation.finite_number("alpha", self.alpha)
         if self.adapter_dtype is not None:
             validation.float_dtype("adapter_dtype", self.adapter_dtype)
-        check_init(self.init)
-        check_backend(self.backend)
-        check_strategy(self.strategy)
+        validation.one_of("init", self.init, INITS)
+        validation.one_of("backend", self.backend, BACKENDS)
+        validation.one_of("strategy", self.strategy, STRATEGIES)
         if self.nonlinearity is not None:
             check_nonlinear(self.nonlinearity, self.backend, self.strategy)
         for name, value in checked.items():
@@ -75,17 +76,6 @@ class DCFTOptions:
                 f"{', '.join(unknown)}: not a DCFT option; the options are {', '.join(known)}"
             )
         return cls(**keywords)
-
-    def geometry(self, in_features: int, out_features: int) -> Geometry:
-        """The geometry of a layer of these sizes."""
-        # __post_init__ has turned both into pairs.
-        return Geometry.build(
-            in_features,
-            out_features,
-            self.rank,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-        )
 
 
 class DCFTLinear(nn.Linear):
@@ -282,7 +272,6 @@ class DCFTLinear(nn.Linear):
     @property
     def options(self) -> DCFTOptions:
         """The adapter's settings as one value."""
-        dcft_A = self._parameters.get("dcft_A")
         return DCFTOptions(
             self.rank,
             self.kernel_size,
@@ -291,7 +280,7 @@ class DCFTLinear(nn.Linear):
             self.dropout,
             self.init,
             self.backend,
-            None if dcft_A is None else dcft_A.dtype,
+            self.dcft_A.dtype,
             self.strategy,
             self.nonlinearity,
         )
@@ -433,7 +422,7 @@ class DCFTLinear(nn.Linear):
 
     def _refuse_if_nonlinear(self, action: str) -> None:
         if self.nonlinearity is not None:
-            raise RuntimeError(f"{action}: {why_not_mergeable(self.nonlinearity)}")
+            raise not_mergeable(f"{action}: this DCFTLinear", self.nonlinearity)
 
     def _refuse_if_merged(self, action: str) -> None:
         if self.merged:
@@ -490,15 +479,6 @@ class DCFTLinear(nn.Linear):
             )
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
-
-
-def why_not_mergeable(nonlinearity: str) -> str:
-    """What is wrong with merging a layer that has a nonlinearity, and what to do instead."""
-    return (
-        f"this DCFTLinear has nonlinearity={nonlinearity!r} between its factors, so what it adds "
-        "is no matrix that a weight could take in; run it as it is, or take the nonlinearity out "
-        "with dcft_kernels.constraints.remove_nonlinearity"
-    )
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from dcft_kernels import validation
-from dcft_kernels.linear import DCFTLinear, DCFTOptions, why_not_mergeable
+from dcft_kernels.linear import DCFTLinear, DCFTOptions
+from dcft_kernels.nonlinearity import not_mergeable
 from dcft_kernels.targets import ALL_LINEAR, Targets, check_patterns, matches, select_layers
 
 _ADAPTER_PREFIX = "dcft_"
@@ -90,11 +91,16 @@ def _leave_fused_paths(model: nn.Module) -> None:
 
 def dcft_layers(model: nn.Module) -> dict[str, DCFTLinear]:
     """The adapted layers of `model` by name; ValueError if there is none."""
-    modules = validation.module("model", model).named_modules()
-    layers = {name: module for name, module in modules if isinstance(module, DCFTLinear)}
+    layers = find_dcft_layers(model)
     if not layers:
         raise ValueError("model: has no DCFTLinear layers; call swap_linear(model) first")
     return layers
+
+
+def find_dcft_layers(model: nn.Module) -> dict[str, DCFTLinear]:
+    """The adapted layers of `model` by name, possibly none."""
+    modules = validation.module("model", model).named_modules()
+    return {name: module for name, module in modules if isinstance(module, DCFTLinear)}
 
 
 def merge_model(model: nn.Module, *, unload: bool = False) -> None:
@@ -114,7 +120,7 @@ def merge_model(model: nn.Module, *, unload: bool = False) -> None:
     layers = dcft_layers(model)
     for name, layer in layers.items():
         if layer.nonlinearity is not None:
-            raise RuntimeError(f"model: {name!r}: {why_not_mergeable(layer.nonlinearity)}")
+            raise not_mergeable(f"model: {name!r}: this DCFTLinear", layer.nonlinearity)
     if unload:
         if isinstance(model, DCFTLinear):
             raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dcft_kernels.nonlinearity import function_of
+from dcft_kernels.nonlinearity import function_of, not_mergeable
 
 _GUARDED = ("merge", "get_delta_weight")
 
@@ -45,7 +45,8 @@ def active_factors(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     if hasattr(layer, "parameter_name"):
         return
     for name in active_adapters(layer):
-        A, B = (_weight(_factors(layer, side)[name]) for side in ("lora_A", "lora_B"))
+        factors = (_factors(layer, side)[name] for side in ("lora_A", "lora_B"))
+        A, B = (getattr(factor, "weight", factor) for factor in factors)
         if A.dim() == B.dim() == 2:
             yield A, B
 
@@ -131,12 +132,7 @@ class _MergeGuard:
     def _refuse(self, method: str, names: list[str]) -> None:
         for name in names:
             if name in self.adapters:
-                raise RuntimeError(
-                    f"{method}: the adapter {name!r} has nonlinearity={self.nonlinearity!r} "
-                    "between its factors, so what it adds is no matrix that a weight could take "
-                    "in; run it as it is, or take the nonlinearity out with "
-                    "dcft_kernels.constraints.remove_nonlinearity"
-                )
+                raise not_mergeable(f"{method}: the adapter {name!r}", self.nonlinearity)
 
 
 def _guard(layer: nn.Module, method: str) -> _MergeGuard | None:
@@ -155,10 +151,6 @@ def _active_names(layer: nn.Module) -> list[str]:
 def _factors(layer: nn.Module, side: str = "lora_A") -> Any:
     """The container of one side's factors, by adapter."""
     return getattr(layer, side)
-
-
-def _weight(factor: Any) -> Tensor:
-    return getattr(factor, "weight", factor)
 
 
 def _setting(layer: nn.Module, name: str, adapter: str) -> Any:

@@ -85,7 +85,7 @@ class Recipe:
         }
 
     def training_arguments(self) -> dict[str, Any]:
-        """Keywords for `transformers.TrainingArguments`, version 4.48 or newer.
+        """Keywords for `transformers.TrainingArguments`, version 5.0 or newer.
 
         The batch is of one device: on several, or with accumulated gradients, divide it by their
         number for the published one.

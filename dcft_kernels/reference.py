@@ -10,13 +10,11 @@ convolutions round their operands to ten bits.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.dropout import drop
-from dcft_kernels.rounding import store
 
 
 def delta_weight(adapter: Adapter) -> Tensor:
@@ -40,15 +38,3 @@ def update(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
     """`y + dropout(x) DW^T`; `y [T, m]`, `x [T, n]`."""
     dense = delta_weight(adapter).to(x.dtype)
     return y + F.linear(drop(x, adapter.dropout_p, adapter.seed), dense)
-
-
-def merge(
-    weight: Tensor, adapter: Adapter, seed: Tensor | None, *, out: Tensor | None = None
-) -> Tensor:
-    """`weight + scaling * DW` `[m, n]`, in float32 or wider, then `rounding.store`.
-
-    Into `out`, which may be `weight`, or into a new tensor with `weight`'s strides.
-    """
-    out = torch.empty_like(weight) if out is None else out
-    store(weight + delta_weight(adapter.widened(weight.dtype)), out, seed)
-    return out

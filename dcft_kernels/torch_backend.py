@@ -44,7 +44,6 @@ from torch import Tensor
 
 from dcft_kernels.adapter import Adapter, Gradients, Needs, Side, saved
 from dcft_kernels.dropout import drop, keep_mask
-from dcft_kernels.rounding import store
 
 # Elements of the float32 copy of a block of rows: 1 MiB, small enough to stay in a core's cache.
 _BLOCK_ELEMENTS = 1 << 18
@@ -78,11 +77,17 @@ def forward(
         adapter: factors and settings.
     """
     # The base first, on its own: an adapter whose increment is zero changes no bit of it.
-    if weight is None:
-        y = saved(base).clone(memory_format=torch.contiguous_format)
-    else:
-        y = F.linear(x, weight, bias)
+    y = base_output(x, weight, bias, base)
     return y, add_adapter_(y, x, adapter)
+
+
+def base_output(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None
+) -> Tensor:
+    """A new tensor `[T, m]` with the base layer's output; arguments as `forward`."""
+    if weight is None:
+        return saved(base).clone(memory_format=torch.contiguous_format)
+    return F.linear(x, weight, bias)
 
 
 def add_adapter_(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
@@ -186,18 +191,6 @@ def delta_weight(adapter: Adapter) -> Tensor:
     mixed = adapter.scaling * (rows @ adapter.C.to(dtype))  # [m, k, d_in]
     dense = rows.new_zeros(geometry.outputs.size, geometry.inputs.size)
     return expand_(dense, mixed, adapter.A, geometry.inputs)
-
-
-def merge(
-    weight: Tensor, adapter: Adapter, seed: Tensor | None, *, out: Tensor | None = None
-) -> Tensor:
-    """`weight + scaling * DW` `[m, n]`, in float32 or wider, then `rounding.store`.
-
-    Into `out`, which may be `weight`, or into a new tensor with `weight`'s strides.
-    """
-    out = torch.empty_like(weight) if out is None else out
-    store(weight + delta_weight(adapter.widened(weight.dtype)), out, seed)
-    return out
 
 
 def _mix(U: Tensor, adapter: Adapter) -> Tensor:

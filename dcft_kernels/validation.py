@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,6 +56,13 @@ def stride_pair(stride: Any, kernel_size: Pair) -> Pair:
                 " a larger stride leaves gaps in DW that no parameter reaches"
             )
     return strides
+
+
+def one_of(name: str, value: Any, names: Sequence[str]) -> str:
+    """`value` as one of the known names."""
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, names))}, got {value!r}")
+    return value
 
 
 def boolean(name: str, value: Any) -> bool:

@@ -13,8 +13,9 @@ PACKAGE = Path(dcft_kernels.__file__).parent
 
 # From the bottom up: a module may import from layers below its own, and from its own package.
 LAYERS: list[set[str]] = [
-    {"adapter", "autocast", "nonlinearity"},
-    {"dropout", "initialization", "rounding", "validation"},
+    {"adapter", "autocast"},
+    {"dropout", "rounding", "validation"},
+    {"initialization", "nonlinearity"},
     {"reference", "torch_backend", "triton"},
     {"autograd", "backends"},
     {"functional"},

@@ -9,24 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcft_kernels.adapter import Adapter, Geometry, Side
+from dcft_kernels.adapter import Adapter, Geometry
 from dcft_kernels.triton.launch import PER_CALL, Launch, Signature, signatures, strides
 from dcft_kernels.triton.partials import Grads, Sums, prepare_sums
 from dcft_kernels.triton.tiles import Tile, architecture, lookup, multiprocessors, prepared
 from dcft_kernels.triton.windows import layout_of, window_features
-
-# Rank from which `F` is computed window by window and then spread over a window's elements, which
-# divides its cost by the window's area. Below, that costs more than it saves.
-_WINDOWED_RANK = 4
-
-
-@triton.jit
-def _spread_over_windows(
-    values, WP_OUT: tl.constexpr, WP_IN: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr
-):
-    """`[BLOCK_J, BLOCK_I]` to `[BLOCK_J*WP_OUT, BLOCK_I*WP_IN]`: each value over its window."""
-    spread = tl.broadcast_to(values[:, None, :, None], [BLOCK_J, WP_OUT, BLOCK_I, WP_IN])
-    return tl.reshape(spread, [BLOCK_J * WP_OUT, BLOCK_I * WP_IN])
 
 
 @triton.jit
@@ -89,7 +76,7 @@ def _expand_kernel(
     K: tl.constexpr,
     W_OUT: tl.constexpr, S_OUT: tl.constexpr, W_IN: tl.constexpr, S_IN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOWED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SEED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_SEED: tl.constexpr,
 ):  # fmt: skip
     """`out[r, c] = weight[r, c] + scaling * sum over windows (j, i) of F[j, i] C[q, p]`.
 
@@ -104,9 +91,6 @@ def _expand_kernel(
 
     Grid: `(cdiv(m, BLOCK_M) * cdiv(n, BLOCK_N),)`, a program for each tile of `out`. All sums are
     in float32, rounded once: to nearest, or stochastically (`HAS_SEED`).
-
-    `WINDOWED`: `F` is computed once a window, not once an element. Windows must tile both sides,
-    and tiles hold whole windows.
     """
     column_blocks = tl.cdiv(n, BLOCK_N)
     row_block = tl.program_id(0) // column_blocks
@@ -124,44 +108,28 @@ def _expand_kernel(
     else:
         weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
-    if WINDOWED:
-        BLOCK_J: tl.constexpr = BLOCK_M // W_OUT
-        BLOCK_I: tl.constexpr = BLOCK_N // W_IN
-        j = row_block * BLOCK_J + tl.arange(0, BLOCK_J)
-        i = column_block * BLOCK_I + tl.arange(0, BLOCK_I)
-        f = tl.zeros([BLOCK_J, BLOCK_I], tl.float32)
-        for kappa in range(K):
-            where_b = B_ptr + j.to(tl.int64) * stride_bj + kappa * stride_bk
-            where_a = A_ptr + i.to(tl.int64) * stride_ai + kappa * stride_ak
-            b = tl.load(where_b, mask=j < J, other=0.0).to(tl.float32) * scaling
-            a = tl.load(where_a, mask=i < I, other=0.0).to(tl.float32)
-            f += b[:, None] * a[None, :]
-        f = _spread_over_windows(f, W_OUT, W_IN, BLOCK_J, BLOCK_I)
-        C = tl.load(C_ptr + (r % W_OUT)[:, None] * stride_cq + (c % W_IN)[None, :] * stride_cp)
-        weight += f * C.to(tl.float32)
-    else:
-        for shift_out in range((W_OUT + S_OUT - 1) // S_OUT):
-            j = r // S_OUT - shift_out
-            q = r % S_OUT + shift_out * S_OUT
-            covers_row = (j >= 0) & (j < J) & (q < W_OUT)
-            for shift_in in range((W_IN + S_IN - 1) // S_IN):
-                i = c // S_IN - shift_in
-                p = c % S_IN + shift_in * S_IN
-                covers_column = (i >= 0) & (i < I) & (p < W_IN)
-                f = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-                for kappa in range(K):
-                    where_b = B_ptr + j.to(tl.int64) * stride_bj + kappa * stride_bk
-                    where_a = A_ptr + i.to(tl.int64) * stride_ai + kappa * stride_ak
-                    b = tl.load(where_b, mask=covers_row, other=0.0).to(tl.float32) * scaling
-                    a = tl.load(where_a, mask=covers_column, other=0.0).to(tl.float32)
-                    f += b[:, None] * a[None, :]
-                where = C_ptr + q[:, None] * stride_cq + p[None, :] * stride_cp
-                if S_OUT == W_OUT and S_IN == W_IN:  # always inside, which wide loads need to see
-                    C = tl.load(where)
-                else:
-                    covers = covers_row[:, None] & covers_column[None, :]
-                    C = tl.load(where, mask=covers, other=0.0)
-                weight += f * C.to(tl.float32)
+    for shift_out in range((W_OUT + S_OUT - 1) // S_OUT):
+        j = r // S_OUT - shift_out
+        q = r % S_OUT + shift_out * S_OUT
+        covers_row = (j >= 0) & (j < J) & (q < W_OUT)
+        for shift_in in range((W_IN + S_IN - 1) // S_IN):
+            i = c // S_IN - shift_in
+            p = c % S_IN + shift_in * S_IN
+            covers_column = (i >= 0) & (i < I) & (p < W_IN)
+            f = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for kappa in range(K):
+                where_b = B_ptr + j.to(tl.int64) * stride_bj + kappa * stride_bk
+                where_a = A_ptr + i.to(tl.int64) * stride_ai + kappa * stride_ak
+                b = tl.load(where_b, mask=covers_row, other=0.0).to(tl.float32) * scaling
+                a = tl.load(where_a, mask=covers_column, other=0.0).to(tl.float32)
+                f += b[:, None] * a[None, :]
+            where = C_ptr + q[:, None] * stride_cq + p[None, :] * stride_cp
+            if S_OUT == W_OUT and S_IN == W_IN:  # always inside, which wide loads need to see
+                C = tl.load(where)
+            else:
+                covers = covers_row[:, None] & covers_column[None, :]
+                C = tl.load(where, mask=covers, other=0.0)
+            weight += f * C.to(tl.float32)
 
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     if HAS_SEED:
@@ -201,11 +169,6 @@ def _prepare(geometry: Geometry, device: torch.device, tensors: tuple[Signature,
     inputs, outputs = geometry.inputs, geometry.outputs
     itemsize = out[0].itemsize
     tile = lookup(architecture(device), "expand", itemsize, layout_of(geometry).columns)
-    windowed = (
-        geometry.rank >= _WINDOWED_RANK
-        and _holds_windows(tile.tokens, outputs)
-        and _holds_windows(tile.outputs, inputs)
-    )
     launch = Launch(
         _expand_kernel,
         device,
@@ -222,16 +185,10 @@ def _prepare(geometry: Geometry, device: torch.device, tensors: tuple[Signature,
         K=geometry.rank,
         W_OUT=outputs.width, S_OUT=outputs.stride, W_IN=inputs.width, S_IN=inputs.stride,
         BLOCK_M=tile.tokens, BLOCK_N=tile.outputs,
-        WINDOWED=windowed, HAS_WEIGHT=weight is not None,
-        HAS_SEED=seed is not None and itemsize == 2,
+        HAS_WEIGHT=weight is not None, HAS_SEED=seed is not None and itemsize == 2,
     )  # fmt: skip
     blocks = triton.cdiv(outputs.size, tile.tokens) * triton.cdiv(inputs.size, tile.outputs)
     return _Plan(launch, blocks)
-
-
-def _holds_windows(features: int, side: Side) -> bool:
-    """Whether a tile of `features` (a power of two) holds whole windows, and all that cover it."""
-    return side.stride == side.width and features % side.width == 0
 
 
 @triton.jit
@@ -247,6 +204,15 @@ def _product(x, y, AS_DOT: tl.constexpr):
         return tl.dot(x, y, input_precision="ieee")
     # Along the last axis: Triton makes of a sum along the middle one a product in tf32.
     return tl.sum(_products(x, y), axis=2)
+
+
+@triton.jit
+def _spread_over_windows(
+    values, WP_OUT: tl.constexpr, WP_IN: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr
+):
+    """`[BLOCK_J, BLOCK_I]` to `[BLOCK_J*WP_OUT, BLOCK_I*WP_IN]`: each value over its window."""
+    spread = tl.broadcast_to(values[:, None, :, None], [BLOCK_J, WP_OUT, BLOCK_I, WP_IN])
+    return tl.reshape(spread, [BLOCK_J * WP_OUT, BLOCK_I * WP_IN])
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The strategy `row_block` as launches, and the dense increment.
+"""The strategy `row_block`: a layer's passes as launches.
 
     forward     shrink and expand to `y`, then `y += x W^T`
     backward    gradients and the adapter's part of `gx`, then `gx += g W`
@@ -9,14 +9,10 @@ does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from dcft_kernels.adapter import Adapter, Gradients, Needs, saved
 from dcft_kernels.triton import row_block
-from dcft_kernels.triton.expand import expand, expand_backward
 
 
 def forward(
@@ -65,30 +61,3 @@ def backward(
         g.sum(0) if needs.bias else None,
         *grads,
     )
-
-
-def delta_weight(adapter: Adapter) -> Tensor:
-    """`scaling * DW`, `[m, n]`, in the factors' common dtype."""
-    sizes = (adapter.geometry.outputs.size, adapter.geometry.inputs.size)
-    out = adapter.A.new_empty(sizes, dtype=adapter.dtype)
-    expand(adapter, out=out)
-    return out
-
-
-def delta_weight_backward(
-    grad: Tensor, adapter: Adapter, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """The gradients of `A`, `B` and `C` for `grad [m, n]`, that of `delta_weight`'s result."""
-    return expand_backward(grad, adapter, (needs[0], needs[1], needs[2]))
-
-
-def merge(
-    weight: Tensor, adapter: Adapter, seed: Tensor | None = None, *, out: Tensor | None = None
-) -> Tensor:
-    """`weight + scaling * DW` `[m, n]` in one pass, rounded once; see `expand`.
-
-    Into `out`, which may be `weight`, or into a new tensor with `weight`'s strides.
-    """
-    out = torch.empty_like(weight) if out is None else out
-    expand(adapter, out=out, weight=weight, seed=seed)
-    return out

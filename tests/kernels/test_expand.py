@@ -23,7 +23,7 @@ SCALING = 1.5
 ALL = (True, True, True)
 
 RAGGED, OVERLAPPING = CASES[3], Case(25, 21, 2, (5, 7), (2, 3))
-HIGH_RANK = Case(40, 32, 16, (8, 8), (8, 8))  # F once per window
+HIGH_RANK = Case(40, 32, 16, (8, 8), (8, 8))
 WIDE = Case(70, 40, 2, (64, 64), (64, 64))
 NOT_A_POWER = Case(60, 36, 2, (12, 12), (12, 12))
 NARROW = Case(20, 24, 40, (2, 2), (2, 2))  # products of factors by tl.dot
@@ -332,7 +332,7 @@ def test_result_of_a_seed_is_independent_of_the_tile(
     first = expanded(2**40 + 1)
     assert torch.equal(first, expanded(2**40 + 1))
     assert not torch.equal(first, expanded(1))
-    for tokens, outputs in ((16, 8), (4, 16)):  # tiles of 4 rows hold no whole windows
+    for tokens, outputs in ((16, 8), (4, 16)):
         tile = Tile(tokens, 0, outputs, 0, 4, 1)
         monkeypatch.setattr(expand_module, "lookup", lambda *_, tile=tile: tile)
         assert torch.equal(first, expanded(2**40 + 1))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from dcft_kernels import DCFTLinear, dcft_linear, dcft_update, delta_weight
+from dcft_kernels import (
+    DCFTLinear,
+    autograd,
+    dcft_linear,
+    dcft_update,
+    delta_weight,
+    torch_backend,
+)
 from dcft_kernels.dropout import draw_seed
 from tests.adapter_cases import Case, Inputs, random_inputs
 
@@ -131,6 +139,16 @@ def test_double_backward(case, dropout_p, trained, backend, device) -> None:
     for actual, expected in zip(*results, strict=True):
         scale = max(1.0, float(expected.detach().abs().max()))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5 * scale)
+
+
+def test_double_backward_needs_no_graph_from_the_strategy(monkeypatch) -> None:
+    """A kernel's backward pass records nothing; with `create_graph=True` it is not run."""
+    opaque = SimpleNamespace(
+        forward=torch_backend.forward, backward=torch.no_grad()(torch_backend.backward)
+    )
+    monkeypatch.setattr(autograd, "_module", lambda strategy, tokens: opaque)
+    inputs = random_inputs(SMALL[0], (3,)).requiring()
+    assert gradgradcheck(dcft_linear, inputs.operands)
 
 
 @small_case

@@ -109,9 +109,7 @@ def test_explain_names_what_runs_and_why(no_gpu) -> None:
     assert "runs torch: no GPU here" in str(told)
     layer.backend = "reference"
     assert explain(layer, tokens=1).reason == "requested by backend='reference'"
-    layer.backend, layer.nonlinearity = "auto", "relu"
-    assert "nonlinearity='relu'" in explain(layer, tokens=1).reason
-    layer.nonlinearity, layer.strategy = None, "row_block"
+    layer.backend, layer.strategy = "auto", "row_block"
     with pytest.raises(RuntimeError, match="strategy='row_block' cannot run: no GPU here"):
         explain(layer, tokens=1)
     merged = DCFTLinear(16, 16)
@@ -128,6 +126,15 @@ def test_explain_on_a_gpu(gpu) -> None:
     assert told.frozen == (2 * 2 * (T * (n + m) + n * m), 4 * T * n * m)
     assert told.adapter.bytes == 2 * T * (4 * n + 3 * m + 2 * U)
     assert "float64" in explain(layer, tokens=1, dtype=torch.float64).reason
+
+
+def test_explain_says_that_no_kernel_takes_a_nonlinearity(gpu) -> None:
+    layer = DCFTLinear(64, 96, nonlinearity="relu")
+    told = explain(layer, tokens=100)
+    assert told.strategy == "torch"
+    assert "runs torch: nonlinearity='relu' is between the factors, which no kernel" in str(told)
+    layer.nonlinearity = None
+    assert explain(layer, tokens=100).strategy == "row_block"
 
 
 def test_explain_refuses_what_is_no_layer() -> None:
