@@ -503,6 +503,10 @@ def _backward_by_slices(
     )
 
 
+# From this many rows on, a tile of the backward pass has half of them with dropout.
+_DROPOUT_ROWS = 64
+
+
 class _BackwardPlan(NamedTuple):
     launch: Launch
     rows: int  # of a block that a program works on
@@ -530,6 +534,8 @@ def _prepare_backward(
         return None
     inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
     tile = lookup(architecture(device), "backward", itemsize, layout.columns)
+    if seed is not None and tile.tokens >= _DROPOUT_ROWS:  # the mask takes registers
+        tile = tile._replace(tokens=tile.tokens // 2)
     tile = tile.for_tokens(bucket)
     needs_A, needs_B, needs_C = needs
     sums = prepare_sums(geometry, needs, device)

@@ -26,8 +26,8 @@ from dcft_kernels.triton import tiles  # noqa: E402
 GOOD = Record("sm_90", "backward", "bf16", "columns16", 132, 0, 53504, 2, 9, "3.7.1")
 
 
-def main_job(architecture: str, launcher: str):
-    (job,) = jobs(f"^{architecture} {launcher} bf16 columns16$")
+def main_job(architecture: str, launcher: str, case: str = "columns16"):
+    (job,) = jobs(f"^{architecture} {launcher} bf16 {case}$")
     return job
 
 
@@ -39,6 +39,14 @@ def test_main_cases_fit(architecture: str, launcher: str) -> None:
     for record in records:
         assert record.failures() == []
         assert record.registers > 0
+
+
+@pytest.mark.parametrize("case", ["dropout", "overlap", "sliced"])
+@pytest.mark.parametrize("launcher", ["shrink_expand", "backward"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_cases_with_most_registers_fit(architecture: str, launcher: str, case: str) -> None:
+    records = compile_job(main_job(architecture, launcher, case))
+    assert [failure for record in records for failure in record.failures()] == []
 
 
 def test_every_architecture_kernel_and_dtype_has_jobs() -> None:
