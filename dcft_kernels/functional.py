@@ -101,7 +101,7 @@ def dcft_update(  # noqa: D417 - the others are `dcft_linear`'s
     Args:
         y: `[..., m]`, the base layer's output, in `x`'s dtype. It is not changed.
         x: `[..., n]`, the base layer's input; leading dimensions as `y`'s.
-        dcft_A: `[k, I]`; this and all other arguments as for `dcft_linear`.
+        dcft_A: `[k, I]`; see `dcft_linear` for this and the arguments not listed.
 
     Returns:
         `[..., m]`, a new tensor in `y`'s dtype, or in autocast's where autocast is on.
@@ -152,7 +152,7 @@ def delta_weight(  # noqa: D417 - the others are `dcft_linear`'s
     """The increment itself, `scaling * DW` `[m, n]`: for merging and inspection, not for training.
 
     Args:
-        dcft_A: `[k, I]`; this and what is not listed as for `dcft_linear`.
+        dcft_A: `[k, I]`; see `dcft_linear` for this and the arguments not listed.
         in_features: `n`; the factors alone leave it open where the last window is cropped.
         out_features: `m`.
 
@@ -193,7 +193,7 @@ def add_delta_weight_(  # noqa: D417 - the others are `dcft_linear`'s
 
     Args:
         weight: `[m, n]`, any float dtype and strides; changed, without a record for autograd.
-        dcft_A: `[k, I]`; this and what is not listed as for `dcft_linear`.
+        dcft_A: `[k, I]`; see `dcft_linear` for this and the arguments not listed.
         scaling: factor of the increment; a negative one undoes a merge, up to rounding.
         stochastic_rounding: of a 16-bit `weight`: round up with the probability that makes the
             mean exact, so that increments below half a unit in the last place are not lost.
