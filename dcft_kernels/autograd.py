@@ -116,7 +116,7 @@ def _geometry(rank: int, *sides: int) -> Geometry:
 
 
 def _module(strategy: str, tokens: int) -> Any:
-    """Where the strategy is implemented. No tokens are no launch, so they are PyTorch's."""
+    """Where the strategy is implemented. Empty inputs launch no kernel and run in PyTorch."""
     if strategy == "reference":
         return _reference()
     if strategy == "torch" or tokens == 0:
