@@ -87,7 +87,7 @@ def measure(
         stopwatch: replaces the device's own.
         record: receives every row as soon as it is complete.
     """
-    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     shared = vars(case) | vars(environment) | {"time": started}
     outcomes = [Outcome(p, Row(p.name, d=p.d, k=p.k, stride=p.stride, **shared)) for p in providers]
     recorded: set[str] = set()
