@@ -1,4 +1,4 @@
-"""`explain`: which backend and strategy run a layer, why, and what that counts up to."""
+"""`explain`: which backend and strategy run a layer, why, with its counted bytes and flops."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Explanation(NamedTuple):
 
 
 def explain(layer: DCFTLinear, *, tokens: int, dtype: torch.dtype | None = None) -> Explanation:
-    """Say which backend and strategy run a layer, and why; nothing is run.
+    """Say which backend and strategy run a layer, and why, without running it.
 
     Args:
         layer: a `DCFTLinear`, on the meta device too.

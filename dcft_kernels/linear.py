@@ -81,7 +81,7 @@ class DCFTOptions:
 class DCFTLinear(nn.Linear):
     """A frozen linear layer plus `scaling * DW`, `DW = ConvTranspose2d(B A, C)` (equations 5, 6).
 
-    Takes the place of `nn.Linear`: the same `weight` and `bias` names and shapes, so a state dict
+    Replaces `nn.Linear`: the same `weight` and `bias` names and shapes, so a state dict
     of the base loads unchanged (with `strict=False`, since it has no adapter). Added are three
     parameters, the only trainable ones:
 

@@ -14,7 +14,7 @@ ALL_LINEAR = "all-linear"
 
 Targets = str | Sequence[str]
 
-# Names that output heads go by where the model itself does not tell which of its layers is one.
+# Common names of output heads, for models that do not declare theirs.
 _HEAD_NAMES = frozenset(
     {"lm_head", "head", "heads", "classifier", "score", "qa_outputs", "output_projection"}
 )
@@ -46,7 +46,7 @@ def select_layers(model: nn.Module, targets: Targets, exclude: Targets) -> list[
         if not names and any(map(_is_swapped, modules.values())):
             raise ValueError(
                 "targets: every linear layer of this model is a DCFTLinear already; "
-                "to adapt it anew, start from the base model"
+                "to adapt it again, start from the base model"
             )
     else:
         if not targets:

@@ -191,7 +191,7 @@ def lookup(arch: str, kernel: str, itemsize: int, columns: int) -> Tile:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs of a persistent kernel run at once, one to a multiprocessor."""
+    """Number of multiprocessors; 2 without a GPU."""
     if device.type != "cuda" or _forced is not None:
         return 2
     return _multiprocessors(device)

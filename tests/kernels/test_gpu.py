@@ -203,7 +203,7 @@ def test_peak_memory(device, dropout_p: float) -> None:
         return [y.addmm_(inputs.x, inputs.weight.t()), gx.addmm_(inputs.grad, inputs.weight)]
 
     factors = 2 * window_count(size, width, width) + width**2
-    # A program has a row block of 16 tokens or more, and float32 gradients of its own.
+    # A program has a row block of 16 tokens or more, and its own float32 gradients.
     partials = tokens // 16 * factors * 4
     u = tokens * width * 2
     # The allocator hands out blocks of up to a MiB more than was asked for.

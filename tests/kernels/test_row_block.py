@@ -157,7 +157,7 @@ def shapes(draw) -> tuple[Case, int, torch.dtype]:
     )
 
 
-# On a GPU, the kernels are compiled anew for every example.
+# On a GPU, the kernels are recompiled for every example.
 @settings(max_examples=25 if INTERPRETED else 5, deadline=None, derandomize=True)
 @given(shapes(), st.sampled_from([0.0, 0.3]))
 def test_any_shape(shape: tuple[Case, int, torch.dtype], dropout_p: float) -> None:

@@ -33,7 +33,7 @@ N, M = 24, 16
 
 
 class QuantizedLinear(nn.Linear):
-    """As quantisation libraries do it: a Linear by class, but not by what it computes."""
+    """As in quantisation libraries: a subclass of Linear that computes something else."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).round()

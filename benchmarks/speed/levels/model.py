@@ -144,7 +144,7 @@ class ModelProblem:
 
 
 class _Dense(nn.Module):
-    """The dense layer that an adapted layer is equal to, built anew in every forward pass."""
+    """The dense layer that an adapted layer is equal to, rebuilt in every forward pass."""
 
     def __init__(self, adapted: AdaptedLayer, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
