@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-FILE = "rows.jsonl"
+ROWS_FILE = "rows.jsonl"
 """In a device's folder."""
 
 # Providers of stored rows that have another name since.

@@ -22,7 +22,7 @@ import torch
 
 TABLE = Path(__file__).with_name("tiles.json")
 
-KERNELS = ("shrink_expand", "backward", "expand", "expand_backward")
+KERNEL_NAMES = ("shrink_expand", "backward", "expand", "expand_backward")
 
 
 class Tile(NamedTuple):
@@ -116,8 +116,8 @@ def as_architecture(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def override(kernel: str, tile: Tile) -> Iterator[None]:
     """Run a kernel with this tile, whatever the table says: to measure candidates."""
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
+    if kernel not in KERNEL_NAMES:
+        raise ValueError(f"kernel: expected one of {', '.join(KERNEL_NAMES)}, got {kernel!r}")
     before = _overrides.get(kernel)
     _overrides[kernel] = tile
     _clear_prepared()

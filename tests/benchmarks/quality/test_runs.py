@@ -210,7 +210,7 @@ def cli(run: Run, folder: Path, tmp_path: Path) -> Callable[..., tuple[int, list
         data = ["--model", str(folder / model), "--data", str(folder / "data")]
         size = ["--batch-size", "8"] if "--study" not in arguments else []
         code = __main__.main([*data, *size, "--results", str(tmp_path), *arguments])
-        return code, runs.read(tmp_path / runs.FILE)
+        return code, runs.read(tmp_path / runs.RUNS_FILE)
 
     return main
 
