@@ -20,7 +20,15 @@ class Work(NamedTuple):
     flops: int
 
     def __str__(self) -> str:
-        return f"{self.bytes / 1e6:,.1f} MB, {self.flops / 1e9:,.2f} GFLOP"
+        return f"{_in_units(self.bytes)}B, {_in_units(self.flops)}FLOP"
+
+
+def _in_units(count: int) -> str:
+    """The count with an SI prefix: `12.6 M`."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:,.1f} {prefix}"
+    return f"{count} "
 
 
 class Explanation(NamedTuple):

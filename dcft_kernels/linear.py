@@ -441,12 +441,13 @@ class DCFTLinear(nn.Linear):
     def extra_repr(self) -> str:
         """One line: sizes, options, and what the adapter costs in parameters."""
         count = self.dcft_A.numel() + self.dcft_B.numel() + self.dcft_C.numel()
+        strategy = "" if self.strategy == "auto" else f"strategy={self.strategy!r}, "
         between = "" if self.nonlinearity is None else f"nonlinearity={self.nonlinearity!r}, "
         return (
             f"{super().extra_repr()}, rank={self.rank}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, scaling={self.scaling:g}, dropout={self.dropout:g}, "
-            f"init={self.init!r}, backend={self.backend!r}, {between}adapter_parameters={count}, "
-            f"merged={self.merged}"
+            f"init={self.init!r}, backend={self.backend!r}, {strategy}{between}"
+            f"adapter_parameters={count}, merged={self.merged}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DCFTLinear:

@@ -64,9 +64,10 @@ def select_layers(model: nn.Module, targets: Targets, exclude: Targets) -> list[
         )
     swapped = [name for name in selected if _is_swapped(modules[name])]
     if swapped:
+        left = [name for name in _linear_names(modules) if not _is_swapped(modules[name])]
         raise ValueError(
             f"targets: already swapped: {_short_list(swapped)}; layers not swapped yet: "
-            + _short_list([n for n in _linear_names(modules) if not _is_swapped(modules[n])])
+            + (_short_list(left) or "none")
         )
     for name in selected:
         reason = why_not_adaptable(modules[name])

@@ -118,6 +118,8 @@ def test_explain_names_what_runs_and_why(no_gpu) -> None:
     merged.merge()
     assert explain(merged, tokens=1).strategy == "merged"
     assert explain(merged, tokens=1).adapter == (0, 0)
+    assert "adapter        0 B, 0 FLOP" in str(explain(merged, tokens=1))
+    assert "frozen layer   2.3 kB, 1.0 kFLOP" in str(explain(merged, tokens=1))
 
 
 def test_explain_on_a_gpu(gpu) -> None:

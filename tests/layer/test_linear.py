@@ -256,4 +256,6 @@ def test_repr_describes_the_adapter(layer):
         "adapter_parameters=46, merged=False)"
     )
     layer.merge()
+    layer.strategy = "torch"
+    assert "backend='auto', strategy='torch', " in repr(layer)
     assert "merged=True" in repr(layer)

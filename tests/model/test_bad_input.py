@@ -139,6 +139,8 @@ TABLE = [
      r"^targets: 'quantized' cannot be adapted: .*got QuantizedLinear; .*dcft_update"),
     (lambda s: swap_linear(s.swapped, ["query"]), ValueError,
      r"^targets: already swapped: 'query'; layers not swapped yet: 'classifier'"),
+    (lambda s: swap_linear(nn.Sequential(s.layer), ["0"]), ValueError,
+     r"^targets: already swapped: '0'; layers not swapped yet: none$"),
     (lambda s: swap_linear(s.swapped), ValueError,
      r"^targets: every linear layer of this model is a DCFTLinear already"),
     (lambda s: swap_linear(s.base, ["query"], exclude=["query"]), ValueError,
