@@ -85,6 +85,7 @@ def test_fewer_rows_until_every_multiprocessor_has_a_program(monkeypatch) -> Non
         32,
         64,
     }
+    assert token_bucket(2**31, CPU) != token_bucket(2**31 - 1, CPU)
 
 
 def test_overrides_and_architectures_end_with_their_block() -> None:

@@ -21,6 +21,7 @@ from dcft_kernels import (
     dcft_update,
     delta_weight,
     explain,
+    functional,
 )
 from tests.model_snapshot import ModelSnapshot
 
@@ -243,6 +244,14 @@ def test_every_tensor_is_checked(argument, spoil, error, text):
     named = "dcft_[AB]" if argument == "dcft_A" else argument
     with pytest.raises(error, match=rf"^{named}: {text}"):
         call(**{argument: spoil(good[argument])})
+
+
+def test_the_cache_of_checks_is_bounded(monkeypatch):
+    monkeypatch.setattr(functional, "_checked", {})
+    monkeypatch.setattr(functional, "_MAX_CHECKED", 2)
+    for outputs in range(M - 4, M + 1):
+        linear(weight=WEIGHT[:outputs], bias=None)
+        assert 1 <= len(functional._checked) <= 2
 
 
 def _patched() -> nn.Module:
