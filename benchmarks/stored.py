@@ -49,7 +49,7 @@ def label(row: Row) -> str:
 
 
 def unusual_sizes(row: Row) -> list[str]:
-    """In what a DCFT differs from rank 1 and kernel size 8 without overlap."""
+    """Where a DCFT differs from rank 1 and kernel size 8 without overlap."""
     if row.stride is None:  # not a DCFT
         return []
     parts = [f"k={row.k}"] if row.k != RANK else []

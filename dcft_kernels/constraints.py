@@ -113,7 +113,7 @@ def orthogonality_loss(model: nn.Module, *, form: ConstraintForm = "paper") -> T
 
 
 class NonlinearityHandle:
-    """What `add_nonlinearity` returns: removes what that call added."""
+    """Returned by `add_nonlinearity`; removes the nonlinearity that the call added."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = tuple(layers)

@@ -166,7 +166,7 @@ class DCFTLinear(nn.Linear):
         *,
         fan_in_fan_out: bool,
     ) -> None:
-        """Take these very parameters as the base and create the adapter."""
+        """Use these parameters, not copies, as the base and create the adapter."""
         self.rank = options.rank
         self.kernel_size: Pair = options.kernel_size  # type: ignore[assignment]
         self.stride: Pair = options.stride  # type: ignore[assignment]
@@ -327,7 +327,7 @@ class DCFTLinear(nn.Linear):
     def merge(self) -> None:
         """Put base plus increment in `weight`; the forward is then a plain linear layer's.
 
-        The base weight is kept aside, untouched, for `unmerge`: a merged layer holds two weights,
+        The base weight is kept unchanged for `unmerge`: a merged layer holds two weights,
         a layer from `to_linear` only one. The sum is computed in float32 or wider and rounded once
         to the base's dtype; in 16 bits, increments below half a unit in the last place vanish.
 
@@ -344,7 +344,7 @@ class DCFTLinear(nn.Linear):
         self._base_while_merged = (base,)
 
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit: the very parameter that `merge` set aside.
+        """Restore the base weight bit for bit: the same parameter as before `merge`.
 
         Raises:
             RuntimeError: the layer is not merged.
@@ -451,7 +451,7 @@ class DCFTLinear(nn.Linear):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DCFTLinear:
-        """Move or convert the base that `merge` set aside together with everything else."""
+        """Also move or convert the base weight that `merge` keeps."""
         super()._apply(fn, recurse)
         for base in self._base_while_merged:
             with torch.no_grad():

@@ -164,7 +164,7 @@ def _titles(found: Found) -> list[str]:
 
 
 def _figure(metric: str, value: float, sign: str = "") -> str:
-    """In percent, or as it is where lower is better."""
+    """In percent, or unscaled where lower is better."""
     return f"{value:{sign}.2f}" if metric in LOWER_IS_BETTER else f"{100 * value:{sign}.1f}"
 
 

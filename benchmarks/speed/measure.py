@@ -78,8 +78,8 @@ def measure(
     is timed. A provider that fails in any way gets a row with the reason and no times.
 
     Args:
-        case: what the rows are of.
-        providers: what is compared.
+        case: the case that the rows belong to.
+        providers: the providers to compare.
         problem: makes the input that all of them share.
         environment: device and versions, for the rows.
         plan: limits.

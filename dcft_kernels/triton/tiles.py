@@ -53,7 +53,7 @@ _MIN_WARPS = 4
 
 
 class TokenBucket(NamedTuple):
-    """What a launch depends on of the number of tokens: few values, so that few are compiled."""
+    """The part of the token count that a launch depends on: few values, so few compilations."""
 
     # From this many rows on, a tile leaves a multiprocessor without a program. Rounded up to a
     # power of two, as tiles' rows are, from twice the fewest of them to twice the most.
@@ -62,7 +62,7 @@ class TokenBucket(NamedTuple):
 
 
 def token_bucket(tokens: int, device: torch.device) -> TokenBucket:
-    """The bucket of a number of tokens on a device."""
+    """The bucket of a token count on a device."""
     return _token_bucket(tokens, multiprocessors(device))
 
 

@@ -1,4 +1,4 @@
-"""Kernels compile for GPUs that are not there, and what a binary must not need is found."""
+"""Kernels compile for absent GPUs, and forbidden needs of a binary are found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The timing engine: what is wrong is not timed, what is slow looks slow, failures leave rows."""
+"""The timing engine: wrong results are not timed, slow steps look slow, failures leave rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tuner: what it writes, what it tries, what may win."""
+"""The tuner: rows, candidates, and which tile may win."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_mask_of_the_backward(device, case: AdapterShape) -> None:
 
 @every_case
 def test_mask_of_the_gradient_of_A(device, case: AdapterShape) -> None:
-    """One token and ones for all else: what is kept in a window counts, times one number."""
+    """One token, all ones: the gradient counts kept elements per window, up to a factor."""
     A = torch.ones(case.geometry.shape_A, device=device)
     x = torch.ones(1, case.in_features, device=device)
     g = torch.ones(1, case.out_features, device=device)

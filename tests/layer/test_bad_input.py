@@ -1,4 +1,4 @@
-"""What users get wrong with layers and functions, and what they are told.
+"""Errors for wrong arguments of layers and functions.
 
 Every row is a good call with something wrong in it, the error's type, and a pattern of its text,
 which names the argument, what was received, what was expected and, where there is one, the fix.

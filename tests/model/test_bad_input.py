@@ -1,4 +1,4 @@
-"""What users get wrong with whole models, and what they are told.
+"""Errors for wrong arguments of functions on whole models.
 
 Every row is a call, the error's type, and a pattern of its text, which names the argument, what was
 received, what was expected and, where there is one, the fix. Files with something wrong in them are

@@ -96,8 +96,8 @@ class KernelProblem:
 class KernelCall(NamedTuple):
     """A kernel on a problem."""
 
-    launch: Callable[[], Outputs]  # returns what it has written, by the names of `expected`
-    written: tuple[Tensor, ...]  # what it writes to, apart from what it allocates
+    launch: Callable[[], Outputs]  # returns its outputs, by the names of `expected`
+    written: tuple[Tensor, ...]  # outputs that the caller allocated
     moved: str  # the tensors that have to move: x, y, W, U
     products: int = 0  # multiply-adds
     fill: float = math.nan  # what `written` holds before, so that an unwritten element shows
