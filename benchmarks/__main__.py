@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen:
         command_line.error("nothing to measure: no measurement has such a name")
     described = environment.describe(options.device)
-    file = results_folder(options.out, options.device, tiny=options.tiny) / rows.FILE
+    file = results_folder(options.out, options.device, tiny=options.tiny) / rows.ROWS_FILE
     plan = TINY_PLAN if options.tiny else Plan()
     if options.case_budget is not None:
         plan = replace(plan, budget_s=options.case_budget)
@@ -162,7 +162,10 @@ def parser() -> argparse.ArgumentParser:
         "--case-budget", type=float, metavar="SECONDS", help="time for the rounds of a case (30)"
     )
     found.add_argument(
-        "--out", type=Path, metavar="DIR", help=f"for {rows.FILE} (benchmarks/results/<device>)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"for {rows.ROWS_FILE} (benchmarks/results/<device>)",
     )
     return found
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.stored import LABELS, Group, Stored, provenance
+from benchmarks.stored import LABELS, Group, StoredRows, provenance
 
-FILE = "layer.png"
+PLOT_FILE = "layer.png"
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; only DCFT is saturated red.
 _COLOURS = {
@@ -26,9 +26,9 @@ _CUT = 5.0
 _CASES = 4  # more, and the numbers over the bars overlap
 
 
-def draw(stored: Stored) -> bool:
+def draw(stored: StoredRows) -> bool:
     """Draw the ratios to the frozen layer, forward and backward; False if there are none."""
-    file = stored.folder / FILE
+    file = stored.folder / PLOT_FILE
     cases = [g for g in stored.layers() if any(_ratio(g, name) for name in _COLOURS)]
     if not cases:
         file.unlink(missing_ok=True)

@@ -15,10 +15,10 @@ from benchmarks import plots, rows
 from benchmarks.environment import RESULTS
 from benchmarks.rows import Row
 from benchmarks.speed.provider import BASELINE
-from benchmarks.stored import MAIN_SWEEPS, Group, Stored, label, load, order, provenance
+from benchmarks.stored import MAIN_SWEEPS, Group, StoredRows, label, load, order, provenance
 from benchmarks.tables import NONE, mib, milliseconds, ratio, table
 
-FILE = "report.md"
+REPORT_FILE = "report.md"
 
 _PREFACE = (
     "Written by `python -m benchmarks.report`; do not edit. Ratios are medians, over the rounds of "
@@ -49,10 +49,10 @@ _CLOCKS = {
 }
 
 
-def report(stored: Stored, *, plotted: bool = False) -> str:
+def report(stored: StoredRows, *, plotted: bool = False) -> str:
     """A device's report as Markdown, with its plot if there is one."""
     parts = [f"# {stored.device}", _PREFACE, _source(stored)]
-    parts += [f"![layer]({plots.FILE})"] if plotted else []
+    parts += [f"![layer]({plots.PLOT_FILE})"] if plotted else []
     for level, title in _LEVELS.items():
         sections = []
         for direction, sweep in stored.cases(level):
@@ -68,11 +68,11 @@ def report(stored: Stored, *, plotted: bool = False) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _source(stored: Stored) -> str:
-    return f"From [`{rows.FILE}`]({rows.FILE}): {provenance(stored.rows)}."
+def _source(stored: StoredRows) -> str:
+    return f"From [`{rows.ROWS_FILE}`]({rows.ROWS_FILE}): {provenance(stored.rows)}."
 
 
-def _tables(stored: Stored, groups: Sequence[Group]) -> Iterator[str]:
+def _tables(stored: StoredRows, groups: Sequence[Group]) -> Iterator[str]:
     """What there is to say of cases that differ in shape and dtype alone."""
     first = groups[0].first
     for clock in stored.clocks:
@@ -160,9 +160,9 @@ def _as_text(error: str) -> str:
     return " ".join(error.split()).replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
 
 
-def write(stored: Stored) -> None:
+def write(stored: StoredRows) -> None:
     """Report and plot, into the device's folder."""
-    file = stored.folder / FILE
+    file = stored.folder / REPORT_FILE
     file.write_text(report(stored, plotted=plots.draw(stored)), encoding="utf-8")
     print(f"wrote {file}")
 
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
     options = parser.parse_args(arguments)
-    folders = options.folders or sorted(f.parent for f in RESULTS.glob(f"*/{rows.FILE}"))
+    folders = options.folders or sorted(f.parent for f in RESULTS.glob(f"*/{rows.ROWS_FILE}"))
     try:
         for folder in folders:
             write(load(folder))

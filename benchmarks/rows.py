@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-FILE = "rows.jsonl"
+ROWS_FILE = "rows.jsonl"
 """In a device's folder."""
 
 # Providers of stored rows that have another name since.
@@ -80,7 +80,7 @@ class Row:
         return (self.provider, self.d, self.k, self.stride)
 
     def milliseconds(self, clock: str | None = None) -> float | None:
-        """The median by a clock; by default the device's, or the wall's where there is no other."""
+        """The median by a clock; by default device time, or wall time where there is none."""
         found: float | None = getattr(self, f"{clock or self.clock}_ms_p50")
         return found
 

@@ -49,7 +49,7 @@ def label(row: Row) -> str:
 
 
 def unusual_sizes(row: Row) -> list[str]:
-    """In what a DCFT differs from rank 1 and kernel size 8 without overlap."""
+    """Where a DCFT differs from rank 1 and kernel size 8 without overlap."""
     if row.stride is None:  # not a DCFT
         return []
     parts = [f"k={row.k}"] if row.k != RANK else []
@@ -99,7 +99,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredRows:
     """The latest rows of every case in a device's folder."""
 
     folder: Path
@@ -139,19 +139,19 @@ class Stored:
         return [group for sweep in MAIN_SWEEPS for group in self.groups("layer", sweep)]
 
 
-def load(folder: Path) -> Stored:
+def load(folder: Path) -> StoredRows:
     """The rows of a folder.
 
     Raises:
         ValueError: there are none, or a line is not a row.
     """
-    file = folder / rows.FILE
+    file = folder / rows.ROWS_FILE
     if not file.is_file():
         raise ValueError(f"{file}: no such file; `python -m benchmarks --out {folder}` measures")
     found = rows.read(file)
     if not found:
         raise ValueError(f"{file}: expected rows, and there are none")
-    return Stored(folder, tuple(rows.latest(found)))
+    return StoredRows(folder, tuple(rows.latest(found)))
 
 
 def provenance(found: Sequence[Row]) -> str:

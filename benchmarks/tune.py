@@ -42,7 +42,7 @@ from benchmarks.speed.timing import Plan
 from dcft_kernels.triton import tiles
 from dcft_kernels.triton.tiles import Tile
 
-FILE = "tune.jsonl"
+TUNE_FILE = "tune.jsonl"
 Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
 Shape = tuple[int, int, int]
 
@@ -285,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.tune", description="Measure tiles on a GPU."
     )
     add = parser.add_argument
-    add("--out", type=Path, metavar="DIR", help=f"for {FILE} (benchmarks/results/<device>)")
+    add("--out", type=Path, metavar="DIR", help=f"for {TUNE_FILE} (benchmarks/results/<device>)")
     add("--only", default="", metavar="REGEX", help="over entries such as 'backward bf16 16'")
     add("--budget", type=float, default=480.0, metavar="SECONDS", help="start no entry after this")
     add("--table", type=Path, default=tiles.TABLE, metavar="FILE", help="the tiles to change")
@@ -302,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--table: a dry run must not change the package's own")
     device = torch.device("cpu" if dry else "cuda")
     settings = _DRY if dry else Settings()
-    file = results_folder(options.out, device.type, tiny=dry) / FILE
+    file = results_folder(options.out, device.type, tiny=dry) / TUNE_FILE
     tuner = Tuner(device, settings, options.table, file)
     failures = 0
     start = time.monotonic()

@@ -14,7 +14,7 @@
 
 `"auto"` runs `row_block` wherever the kernels can run on the device (`triton.why_unavailable`) and
 take the adapter (`why_kernels_cannot`), and `torch` otherwise. There is no silent fallback: what
-was requested by name runs or raises. A call of no tokens launches nothing and is PyTorch's.
+was requested by name runs or raises. Empty inputs launch no kernel and run in PyTorch.
 
 A layer with a nonlinearity between its factors always runs on PyTorch operations; `"triton"` and
 `"reference"` raise (`check_nonlinear`).

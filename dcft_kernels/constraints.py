@@ -113,7 +113,7 @@ def orthogonality_loss(model: nn.Module, *, form: ConstraintForm = "paper") -> T
 
 
 class NonlinearityHandle:
-    """What `add_nonlinearity` returns: removes what that call added."""
+    """Returned by `add_nonlinearity`; removes the nonlinearity that the call added."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = tuple(layers)
@@ -217,7 +217,7 @@ def _loss(pairs: Sequence[tuple[Tensor, Tensor]], constraint: str, form: str) ->
     if constraint not in get_args(ConstraintName):
         raise ValueError(
             f"constraint: expected 'orthogonal' or 'diagonal', got {constraint!r}; "
-            "MPC_n is no term of the loss: see add_nonlinearity"
+            "MPC_n is not a loss term; use add_nonlinearity"
         )
     if form not in get_args(ConstraintForm):
         raise ValueError(f"form: expected 'paper' or 'published_code', got {form!r}")

@@ -1,4 +1,4 @@
-"""`explain`: which backend and strategy run a layer, why, and what that counts up to."""
+"""`explain`: which backend and strategy run a layer, why, with its counted bytes and flops."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ class Work(NamedTuple):
     flops: int
 
     def __str__(self) -> str:
-        return f"{self.bytes / 1e6:,.1f} MB, {self.flops / 1e9:,.2f} GFLOP"
+        return f"{_in_units(self.bytes)}B, {_in_units(self.flops)}FLOP"
+
+
+def _in_units(count: int) -> str:
+    """The count with an SI prefix: `12.6 M`."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:,.1f} {prefix}"
+    return f"{count} "
 
 
 class Explanation(NamedTuple):
@@ -44,7 +52,7 @@ class Explanation(NamedTuple):
 
 
 def explain(layer: DCFTLinear, *, tokens: int, dtype: torch.dtype | None = None) -> Explanation:
-    """Say which backend and strategy run a layer, and why; nothing is run.
+    """Say which backend and strategy run a layer, and why, without running it.
 
     Args:
         layer: a `DCFTLinear`, on the meta device too.

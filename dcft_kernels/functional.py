@@ -42,8 +42,8 @@ def dcft_linear(
         x: `[..., n]`, float; any leading dimensions, any strides, empty too.
         weight: `[m, n]`, in `x`'s dtype; frozen or trainable.
         bias: `[m]` or None.
-        dcft_A: `[k, I]`, the factor that meets the input; any float dtype, like `dcft_B`, `dcft_C`.
-        dcft_B: `[J, k]`, the factor that meets the output.
+        dcft_A: `[k, I]`, the input-side factor; any float dtype, like `dcft_B`, `dcft_C`.
+        dcft_B: `[J, k]`, the output-side factor.
         dcft_C: `[d_out, d_in]`, the transposed-convolution kernel.
         scaling: factor of the increment.
         stride: distance between windows, an int or `(out, in)`; None is the kernel size.
@@ -307,7 +307,7 @@ def _with_dropout(
 ) -> Adapter:
     """The adapter with a seed if dropout is active: drawn last, so that a failing call draws none.
 
-    With `rescale`, its scaling takes in the `1 / (1 - p)` of what is kept: the increment is linear.
+    With `rescale`, its scaling includes dropout's `1 / (1 - p)`: the increment is linear.
     """
     if not training or adapter.dropout_p == 0.0:
         return adapter

@@ -31,15 +31,15 @@ rate h, whatever the gradients' sizes are:
   which are alike for `s_output = s_loss / sqrt(s_out)`.
 
 With fewer parameters, each has to move the layer further for the same gain, so no scaling does
-both. With `s_loss` training is as fast as LoRA's at low learning rates, but diverges at rates at
-which LoRA still trains; with `s_output` it bears those, but is slow at low ones. The geometric mean
+both. With `s_loss` training is as fast as LoRA's at low learning rates but diverges at rates at
+which LoRA still trains; with `s_output` it is stable there but slow at low ones. The geometric mean
 
       s = s_loss / s_out^(1/4)                = sqrt(3 n / k) d_out^(1/4) without overlap
 
 trains over LoRA's range of rates where all three were measured (MiniLM, windows without overlap,
 slices of the training splits of STS-B and SST-2: `benchmarks/quality`, study `initialization`): at
-the highest rate `s_loss` breaks on both, at the lowest `s_output` is far behind on one. An `alpha`
-that is given takes the place of this scaling.
+the highest rate `s_loss` diverges on both, at the lowest `s_output` is far behind on one. An
+explicit `alpha` replaces this scaling.
 
 `"zero"`: B is zero as well, and A and C have the variances that pass the input on at its own size,
 for a scaling of one. For inputs of variance v, `U` sums I of them and `V` sums d_in of `U`:

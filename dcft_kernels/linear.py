@@ -81,7 +81,7 @@ class DCFTOptions:
 class DCFTLinear(nn.Linear):
     """A frozen linear layer plus `scaling * DW`, `DW = ConvTranspose2d(B A, C)` (equations 5, 6).
 
-    Takes the place of `nn.Linear`: the same `weight` and `bias` names and shapes, so a state dict
+    Replaces `nn.Linear`: the same `weight` and `bias` names and shapes, so a state dict
     of the base loads unchanged (with `strict=False`, since it has no adapter). Added are three
     parameters, the only trainable ones:
 
@@ -166,7 +166,7 @@ class DCFTLinear(nn.Linear):
         *,
         fan_in_fan_out: bool,
     ) -> None:
-        """Take these very parameters as the base and create the adapter."""
+        """Use these parameters, not copies, as the base and create the adapter."""
         self.rank = options.rank
         self.kernel_size: Pair = options.kernel_size  # type: ignore[assignment]
         self.stride: Pair = options.stride  # type: ignore[assignment]
@@ -327,7 +327,7 @@ class DCFTLinear(nn.Linear):
     def merge(self) -> None:
         """Put base plus increment in `weight`; the forward is then a plain linear layer's.
 
-        The base weight is kept aside, untouched, for `unmerge`: a merged layer holds two weights,
+        The base weight is kept unchanged for `unmerge`: a merged layer holds two weights,
         a layer from `to_linear` only one. The sum is computed in float32 or wider and rounded once
         to the base's dtype; in 16 bits, increments below half a unit in the last place vanish.
 
@@ -344,7 +344,7 @@ class DCFTLinear(nn.Linear):
         self._base_while_merged = (base,)
 
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit: the very parameter that `merge` set aside.
+        """Restore the base weight bit for bit: the same parameter as before `merge`.
 
         Raises:
             RuntimeError: the layer is not merged.
@@ -441,16 +441,17 @@ class DCFTLinear(nn.Linear):
     def extra_repr(self) -> str:
         """One line: sizes, options, and what the adapter costs in parameters."""
         count = self.dcft_A.numel() + self.dcft_B.numel() + self.dcft_C.numel()
+        strategy = "" if self.strategy == "auto" else f"strategy={self.strategy!r}, "
         between = "" if self.nonlinearity is None else f"nonlinearity={self.nonlinearity!r}, "
         return (
             f"{super().extra_repr()}, rank={self.rank}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, scaling={self.scaling:g}, dropout={self.dropout:g}, "
-            f"init={self.init!r}, backend={self.backend!r}, {between}adapter_parameters={count}, "
-            f"merged={self.merged}"
+            f"init={self.init!r}, backend={self.backend!r}, {strategy}{between}"
+            f"adapter_parameters={count}, merged={self.merged}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DCFTLinear:
-        """Move or convert the base that `merge` set aside together with everything else."""
+        """Also move or convert the base weight that `merge` keeps."""
         super()._apply(fn, recurse)
         for base in self._base_while_merged:
             with torch.no_grad():

@@ -20,10 +20,10 @@ NONLINEARITIES = tuple(_FUNCTIONS)
 
 
 def not_mergeable(what: str, nonlinearity: str) -> RuntimeError:
-    """The error for merging an adapter that has a nonlinearity; `what` names the action and it."""
+    """The error for merging an adapter with a nonlinearity; `what` names the action and adapter."""
     return RuntimeError(
-        f"{what} has nonlinearity={nonlinearity!r} between its factors, so what it adds is no "
-        "matrix that a weight could take in; run it as it is, or take the nonlinearity out with "
+        f"{what} has nonlinearity={nonlinearity!r} between its factors: its update is not a "
+        "matrix and cannot be merged; use it unmerged, or remove the nonlinearity with "
         "dcft_kernels.constraints.remove_nonlinearity"
     )
 

@@ -14,7 +14,7 @@ ALL_LINEAR = "all-linear"
 
 Targets = str | Sequence[str]
 
-# Names that output heads go by where the model itself does not tell which of its layers is one.
+# Common names of output heads, for models that do not declare theirs.
 _HEAD_NAMES = frozenset(
     {"lm_head", "head", "heads", "classifier", "score", "qa_outputs", "output_projection"}
 )
@@ -46,7 +46,7 @@ def select_layers(model: nn.Module, targets: Targets, exclude: Targets) -> list[
         if not names and any(map(_is_swapped, modules.values())):
             raise ValueError(
                 "targets: every linear layer of this model is a DCFTLinear already; "
-                "to adapt it anew, start from the base model"
+                "to adapt it again, start from the base model"
             )
     else:
         if not targets:
@@ -64,9 +64,10 @@ def select_layers(model: nn.Module, targets: Targets, exclude: Targets) -> list[
         )
     swapped = [name for name in selected if _is_swapped(modules[name])]
     if swapped:
+        left = [name for name in _linear_names(modules) if not _is_swapped(modules[name])]
         raise ValueError(
             f"targets: already swapped: {_short_list(swapped)}; layers not swapped yet: "
-            + _short_list([n for n in _linear_names(modules) if not _is_swapped(modules[n])])
+            + (_short_list(left) or "none")
         )
     for name in selected:
         reason = why_not_adaptable(modules[name])

@@ -362,7 +362,7 @@ def _total(terms: list[Tensor]) -> Tensor:
 
 
 def _block_length(z: Tensor, dtype: torch.dtype) -> int:
-    """Tokens in a block of rows, to be computed in `dtype`: all of them where that is no copy."""
+    """Tokens in a block of rows, to be computed in `dtype`: all rows if no cast is needed."""
     if dtype == z.dtype:
         return max(1, z.shape[0])
     return max(1, _BLOCK_ELEMENTS // max(1, z.shape[1]))

@@ -1,4 +1,4 @@
-"""Checks of what users pass in: errors name the argument, what came, what fits, and the fix."""
+"""Argument checks. Errors name the argument, the value received, what was expected and the fix."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dcft_kernels.adapter import Adapter, Geometry, Pair
 
 
-class Case(NamedTuple):
+class AdapterShape(NamedTuple):
     """One adapter shape; `kernel_size` and `stride` are `(out, in)`."""
 
     in_features: int
@@ -34,29 +34,29 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case(48, 64, 1, (8, 8), (8, 8)),  # the paper's choice
-    Case(64, 48, 3, (8, 8), (8, 8)),  # rank above one: more than eight spread rows
-    Case(24, 36, 2, (6, 12), (6, 12)),  # rectangular, not powers of two
-    Case(50, 37, 1, (8, 8), (8, 8)),  # ragged on both sides
-    Case(5, 3, 2, (8, 8), (8, 8)),  # kernel larger than the layer
-    Case(40, 32, 1, (8, 8), (2, 4)),  # overlapping (Table 5)
-    Case(33, 29, 4, (5, 7), (2, 3)),  # overlapping, ragged, rectangular
-    Case(16, 24, 2, (1, 1), (1, 1)),  # d = 1: plain LoRA times a number
-    Case(17, 17, 1, (8, 8), (1, 1)),  # stride one
-    Case(1, 1, 1, (1, 1), (1, 1)),
+    AdapterShape(48, 64, 1, (8, 8), (8, 8)),  # the paper's choice
+    AdapterShape(64, 48, 3, (8, 8), (8, 8)),  # rank above one: more than eight spread rows
+    AdapterShape(24, 36, 2, (6, 12), (6, 12)),  # rectangular, not powers of two
+    AdapterShape(50, 37, 1, (8, 8), (8, 8)),  # ragged on both sides
+    AdapterShape(5, 3, 2, (8, 8), (8, 8)),  # kernel larger than the layer
+    AdapterShape(40, 32, 1, (8, 8), (2, 4)),  # overlapping (Table 5)
+    AdapterShape(33, 29, 4, (5, 7), (2, 3)),  # overlapping, ragged, rectangular
+    AdapterShape(16, 24, 2, (1, 1), (1, 1)),  # d = 1: plain LoRA times a number
+    AdapterShape(17, 17, 1, (8, 8), (1, 1)),  # stride one
+    AdapterShape(1, 1, 1, (1, 1), (1, 1)),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 @st.composite
-def any_case(draw: st.DrawFn) -> Case:
+def any_case(draw: st.DrawFn) -> AdapterShape:
     """Any shape: ragged or not, tiling or overlapping, a kernel wider than the layer."""
     kernel = (draw(st.integers(1, 12)), draw(st.integers(1, 12)))
     stride = (draw(st.integers(1, kernel[0])), draw(st.integers(1, kernel[1])))
     if draw(st.booleans()):
         stride = kernel
     sizes = (draw(st.integers(1, 40)), draw(st.integers(1, 40)))
-    return Case(*sizes, draw(st.integers(1, 5)), kernel, stride)
+    return AdapterShape(*sizes, draw(st.integers(1, 5)), kernel, stride)
 
 
 class Inputs(NamedTuple):
@@ -90,7 +90,7 @@ class Inputs(NamedTuple):
 
 
 def random_inputs(
-    case: Case,
+    case: AdapterShape,
     leading: tuple[int, ...] = (5,),
     dtype: torch.dtype = torch.float64,
     adapter_dtype: torch.dtype | None = None,
@@ -120,6 +120,6 @@ def random_inputs(
     )
 
 
-def adapter_of(inputs: Inputs, case: Case, scaling: float = 1.0) -> Adapter:
+def adapter_of(inputs: Inputs, case: AdapterShape, scaling: float = 1.0) -> Adapter:
     """The factors of `inputs` as backends take them."""
     return Adapter(inputs.A, inputs.B, inputs.C, scaling, case.geometry)

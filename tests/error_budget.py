@@ -14,7 +14,7 @@ def assert_within_budget(
     Allowed is twice the error of `peer`, the reference run in the dtypes under test, plus a few
     roundings: of a result that sums many products, `size` is how large such a sum of random signs
     would be (the root of the sum of their squares; the sum itself may cancel). One rounding of it
-    is allowed in the RMS (of 16 values or more: of fewer it is no statistic), four in the maximum.
+    is allowed in the RMS (fewer than 16 values are too few to be meaningful), four in the maximum.
     No wider dtype can judge float64, whose truth is rounded too: it is allowed 64 roundings.
 
     Args:

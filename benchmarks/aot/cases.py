@@ -18,7 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 class Tensors:
     """What a case is launched with; the values do not matter."""
 
-    def __init__(self, case: Case, dtype: str) -> None:
+    def __init__(self, case: LaunchCase, dtype: str) -> None:
         geometry = case.geometry
         n, m = geometry.inputs.size, geometry.outputs.size
         new = partial(torch.empty, dtype=DTYPES[dtype])
@@ -31,7 +31,7 @@ class Tensors:
         self.adapter = Adapter(A, B, C, 1.5, geometry, *dropout)
 
 
-class Case(NamedTuple):
+class LaunchCase(NamedTuple):
     """One way to call a launcher."""
 
     launcher: str
@@ -99,24 +99,26 @@ def _stochastic(t: Tensors) -> None:
     expand(t.adapter, out=t.weight, weight=t.weight, seed=torch.tensor(0))
 
 
-def _cases() -> Iterator[Case]:
+def _cases() -> Iterator[LaunchCase]:
     for launcher, launch in (("shrink_expand", _forward), ("backward", _backward)):
         for name, geometry in _GEOMETRIES.items():
-            yield Case(launcher, name, geometry, launch)
-        yield Case(launcher, "fp16", _MAIN, launch, dtypes=("fp16",))
-        yield Case(launcher, "bf16-adapter", _MAIN, launch, dtypes=("bf16",), adapter_dtype="bf16")
-        yield Case(launcher, "dropout", _MAIN, launch, dropout=True)
-        yield Case(launcher, "tf32", _MAIN, launch, tf32=True, dtypes=("fp32",))
-        yield Case(launcher, "tokens16", _MAIN, launch, tokens=16)
-    yield Case("shrink_expand", "update", _MAIN, _update)
+            yield LaunchCase(launcher, name, geometry, launch)
+        yield LaunchCase(launcher, "fp16", _MAIN, launch, dtypes=("fp16",))
+        yield LaunchCase(
+            launcher, "bf16-adapter", _MAIN, launch, dtypes=("bf16",), adapter_dtype="bf16"
+        )
+        yield LaunchCase(launcher, "dropout", _MAIN, launch, dropout=True)
+        yield LaunchCase(launcher, "tf32", _MAIN, launch, tf32=True, dtypes=("fp32",))
+        yield LaunchCase(launcher, "tokens16", _MAIN, launch, tokens=16)
+    yield LaunchCase("shrink_expand", "update", _MAIN, _update)
     for needs in ("x", "xBC", "ABC"):
-        yield Case("backward", f"needs-{needs}", _MAIN, partial(_backward, needs=needs))
+        yield LaunchCase("backward", f"needs-{needs}", _MAIN, partial(_backward, needs=needs))
     for name, geometry in _GEOMETRIES.items():
-        yield Case("expand_backward", name, geometry, _expand_backward)
+        yield LaunchCase("expand_backward", name, geometry, _expand_backward)
     for name in ("columns16", "sliced", "overlap"):
-        yield Case("expand", name, _GEOMETRIES[name], _expand)
-    yield Case("expand", "delta", _MAIN, lambda t: expand(t.adapter, out=t.weight))
-    yield Case("expand", "stochastic", _MAIN, _stochastic, dtypes=("bf16", "fp16"))
+        yield LaunchCase("expand", name, _GEOMETRIES[name], _expand)
+    yield LaunchCase("expand", "delta", _MAIN, lambda t: expand(t.adapter, out=t.weight))
+    yield LaunchCase("expand", "stochastic", _MAIN, _stochastic, dtypes=("bf16", "fp16"))
 
 
 CASES = tuple(_cases())

@@ -14,7 +14,7 @@ from benchmarks.aot.binaries import matrix_products, read_binary
 from benchmarks.aot.cases import CASES
 from dcft_kernels.triton.tiles import as_architecture
 
-TARGETS = {
+GPU_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -32,7 +32,7 @@ class _Driver:
         self._architecture = architecture
 
     def get_current_target(self) -> GPUTarget:
-        return TARGETS[self._architecture]
+        return GPU_TARGETS[self._architecture]
 
     def get_current_device(self) -> str:
         return f"absent {self._architecture}"  # a key of Triton's caches
@@ -89,7 +89,7 @@ def jobs(only: str = "") -> list[Job]:
     """All jobs whose name matches a regular expression."""
     found = [
         Job(number, architecture, dtype)
-        for architecture in TARGETS
+        for architecture in GPU_TARGETS
         for number, case in enumerate(CASES)
         for dtype in case.dtypes
         if not (case.tf32 and architecture.startswith("gfx"))

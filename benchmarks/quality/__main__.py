@@ -17,7 +17,7 @@ from rich.console import Console
 
 from benchmarks.quality import report, studies, tasks
 from benchmarks.quality.errors import QualityError
-from benchmarks.quality.found import Found, Stored
+from benchmarks.quality.found import Found, StoredRuns
 from benchmarks.quality.methods.table import METHODS, by_name
 from benchmarks.quality.models import MINILM, SMOLLM2, TARGETS
 from benchmarks.quality.runs import FOLDER, Run, Store, read
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except QualityError as error:
         console.print(f"error: {error}", style="red")
         return 2
-    stored = Stored(read(store.path))
+    stored = StoredRuns(read(store.path))
     found = [Found.of(stored, study) for study in asked]
     for one in found:
         console.print(f"\n{report.results_table(one)}\n")

@@ -14,7 +14,7 @@ from benchmarks.quality.runs import SLICE, Result, Run
 from benchmarks.quality.studies import Study, Variant
 
 
-class Stored:
+class StoredRuns:
     """Results by their settings; of equal runs the last one counts."""
 
     def __init__(self, results: Iterable[Result]) -> None:
@@ -63,7 +63,7 @@ class Cell:
         return statistics.fmean(values) if values and len(values) == len(self.results) else None
 
 
-def _cell(stored: Stored, run: Run, variant: Variant) -> Cell:
+def _cell(stored: StoredRuns, run: Run, variant: Variant) -> Cell:
     rates = variant.rates or by_name(variant.method).learning_rates
     trials: list[Result] = []
     chosen: float | None = rates[0]
@@ -95,7 +95,7 @@ class Found:
     cells: Mapping[tuple[str, str], Cell]
 
     @classmethod
-    def of(cls, stored: Stored, study: Study) -> Found:
+    def of(cls, stored: StoredRuns, study: Study) -> Found:
         """Look up every variant on every task, with exactly the study's settings."""
         pairs = [(variant, task) for variant in study.variants for task in study.tasks]
         return cls(study, {(v.label, t): _cell(stored, study.run(t, v), v) for v, t in pairs})

@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from benchmarks.quality.errors import QualityError
-from benchmarks.quality.found import Cell, Found, Stored
+from benchmarks.quality.found import Cell, Found, StoredRuns
 from benchmarks.quality.metrics import LOWER_IS_BETTER
-from benchmarks.quality.runs import FILE, FOLDER, read
+from benchmarks.quality.runs import FOLDER, RUNS_FILE, read
 from benchmarks.quality.studies import STUDIES, Variant
 from benchmarks.tables import table
 
@@ -37,7 +37,7 @@ _TRIALS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report; 2 for a mistake that the caller can fix."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.report")
-    parser.add_argument("--results", type=Path, default=FOLDER, help=f"folder with {FILE}")
+    parser.add_argument("--results", type=Path, default=FOLDER, help=f"folder with {RUNS_FILE}")
     parser.add_argument("--out", type=Path, help="folder for the report (the same)")
     options = parser.parse_args(arguments)
     try:
@@ -50,16 +50,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write(results: Path, out: Path) -> None:
     """Write the report on the results of a folder into the folder `out`."""
-    stored = Stored(read(results / FILE))
+    stored = StoredRuns(read(results / RUNS_FILE))
     studies = [Found.of(stored, study) for study in STUDIES.values()]
     found = [study for study in studies if study.results]
     if not found:
         raise QualityError(
-            f"--results: expected results of a study in {results / FILE}; "
+            f"--results: expected results of a study in {results / RUNS_FILE}; "
             "`python -m benchmarks.quality --study NAME --data DIR` makes some"
         )
     out.mkdir(parents=True, exist_ok=True)
-    parts = [_introduction(found, stored, Path(os.path.relpath(results / FILE, out)).as_posix())]
+    parts = [
+        _introduction(found, stored, Path(os.path.relpath(results / RUNS_FILE, out)).as_posix())
+    ]
     for one in found:
         parts += _study(one)
     trials = [(one.study.name, trials_table(one)) for one in found]
@@ -69,7 +71,7 @@ def write(results: Path, out: Path) -> None:
     print(f"wrote {out / REPORT}")
 
 
-def _introduction(found: Sequence[Found], stored: Stored, file: str) -> str:
+def _introduction(found: Sequence[Found], stored: StoredRuns, file: str) -> str:
     used = list({r.run.key(): r for one in found for r in one.results}.values())
     versions = {f"{name} {v}" for result in used for name, v in result.versions.items()}
     days = sorted({result.time[:10] for result in used})
@@ -162,7 +164,7 @@ def _titles(found: Found) -> list[str]:
 
 
 def _figure(metric: str, value: float, sign: str = "") -> str:
-    """In percent, or as it is where lower is better."""
+    """In percent, or unscaled where lower is better."""
     return f"{value:{sign}.2f}" if metric in LOWER_IS_BETTER else f"{100 * value:{sign}.1f}"
 
 

@@ -18,7 +18,7 @@ SLICE, DEV = "slice", "dev"
 """What is scored: a slice of the training split to choose a learning rate, or the dev split."""
 
 FOLDER = RESULTS / "quality"
-FILE = "runs.jsonl"
+RUNS_FILE = "runs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Store:
     """The results of a folder; a run with a stored result is not repeated."""
 
     def __init__(self, folder: Path = FOLDER) -> None:
-        self.path = folder / FILE
+        self.path = folder / RUNS_FILE
         read(self.path)  # a broken line is reported before anything is trained
 
     def find(self, run: Run, data: str) -> Result | None:

@@ -67,7 +67,7 @@ class Splits(Generic[Item]):
     digest: str
 
     def hold_out(self, held: Sequence[bool]) -> Splits[Item]:
-        """The marked training examples take the place of the dev split, which is not used."""
+        """The marked training examples replace the dev split, which is not used."""
         train = [item for item, out in zip(self.train, held, strict=True) if not out]
         dev = [item for item, out in zip(self.train, held, strict=True) if out]
         return Splits(train, dev, self.digest)

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def train(
         device=environment.device,
         versions={**packages, **({"peft": environment.peft} if environment.peft else {})},
         commit=environment.commit,
-        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
         **outcome,
     )
 

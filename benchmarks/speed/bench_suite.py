@@ -82,7 +82,7 @@ def outcomes(request: pytest.FixtureRequest) -> Callable[[Case], dict[str, Outco
     def measure(case: Case) -> dict[str, Outcome]:
         if case not in measured:
             providers = [p for p in LEVELS[case.level].providers(case) if p.key in wanted[case]]
-            found = measure_case(case, providers, folder / rows.FILE, plan, device, say)
+            found = measure_case(case, providers, folder / rows.ROWS_FILE, plan, device, say)
             measured[case] = {outcome.key: outcome for outcome in found}
         return measured[case]
 

@@ -78,8 +78,8 @@ def measure(
     is timed. A provider that fails in any way gets a row with the reason and no times.
 
     Args:
-        case: what the rows are of.
-        providers: what is compared.
+        case: the case that the rows belong to.
+        providers: the providers to compare.
         problem: makes the input that all of them share.
         environment: device and versions, for the rows.
         plan: limits.
@@ -87,7 +87,7 @@ def measure(
         stopwatch: replaces the device's own.
         record: receives every row as soon as it is complete.
     """
-    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     shared = vars(case) | vars(environment) | {"time": started}
     outcomes = [Outcome(p, Row(p.name, d=p.d, k=p.k, stride=p.stride, **shared)) for p in providers]
     recorded: set[str] = set()

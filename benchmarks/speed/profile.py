@@ -23,15 +23,17 @@ from benchmarks.speed.levels.layer import LayerProblem, providers_of
 from benchmarks.speed.smoke import SHAPES, TINY_SHAPES
 from benchmarks.speed.timing import warm_up
 
-FILE = "profile.jsonl"
-METHODS = ("frozen", "dcft_row_block", "dcft_torch", "lora_by_hand", "lora_r8")
+PROFILE_FILE = "profile.jsonl"
+_PROFILED = ("frozen", "dcft_row_block", "dcft_torch", "lora_by_hand", "lora_r8")
 _STEPS = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Profile; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.profile", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"for {FILE}")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help=f"for {PROFILE_FILE}"
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
     parser.add_argument("--once", action="store_true", help="run the steps once, store nothing")
     options = parser.parse_args(arguments)
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for T, n, m in TINY_SHAPES if options.tiny else SHAPES:
         case = Case("layer", T, n, m, "bf16" if gpu else "fp32")
         problem = LayerProblem(case, device)
-        for provider in providers_of(methods.by_name(*METHODS)):
+        for provider in providers_of(methods.by_name(*_PROFILED)):
             step = provider.build(problem).step
             warm_up(step)
             if options.once:
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 }
                 if total:
                     print(*found.values(), flush=True)
-                    rows.append_line(options.out / FILE, found | described)
+                    rows.append_line(options.out / PROFILE_FILE, found | described)
     return 0
 
 

@@ -26,10 +26,10 @@ from benchmarks import environment, rows
 from benchmarks.speed import gate, methods
 from benchmarks.speed.cases import Case
 from benchmarks.speed.levels.layer import LayerProblem, LayerStep
-from benchmarks.speed.methods import Method
+from benchmarks.speed.methods import LayerMethod
 from benchmarks.speed.timing import Replay
 
-FILE = "smoke.jsonl"
+SMOKE_FILE = "smoke.jsonl"
 STRATEGIES = ("dcft_torch", "dcft_row_block")
 SHAPES = ((8192, 4096, 4096), (4096, 768, 768))
 TINY_SHAPES = ((32, 64, 48),)
@@ -38,7 +38,7 @@ _REPEATS = 3
 Results = dict[str, Tensor | None]
 
 
-def _step(problem: LayerProblem, method: Method) -> LayerStep:
+def _step(problem: LayerProblem, method: LayerMethod) -> LayerStep:
     problem.generator.manual_seed(0)  # the same adapter every time
     adapted = method.build(problem.base(), problem.generator)
     return LayerStep(problem, adapted, adapted.layer)
@@ -50,7 +50,7 @@ def _run(step: LayerStep) -> Results:
     return {name: None if v is None else v.clone() for name, v in step.results().items()}
 
 
-def correctness(case: Case, device: torch.device, method: Method) -> dict[str, Any]:
+def correctness(case: Case, device: torch.device, method: LayerMethod) -> dict[str, Any]:
     """Errors relative to float64, and what exceeds its budget or differs between repeats."""
     problem = LayerProblem(case, device)
     step = _step(problem, method)
@@ -68,7 +68,7 @@ def correctness(case: Case, device: torch.device, method: Method) -> dict[str, A
     return {"wrong": wrong, "relative_error": errors}
 
 
-def graph_replay(case: Case, device: torch.device, method: Method) -> dict[str, Any]:
+def graph_replay(case: Case, device: torch.device, method: LayerMethod) -> dict[str, Any]:
     """Results of a CUDA graph that are not bitwise equal to eager ones."""
     eager = _run(_step(LayerProblem(case, device), method))
     stream = torch.cuda.Stream()
@@ -89,7 +89,7 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and torch.equal(a, b)
 
 
-def run(out: Path, device: torch.device, chosen: Sequence[Method], *, tiny: bool) -> int:
+def run(out: Path, device: torch.device, chosen: Sequence[LayerMethod], *, tiny: bool) -> int:
     """Run all checks and store their rows; how many failed."""
     gpu = device.type == "cuda"
     dtype = "bf16" if gpu else "fp32"  # bf16 is wrong under the interpreter
@@ -105,7 +105,7 @@ def run(out: Path, device: torch.device, chosen: Sequence[Method], *, tiny: bool
         failures += bool(found["wrong"])
         row = {"check": name, "shape": shape, "provider": method.name, **found}
         print(json.dumps(row), flush=True)
-        rows.append_line(out / FILE, row | described)
+        rows.append_line(out / SMOKE_FILE, row | described)
     return failures
 
 
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"for {FILE}")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"for {SMOKE_FILE}")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, also on a CPU")
     options = parser.parse_args(arguments)
     if not options.tiny and not torch.cuda.is_available():

@@ -135,7 +135,7 @@ class Replay:
                 warm_up(step)
             step.prepare()
         stream.synchronize()
-        # The graph reads the step's parameters wherever they were: freed, they would be others'.
+        # Keep the step alive: replays read its parameters' memory.
         self._step = step
         self._graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream()

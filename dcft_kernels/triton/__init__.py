@@ -25,8 +25,8 @@ def why_unavailable(device: torch.device) -> str | None:
     return _why_unavailable(device)
 
 
-# A compiler takes the result as it is. This is what `torch.compiler.assume_constant_result` does,
-# which also imports the compiler: seconds that the first eager call would have to wait for.
+# The compiler takes the result as a constant. `torch.compiler.assume_constant_result` does this too
+# but imports the compiler, which would delay the first eager call by seconds.
 why_unavailable._dynamo_marked_constant = True
 
 

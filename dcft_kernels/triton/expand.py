@@ -361,7 +361,7 @@ _MOST_PRODUCTS = 4096
 
 
 def _backward_block(tile: Tile, geometry: Geometry) -> _Block:
-    """A block of about `tile.tokens * tile.features` elements, and factors that are no larger."""
+    """A block of about `tile.tokens * tile.features` elements, and factors no larger than it."""
     ranks = triton.next_power_of_2(geometry.rank)
     width_out = triton.next_power_of_2(geometry.outputs.width)
     width_in = triton.next_power_of_2(geometry.inputs.width)

@@ -22,7 +22,7 @@ import torch
 
 TABLE = Path(__file__).with_name("tiles.json")
 
-KERNELS = ("shrink_expand", "backward", "expand", "expand_backward")
+KERNEL_NAMES = ("shrink_expand", "backward", "expand", "expand_backward")
 
 
 class Tile(NamedTuple):
@@ -53,7 +53,7 @@ _MIN_WARPS = 4
 
 
 class TokenBucket(NamedTuple):
-    """What a launch depends on of the number of tokens: few values, so that few are compiled."""
+    """The part of the token count that a launch depends on: few values, so few compilations."""
 
     # From this many rows on, a tile leaves a multiprocessor without a program. Rounded up to a
     # power of two, as tiles' rows are, from twice the fewest of them to twice the most.
@@ -62,7 +62,7 @@ class TokenBucket(NamedTuple):
 
 
 def token_bucket(tokens: int, device: torch.device) -> TokenBucket:
-    """The bucket of a number of tokens on a device."""
+    """The bucket of a token count on a device."""
     return _token_bucket(tokens, multiprocessors(device))
 
 
@@ -116,8 +116,8 @@ def as_architecture(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def override(kernel: str, tile: Tile) -> Iterator[None]:
     """Run a kernel with this tile, whatever the table says: to measure candidates."""
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
+    if kernel not in KERNEL_NAMES:
+        raise ValueError(f"kernel: expected one of {', '.join(KERNEL_NAMES)}, got {kernel!r}")
     before = _overrides.get(kernel)
     _overrides[kernel] = tile
     _clear_prepared()
@@ -191,7 +191,7 @@ def lookup(arch: str, kernel: str, itemsize: int, columns: int) -> Tile:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs of a persistent kernel run at once, one to a multiprocessor."""
+    """Number of multiprocessors; 2 without a GPU."""
     if device.type != "cuda" or _forced is not None:
         return 2
     return _multiprocessors(device)

@@ -1,4 +1,4 @@
-"""Pieces of kernels: how a tile of tokens meets a factor, on one side of `DW`.
+"""Building blocks that apply a factor to a tile of tokens, on one side of `DW`.
 
 A side has `L` windows of `WIDTH` features every `STRIDE` (`dcft_kernels.adapter.Side`) and a factor
 `f [K, L]`: `A` on the input side, `B^T` on the output side. Kernels walk over a side in tiles of

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks import rows
 from benchmarks.environment import ROOT
 from benchmarks.speed import methods, smoke
-from benchmarks.speed.methods import AdaptedLayer, Method
+from benchmarks.speed.methods import AdaptedLayer, LayerMethod
 
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
@@ -62,17 +62,17 @@ def test_smoke_finds_wrong_and_unrepeatable_results(tmp_path: Path) -> None:
         "broken": broken,
     }
 
-    def method(name: str) -> Method:
+    def method(name: str) -> LayerMethod:
         def build(base: nn.Linear, generator: torch.Generator) -> AdaptedLayer:
             adapted = right.build(base, generator)
             adapted.layer.register_forward_hook(hooks[name])
             return adapted
 
-        return Method(name, build)
+        return LayerMethod(name, build)
 
     chosen = [method(name) for name in hooks]
     assert smoke.run(tmp_path, torch.device("cpu"), chosen, tiny=True) == 3
-    lines = (tmp_path / smoke.FILE).read_text(encoding="utf-8").splitlines()
+    lines = (tmp_path / smoke.SMOKE_FILE).read_text(encoding="utf-8").splitlines()
     found = {row["provider"]: row for row in map(json.loads, lines)}
     assert found["right"]["wrong"] == []
     assert found["wrong"]["wrong"][0].startswith("y: error ")

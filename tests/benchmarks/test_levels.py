@@ -18,7 +18,7 @@ from benchmarks.rows import Row
 from benchmarks.speed import methods
 from benchmarks.speed.cases import Case, Scope, parse_shape
 from benchmarks.speed.levels import LEVELS, merge, model
-from benchmarks.speed.methods import AdaptedLayer, Method
+from benchmarks.speed.methods import AdaptedLayer, LayerMethod
 from benchmarks.speed.provider import BASELINE
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_levels_pass_their_gates(tmp_path: Path, level: str, providers: str) -> 
     only = f"^{level}-.*-({providers.replace(' ', '|')})$"
     arguments = ["--only", only, "--tiny", "--device", "cpu", "--case-budget", "0"]
     assert command.main([*arguments, "--out", str(tmp_path)]) == 0
-    stored = rows.read(tmp_path / rows.FILE)
+    stored = rows.read(tmp_path / rows.ROWS_FILE)
     assert {r.gate for r in stored} == {"passed"}
     assert {r.provider for r in stored} - {BASELINE} == set(providers.split())
 
@@ -74,7 +74,7 @@ def test_model_with_a_wrong_layer_fails_its_gate() -> None:
         return adapted
 
     problem = model.ModelProblem(Case("block", 16, 64, 64, "fp32", model="tiny-roberta"), CPU)
-    workload = model.workload_of(problem, Method("wrong", build))
+    workload = model.workload_of(problem, LayerMethod("wrong", build))
     workload.step.prepare()
     workload.step.run()
     assert workload.check().startswith("y: error")
@@ -128,7 +128,7 @@ def test_run_keeps_what_it_has_when_its_budget_is_spent(
     arguments = ["--only", "^layer.*-dcft$", "--shapes", "8x16x16", "8x32x32", "--dtype", "fp32"]
     arguments += ["--device", "cpu", "--case-budget", "0", "--budget", "0"]
     assert command.main([*arguments, "--out", str(tmp_path)]) == 0
-    stored = rows.read(tmp_path / rows.FILE)
+    stored = rows.read(tmp_path / rows.ROWS_FILE)
     assert {(r.provider, r.n) for r in stored} == {(BASELINE, 16), ("dcft", 16)}
     assert "not measured: layer 8x32->32" in capsys.readouterr().out
 
@@ -149,7 +149,7 @@ def test_suite_fills_table_rows_and_json_from_the_same_samples(tmp_path: Path) -
         text=True,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    stored = {r.provider: r for r in rows.read(tmp_path / rows.FILE)}
+    stored = {r.provider: r for r in rows.read(tmp_path / rows.ROWS_FILE)}
     assert set(stored) == {BASELINE, "dcft"}  # the baseline is always measured
     written = json.loads((tmp_path / "pytest-benchmark.json").read_text())
     assert "node" not in written["machine_info"]
@@ -163,7 +163,7 @@ def test_suite_fills_table_rows_and_json_from_the_same_samples(tmp_path: Path) -
 
 
 def test_rows_survive_the_file_and_a_killed_run(tmp_path: Path) -> None:
-    file = tmp_path / "new" / rows.FILE
+    file = tmp_path / "new" / rows.ROWS_FILE
     written = [row(), row("lora_r8", wall_ms_p50=1.25, gate="passed")]
     rows.append(file, written[0])
     with file.open("a") as handle:
@@ -175,7 +175,7 @@ def test_rows_survive_the_file_and_a_killed_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"provider": "dcft"}', '{"speed": 1}'])
 def test_line_that_is_not_a_row_is_named(tmp_path: Path, line: str) -> None:
-    file = tmp_path / rows.FILE
+    file = tmp_path / rows.ROWS_FILE
     rows.append(file, row())
     with file.open("a") as handle:
         handle.write(line + "\n")

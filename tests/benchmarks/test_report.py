@@ -10,7 +10,7 @@ import pytest
 from benchmarks import plots, report, rows
 from benchmarks.environment import RESULTS
 from benchmarks.rows import Row
-from benchmarks.stored import Stored, load, provenance
+from benchmarks.stored import StoredRows, load, provenance
 from tests.benchmarks.test_levels import row
 
 SIZES = {
@@ -42,8 +42,8 @@ def layer_rows() -> list[Row]:
     return [*found, row("lora_r1", error="cannot run: no peft")]
 
 
-def stored(found: Iterable[Row]) -> Stored:
-    return Stored(Path("some-device"), tuple(rows.latest(found)))
+def stored(found: Iterable[Row]) -> StoredRows:
+    return StoredRows(Path("some-device"), tuple(rows.latest(found)))
 
 
 def text_of(found: Iterable[Row]) -> str:
@@ -106,20 +106,20 @@ def test_failures_are_counted_once_per_reason() -> None:
 
 def test_plot_is_drawn_if_there_are_layers(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    plot = tmp_path / plots.FILE
+    plot = tmp_path / plots.PLOT_FILE
     plot.touch()  # a stale one
     for found, drawn in (([timed("frozen", 1.0)], False), (layer_rows(), True)):
         for one in found:
-            rows.append(tmp_path / rows.FILE, one)
+            rows.append(tmp_path / rows.ROWS_FILE, one)
         assert report.main([str(tmp_path)]) == 0
-        text = (tmp_path / report.FILE).read_text(encoding="utf-8")
+        text = (tmp_path / report.REPORT_FILE).read_text(encoding="utf-8")
         assert (plot.exists(), "![layer](layer.png)" in text) == (drawn, drawn)
 
 
-@pytest.mark.parametrize("folder", sorted(f.parent for f in RESULTS.glob(f"*/{rows.FILE}")))
+@pytest.mark.parametrize("folder", sorted(f.parent for f in RESULTS.glob(f"*/{rows.ROWS_FILE}")))
 def test_stored_report_is_that_of_the_stored_rows(folder: Path) -> None:
-    text = report.report(load(folder), plotted=(folder / plots.FILE).exists())
-    assert text == (folder / report.FILE).read_text(encoding="utf-8")
+    text = report.report(load(folder), plotted=(folder / plots.PLOT_FILE).exists())
+    assert text == (folder / report.REPORT_FILE).read_text(encoding="utf-8")
 
 
 def test_folder_without_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The timing engine: what is wrong is not timed, what is slow looks slow, failures leave rows."""
+"""The timing engine: wrong results are not timed, slow steps look slow, failures leave rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.speed.cases import DTYPES, Case
 from benchmarks.speed.levels import layer
 from benchmarks.speed.levels.layer import LayerProblem
 from benchmarks.speed.measure import Outcome, measure
-from benchmarks.speed.methods import METHODS, AdaptedLayer, Method
+from benchmarks.speed.methods import LAYER_METHODS, AdaptedLayer, LayerMethod
 from benchmarks.speed.provider import BASELINE, Provider, UnavailableError, Workload
 from benchmarks.speed.timing import Plan, Sample, Step
 
@@ -30,7 +30,9 @@ PLAN = Plan(budget_s=1e9, max_rounds=5, footprint=False)
 FROZEN, DCFT = methods.by_name(BASELINE, "dcft")
 
 
-def outcomes_of(case: Case, *chosen: Method, plan: Plan = PLAN, **options) -> dict[str, Outcome]:
+def outcomes_of(
+    case: Case, *chosen: LayerMethod, plan: Plan = PLAN, **options
+) -> dict[str, Outcome]:
     outcomes = measure(
         case,
         layer.providers_of(chosen),
@@ -48,7 +50,7 @@ def outcomes_of(case: Case, *chosen: Method, plan: Plan = PLAN, **options) -> di
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_method_passes_the_gate_and_is_timed(dtype: str) -> None:
-    eager = [m for m in METHODS if not m.compiled and m.name != "dcft_row_block"]
+    eager = [m for m in LAYER_METHODS if not m.compiled and m.name != "dcft_row_block"]
     outcomes = outcomes_of(SMALL[dtype], *eager)
     for key, outcome in outcomes.items():
         row = outcome.row
@@ -79,7 +81,7 @@ def test_single_directions_pass_the_gate(direction: str) -> None:
 
 
 @pytest.mark.parametrize("make", [methods.dcft, methods.published_dcft])
-def test_variants_have_the_sizes_in_their_rows(make: Callable[..., Method]) -> None:
+def test_variants_have_the_sizes_in_their_rows(make: Callable[..., LayerMethod]) -> None:
     chosen = [make(), make(rank=3), make(kernel_size=4), make(stride=2)]
     assert [method.variant for method in chosen] == ["", "k3", "d4", "s2"]
     for outcome in outcomes_of(SQUARE, *chosen[1:]).values():
@@ -155,7 +157,7 @@ WRONG = {
 }
 
 
-def spoiled(spoil) -> Method:
+def spoiled(spoil) -> LayerMethod:
     def build(base: nn.Linear, generator: torch.Generator) -> AdaptedLayer:
         right = DCFT.build(base, generator)
 
@@ -164,7 +166,7 @@ def spoiled(spoil) -> Method:
 
         return AdaptedLayer(Spoiled(right.layer, spoil), "layer.", dense)
 
-    return Method("wrong", build)
+    return LayerMethod("wrong", build)
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -185,7 +187,7 @@ def test_wrong_baseline_leaves_the_others_without_a_ratio() -> None:
     def build(base: nn.Linear, generator: torch.Generator) -> AdaptedLayer:
         return AdaptedLayer(base, "", lambda p: p["weight"] + 1)
 
-    outcomes = outcomes_of(SMALL["fp32"], Method(BASELINE, build), DCFT)
+    outcomes = outcomes_of(SMALL["fp32"], LayerMethod(BASELINE, build), DCFT)
     assert outcomes[BASELINE].row.gate == "failed"
     assert outcomes["dcft"].row.wall_ms_p50 > 0
     assert outcomes["dcft"].row.ratio_to_frozen_wall is None
@@ -223,7 +225,7 @@ class Clock:
         step.run()
         return Sample(self.now - start)
 
-    def method(self, name: str, seconds: float) -> Method:
+    def method(self, name: str, seconds: float) -> LayerMethod:
         def spend(y: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
             self.now += seconds
             return y
@@ -231,7 +233,7 @@ class Clock:
         def build(base: nn.Linear, generator: torch.Generator) -> AdaptedLayer:
             return AdaptedLayer(Spoiled(base, spend), "layer.")
 
-        return Method(name, build)
+        return LayerMethod(name, build)
 
 
 def test_slow_provider_shows_its_ratio() -> None:
@@ -372,7 +374,7 @@ def test_unavailable_provider_is_a_skipped_row(error: Exception) -> None:
     def build(base: nn.Linear, generator: torch.Generator) -> AdaptedLayer:
         raise error
 
-    outcome = outcomes_of(SMALL["fp32"], FROZEN, Method("absent", build))["absent"]
+    outcome = outcomes_of(SMALL["fp32"], FROZEN, LayerMethod("absent", build))["absent"]
     assert outcome.skipped
     assert outcome.row.error == f"cannot run: {error}"
 

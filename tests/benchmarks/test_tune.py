@@ -1,4 +1,4 @@
-"""The tuner: what it writes, what it tries, what may win."""
+"""The tuner: rows, candidates, and which tile may win."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_climb_takes_the_fastest_right_tile(
         return {tile: [seconds[tile]] * 5 for tile in chosen if tile not in fails}
 
     monkeypatch.setattr(tune.Tuner, "times", times)
-    tuner = tune.Tuner(torch.device("cpu"), tune.Settings(), table, tmp_path / tune.FILE)
+    tuner = tune.Tuner(torch.device("cpu"), tune.Settings(), table, tmp_path / tune.TUNE_FILE)
     assert tuner.climb(job) == (start, fast, 0.5)
     seconds[start] = 0.4
     assert tuner.climb(job) == (start, start, 1.0)

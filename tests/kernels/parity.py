@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dcft_kernels import dcft_linear
-from tests.adapter_cases import Case, Inputs
+from tests.adapter_cases import AdapterShape, Inputs
 from tests.error_budget import assert_within_budget
 
 SCALING = 0.7
@@ -19,8 +19,6 @@ NAMES = ("y", "gx", "gW", "gb", "gA", "gB", "gC")
 # three such products (shrink, mix, expand), whose errors add up like independent ones.
 TF32X3_ROUNDINGS = 1.76 * 3**0.5
 
-Results = tuple[Tensor, ...]
-
 
 def to(inputs: Inputs, device: torch.device) -> Inputs:
     """The inputs on another device."""
@@ -29,12 +27,12 @@ def to(inputs: Inputs, device: torch.device) -> Inputs:
 
 def run(
     inputs: Inputs,
-    case: Case,
+    case: AdapterShape,
     backend: str,
     *,
     scaling: float = SCALING,
     dropout_p: float = 0.0,
-) -> Results:
+) -> tuple[Tensor, ...]:
     """The output of `dcft_linear` and all six gradients; the same seed for every call."""
     inputs = inputs.requiring()
     torch.manual_seed(11)
@@ -48,7 +46,7 @@ def run(
     return (y.detach(), *torch.autograd.grad(y, inputs.operands, inputs.grad))
 
 
-def check(inputs: Inputs, case: Case, *, dropout_p: float = 0.0) -> Results:
+def check(inputs: Inputs, case: AdapterShape, *, dropout_p: float = 0.0) -> tuple[Tensor, ...]:
     """Check all that the kernels compute from `inputs`, and return it."""
     wide = inputs.to(torch.float64)
     squares = Inputs(*(tensor.square() for tensor in wide))

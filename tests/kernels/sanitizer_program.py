@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dcft_kernels import add_delta_weight_, dcft_linear, dcft_update, delta_weight
-from tests.adapter_cases import Case, Inputs, random_inputs
+from tests.adapter_cases import AdapterShape, Inputs, random_inputs
 
-RAGGED = Case(21, 19, 1, (8, 8), (8, 8))
-OVERLAP = Case(20, 17, 2, (5, 7), (2, 3))
+RAGGED = AdapterShape(21, 19, 1, (8, 8), (8, 8))
+OVERLAP = AdapterShape(20, 17, 2, (5, 7), (2, 3))
 TOKENS = 37
 
 
@@ -52,7 +52,7 @@ def main(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _inputs(case: Case, device: torch.device) -> Inputs:
+def _inputs(case: AdapterShape, device: torch.device) -> Inputs:
     inputs = random_inputs(case, (TOKENS,), torch.bfloat16, torch.float32)
     return Inputs(*(tensor.to(device) for tensor in inputs)).requiring()
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dcft_kernels import DCFTLinear, dcft_update, dropout
 from dcft_kernels.dropout import draw_seed, philox_mask
-from tests.adapter_cases import CASES, Case, random_inputs
+from tests.adapter_cases import CASES, AdapterShape, random_inputs
 from tests.kernels.parity import check, to
 
 triton = pytest.importorskip("triton")
@@ -19,14 +19,14 @@ from dcft_kernels.triton.philox import keep  # noqa: E402 - needs Triton
 OPS = torch.ops.dcft_kernels
 # As many ranks as input windows, so that A can be the identity; output windows as they come.
 READABLE = [
-    Case(40, 24, 5, (8, 8), (8, 8)),
-    Case(37, 24, 5, (8, 8), (8, 8)),  # ragged
-    Case(22, 18, 4, (6, 6), (6, 6)),  # windows that are padded
-    Case(45, 25, 4, (12, 12), (12, 12)),
-    Case(34, 24, 34, (1, 1), (1, 1)),
-    Case(70, 20, 2, (5, 64), (5, 64)),  # windows wider than a tile
-    Case(23, 16, 5, (8, 8), (8, 4)),  # overlapping
-    Case(24, 16, 10, (7, 7), (3, 2)),
+    AdapterShape(40, 24, 5, (8, 8), (8, 8)),
+    AdapterShape(37, 24, 5, (8, 8), (8, 8)),  # ragged
+    AdapterShape(22, 18, 4, (6, 6), (6, 6)),  # windows that are padded
+    AdapterShape(45, 25, 4, (12, 12), (12, 12)),
+    AdapterShape(34, 24, 34, (1, 1), (1, 1)),
+    AdapterShape(70, 20, 2, (5, 64), (5, 64)),  # windows wider than a tile
+    AdapterShape(23, 16, 5, (8, 8), (8, 4)),  # overlapping
+    AdapterShape(24, 16, 10, (7, 7), (3, 2)),
 ]
 PAPER, RAGGED, OVERLAP = CASES[0], CASES[3], CASES[6]
 SEEDS = [0, 1, 2**32 + 7, 2**62 - 1]
@@ -34,14 +34,14 @@ P, SEED = 0.4, SEEDS[2]
 TOKENS = 21
 
 
-def mask_in_windows(mask: Tensor, case: Case) -> Tensor:
+def mask_in_windows(mask: Tensor, case: AdapterShape) -> Tensor:
     """`[T, n]` as the windows of the input side see it, `[T, I, d_in]`."""
     side = case.geometry.inputs
     padded = torch.nn.functional.pad(mask.float(), (0, side.span - side.size))
     return padded.unfold(1, side.width, side.stride)
 
 
-def arguments(case: Case, A: Tensor) -> tuple:
+def arguments(case: AdapterShape, A: Tensor) -> tuple:
     """An adapter, all of ones except for `A`, as operators take it."""
     geometry = case.geometry
     B, C = (torch.ones(shape, device=A.device) for shape in (geometry.shape_B, geometry.shape_C))
@@ -49,7 +49,7 @@ def arguments(case: Case, A: Tensor) -> tuple:
     return (A, B, C, torch.tensor(SEED, device=A.device), 1.0, flat, P, "row_block")
 
 
-def mask_of(tokens: int, case: Case, device: torch.device) -> Tensor:
+def mask_of(tokens: int, case: AdapterShape, device: torch.device) -> Tensor:
     return philox_mask(torch.tensor(SEED), P, (tokens, case.in_features), device)
 
 
@@ -57,7 +57,7 @@ every_case = pytest.mark.parametrize("case", READABLE, ids=str)
 
 
 @every_case
-def test_mask_of_the_forward(device, case: Case) -> None:
+def test_mask_of_the_forward(device, case: AdapterShape) -> None:
     """With the identity for `A` and ones for `x`, `U` is the mask in windows."""
     A = torch.eye(case.rank, device=device)
     assert A.shape == case.geometry.shape_A
@@ -68,7 +68,7 @@ def test_mask_of_the_forward(device, case: Case) -> None:
 
 
 @every_case
-def test_mask_of_the_backward(device, case: Case) -> None:
+def test_mask_of_the_backward(device, case: AdapterShape) -> None:
     """With ones for all else and no base, `gx` is zero where the mask is, and nowhere else."""
     A = torch.ones(case.geometry.shape_A, device=device)
     g = torch.ones(TOKENS, case.out_features, device=device)
@@ -78,8 +78,8 @@ def test_mask_of_the_backward(device, case: Case) -> None:
 
 
 @every_case
-def test_mask_of_the_gradient_of_A(device, case: Case) -> None:
-    """One token and ones for all else: what is kept in a window counts, times one number."""
+def test_mask_of_the_gradient_of_A(device, case: AdapterShape) -> None:
+    """One token, all ones: the gradient counts kept elements per window, up to a factor."""
     A = torch.ones(case.geometry.shape_A, device=device)
     x = torch.ones(1, case.in_features, device=device)
     g = torch.ones(1, case.out_features, device=device)
@@ -133,7 +133,7 @@ def test_tokens_beyond_32_bits(device, first_token: int, contiguous: bool) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("case", [PAPER, RAGGED, OVERLAP], ids=str)
-def test_parity(device, case: Case, dtype: torch.dtype) -> None:
+def test_parity(device, case: AdapterShape, dtype: torch.dtype) -> None:
     """Forward and all gradients drop the elements that the reference drops."""
     inputs = to(random_inputs(case, (TOKENS,), dtype, torch.float32), device)
     check(inputs, case, dropout_p=0.3)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dcft_kernels import reference, torch_backend
 from dcft_kernels.adapter import Adapter
-from tests.adapter_cases import CASES, Case, adapter_of, random_inputs
+from tests.adapter_cases import CASES, AdapterShape, adapter_of, random_inputs
 from tests.error_budget import assert_within_budget
 
 pytest.importorskip("triton")
@@ -22,12 +22,12 @@ from dcft_kernels.triton.tiles import Tile
 SCALING = 1.5
 ALL = (True, True, True)
 
-RAGGED, OVERLAPPING = CASES[3], Case(25, 21, 2, (5, 7), (2, 3))
-HIGH_RANK = Case(40, 32, 16, (8, 8), (8, 8))
-WIDE = Case(70, 40, 2, (64, 64), (64, 64))
-NOT_A_POWER = Case(60, 36, 2, (12, 12), (12, 12))
-NARROW = Case(20, 24, 40, (2, 2), (2, 2))  # products of factors by tl.dot
-MANY_ROWS = Case(12, 200, 2, (8, 8), (8, 8))  # several blocks of rows per program
+RAGGED, OVERLAPPING = CASES[3], AdapterShape(25, 21, 2, (5, 7), (2, 3))
+HIGH_RANK = AdapterShape(40, 32, 16, (8, 8), (8, 8))
+WIDE = AdapterShape(70, 40, 2, (64, 64), (64, 64))
+NOT_A_POWER = AdapterShape(60, 36, 2, (12, 12), (12, 12))
+NARROW = AdapterShape(20, 24, 40, (2, 2), (2, 2))  # products of factors by tl.dot
+MANY_ROWS = AdapterShape(12, 200, 2, (8, 8), (8, 8))  # several blocks of rows per program
 EVERY = [*CASES, HIGH_RANK, WIDE, NOT_A_POWER, NARROW]
 
 # NumPy, which the interpreter computes with, warns about inf and NaN, which are intended here.
@@ -48,7 +48,7 @@ every_mix_of_dtypes = pytest.mark.parametrize(
 
 
 def drawn(
-    case: Case,
+    case: AdapterShape,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     adapter_dtype: torch.dtype | None = None,
@@ -119,7 +119,7 @@ def check_backward(grad: Tensor, adapter: Adapter, needs: tuple[bool, bool, bool
 
 
 @every_case
-def test_expand_adds_to_a_weight_or_to_nothing(case: Case, device: torch.device) -> None:
+def test_expand_adds_to_a_weight_or_to_nothing(case: AdapterShape, device: torch.device) -> None:
     weight, adapter = drawn(case, device)
     for base in (weight, None):
         out = filled_with_nan(weight)
@@ -130,7 +130,7 @@ def test_expand_adds_to_a_weight_or_to_nothing(case: Case, device: torch.device)
 @some_cases
 @every_mix_of_dtypes
 def test_expand_of_mixed_dtypes(
-    case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype, device: torch.device
+    case: AdapterShape, dtype: torch.dtype, adapter_dtype: torch.dtype, device: torch.device
 ) -> None:
     weight, adapter = drawn(case, device, dtype, adapter_dtype)
     out = filled_with_nan(weight)
@@ -146,7 +146,7 @@ def test_weight_and_out_of_different_dtypes(device: torch.device) -> None:
 
 
 @some_cases
-def test_in_place_is_bitwise_the_same(case: Case, device: torch.device) -> None:
+def test_in_place_is_bitwise_the_same(case: AdapterShape, device: torch.device) -> None:
     weight, adapter = drawn(case, device, torch.bfloat16, torch.float32)
     expected = filled_with_nan(weight)
     expand(adapter, out=expected, weight=weight)
@@ -156,7 +156,7 @@ def test_in_place_is_bitwise_the_same(case: Case, device: torch.device) -> None:
 
 @some_cases
 @pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in_place"])
-def test_any_strides(case: Case, in_place: bool, device: torch.device) -> None:
+def test_any_strides(case: AdapterShape, in_place: bool, device: torch.device) -> None:
     weight, adapter = drawn(case, device)
     expected = filled_with_nan(weight)
     expand(adapter, out=expected, weight=weight)
@@ -180,7 +180,7 @@ def amid_nan(factor: Tensor) -> Tensor:
 
 
 @some_cases
-def test_factors_of_any_strides(case: Case, device: torch.device) -> None:
+def test_factors_of_any_strides(case: AdapterShape, device: torch.device) -> None:
     weight, adapter = drawn(case, device)
     strided = adapter._replace(A=amid_nan(adapter.A), B=amid_nan(adapter.B), C=amid_nan(adapter.C))
     out = filled_with_nan(weight)
@@ -191,7 +191,7 @@ def test_factors_of_any_strides(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("case", [*EVERY, MANY_ROWS], ids=str)
-def test_backward(case: Case, device: torch.device) -> None:
+def test_backward(case: AdapterShape, device: torch.device) -> None:
     grad, adapter = drawn(case, device)
     check_backward(grad, adapter, ALL)
 
@@ -199,7 +199,7 @@ def test_backward(case: Case, device: torch.device) -> None:
 @some_cases
 @every_mix_of_dtypes
 def test_backward_of_mixed_dtypes(
-    case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype, device: torch.device
+    case: AdapterShape, dtype: torch.dtype, adapter_dtype: torch.dtype, device: torch.device
 ) -> None:
     grad, adapter = drawn(case, device, dtype, adapter_dtype)
     check_backward(grad, adapter, ALL)
@@ -208,7 +208,7 @@ def test_backward_of_mixed_dtypes(
 @pytest.mark.parametrize("case", [RAGGED, NARROW], ids=str)
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_backward_of_what_is_needed(
-    case: Case, needs: tuple[bool, bool, bool], device: torch.device
+    case: AdapterShape, needs: tuple[bool, bool, bool], device: torch.device
 ) -> None:
     grad, adapter = drawn(case, device)
     check_backward(grad, adapter, needs)
@@ -221,7 +221,7 @@ def test_backward_of_a_transposed_and_an_expanded_gradient(device: torch.device)
 
 
 @pytest.mark.parametrize("case", [MANY_ROWS, OVERLAPPING], ids=str)
-def test_repeats_bitwise(case: Case, device: torch.device) -> None:
+def test_repeats_bitwise(case: AdapterShape, device: torch.device) -> None:
     grad, adapter = drawn(case, device, torch.bfloat16, torch.float32)
     first = expand_backward(grad, adapter, ALL)
     for _ in range(2 if device.type == "cpu" else 100):
@@ -238,7 +238,7 @@ every_short_dtype = pytest.mark.parametrize(
 def rounded(values: Tensor, dtype: torch.dtype, seed: int, device: torch.device) -> Tensor:
     """`values [m, n]` (float32), rounded by `expand` with an increment of zero."""
     m, n = values.shape
-    case = Case(n, m, 1, (8, 8), (8, 8))
+    case = AdapterShape(n, m, 1, (8, 8), (8, 8))
     _, adapter = drawn(case, device)
     out = torch.full((m, n), float("nan"), dtype=dtype, device=device)
     nothing = adapter._replace(B=torch.zeros_like(adapter.B))
@@ -318,9 +318,11 @@ def test_overflow_is_rounded_to_nearest(dtype: torch.dtype, device: torch.device
 
 
 @every_short_dtype
-@pytest.mark.parametrize("case", [Case(13, 11, 2, (5, 7), (2, 4)), Case(16, 16, 4, (8, 8), (8, 8))])
+@pytest.mark.parametrize(
+    "case", [AdapterShape(13, 11, 2, (5, 7), (2, 4)), AdapterShape(16, 16, 4, (8, 8), (8, 8))]
+)
 def test_result_of_a_seed_is_independent_of_the_tile(
-    case: Case, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    case: AdapterShape, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, adapter = drawn(case, device, dtype, torch.float32)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dcft_kernels import DCFTLinear, dcft_linear
 from dcft_kernels.adapter import window_count
-from tests.adapter_cases import Case, Inputs, random_inputs
+from tests.adapter_cases import AdapterShape, Inputs, random_inputs
 from tests.kernels.parity import check, run, to
 
 pytestmark = [
@@ -30,7 +30,7 @@ pytestmark = [
 ]
 
 with_and_without_dropout = pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-SMALL_LAYER = Case(768, 768, 1, (8, 8), (8, 8))
+SMALL_LAYER = AdapterShape(768, 768, 1, (8, 8), (8, 8))
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -139,7 +139,7 @@ def test_a_hundred_repeats_are_bitwise_equal(device, dropout_p: float) -> None:
 @with_and_without_dropout
 @pytest.mark.parametrize("in_features", [1024, 1021])
 def test_parity_at_a_real_size(device, in_features: int, dropout_p: float) -> None:
-    case = Case(in_features, 4096, 1, (8, 8), (8, 8))
+    case = AdapterShape(in_features, 4096, 1, (8, 8), (8, 8))
     inputs = to(random_inputs(case, (1000,), torch.bfloat16, torch.float32), device)
     check(inputs, case, dropout_p=dropout_p)
 
@@ -188,7 +188,7 @@ def peak_of(step: Callable[[], object]) -> int:
 def test_peak_memory(device, dropout_p: float) -> None:
     """More than `y`, `gx` and the products' workspaces: `U` and the gradients' partial sums."""
     tokens, size, width = 1024, 4096, 8
-    case = Case(size, size, 1, (width, width), (width, width))
+    case = AdapterShape(size, size, 1, (width, width), (width, width))
     inputs = to(random_inputs(case, (tokens,), torch.bfloat16, torch.float32), device)
     some: Inputs = inputs.requiring(True, False, False, True, True, True)
     operands = (some.x, some.A, some.B, some.C)
@@ -203,7 +203,7 @@ def test_peak_memory(device, dropout_p: float) -> None:
         return [y.addmm_(inputs.x, inputs.weight.t()), gx.addmm_(inputs.grad, inputs.weight)]
 
     factors = 2 * window_count(size, width, width) + width**2
-    # A program has a row block of 16 tokens or more, and float32 gradients of its own.
+    # A program has a row block of 16 tokens or more, and its own float32 gradients.
     partials = tokens // 16 * factors * 4
     u = tokens * width * 2
     # The allocator hands out blocks of up to a MiB more than was asked for.

@@ -11,7 +11,7 @@ import torch
 
 import dcft_kernels
 from dcft_kernels import DCFTLinear, dcft_linear
-from tests.adapter_cases import CASES, Case, random_inputs
+from tests.adapter_cases import CASES, AdapterShape, random_inputs
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.parity import run, to
 
@@ -99,7 +99,7 @@ def compiled_kernels() -> dict[str, int]:
 def test_no_kernel_is_compiled_again_for_other_tokens(device) -> None:
     """The number of tokens is an ordinary argument: three heights of tiles serve them all."""
     busy = multiprocessors(device)  # blocks that it takes to have a program for each
-    case = Case(136, 152, 1, (8, 8), (8, 8))
+    case = AdapterShape(136, 152, 1, (8, 8), (8, 8))
     inputs = to(random_inputs(case, (100 * busy,), torch.bfloat16), device)
 
     def step(tokens: int) -> None:

@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dcft_kernels import DCFTLinear, add_delta_weight_, dcft_linear, dcft_update
-from tests.adapter_cases import CASES, Case, Inputs, random_inputs
+from tests.adapter_cases import CASES, AdapterShape, Inputs, random_inputs
 from tests.error_budget import assert_within_budget
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.parity import check, roundings, run, to
 
 # The most columns that the kernels take, filled in every way; and what is padded most.
 WIDE = [
-    Case(64, 72, 16, (8, 8), (8, 8)),
-    Case(128, 192, 2, (64, 64), (64, 64)),
-    Case(40, 24, 128, (1, 1), (1, 1)),
-    Case(40, 52, 10, (12, 12), (12, 12)),
-    Case(70, 20, 2, (1, 64), (1, 64)),
-    Case(20, 70, 2, (64, 1), (64, 1)),
-    Case(35, 35, 3, (6, 6), (4, 3)),
+    AdapterShape(64, 72, 16, (8, 8), (8, 8)),
+    AdapterShape(128, 192, 2, (64, 64), (64, 64)),
+    AdapterShape(40, 24, 128, (1, 1), (1, 1)),
+    AdapterShape(40, 52, 10, (12, 12), (12, 12)),
+    AdapterShape(70, 20, 2, (1, 64), (1, 64)),
+    AdapterShape(20, 70, 2, (64, 1), (64, 1)),
+    AdapterShape(35, 35, 3, (6, 6), (4, 3)),
 ]
 PAPER, RAGGED, OVERLAP = CASES[0], CASES[3], CASES[6]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,14 +32,14 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).spli
 
 @every_dtype
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_parity(device, case: Case, dtype: torch.dtype) -> None:
+def test_parity(device, case: AdapterShape, dtype: torch.dtype) -> None:
     # 37 tokens: blocks of rows of which the last is not full, and more of them than programs.
     check(to(random_inputs(case, (37,), dtype), device), case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("case", WIDE, ids=str)
-def test_parity_of_wide_adapters(device, case: Case, dtype: torch.dtype) -> None:
+def test_parity_of_wide_adapters(device, case: AdapterShape, dtype: torch.dtype) -> None:
     results = check(to(random_inputs(case, (18,), dtype, torch.float32), device), case)
     assert results[4].dtype == torch.float32
 
@@ -69,7 +69,7 @@ def transposed(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("rearrange", [transposed, scattered])
 @pytest.mark.parametrize("case", [RAGGED, OVERLAP], ids=str)
 @pytest.mark.parametrize("which", range(len(Inputs._fields)), ids=Inputs._fields)
-def test_any_strides(device, which: int, case: Case, rearrange) -> None:
+def test_any_strides(device, which: int, case: AdapterShape, rearrange) -> None:
     inputs = to(random_inputs(case, (19,), torch.float32), device)
     strided = list(inputs)
     strided[which] = rearrange(strided[which])
@@ -78,7 +78,7 @@ def test_any_strides(device, which: int, case: Case, rearrange) -> None:
 
 def test_offsets_beyond_32_bits(device) -> None:
     """Rows so far apart that their offsets overflow 32 bits; most memory is never touched."""
-    case = Case(16, 16, 1, (8, 8), (8, 8))
+    case = AdapterShape(16, 16, 1, (8, 8), (8, 8))
     distance = 2**31 + 16
     inputs = to(random_inputs(case, (2,), torch.bfloat16), device)
     if device.type == "cpu":
@@ -103,7 +103,7 @@ def test_offsets_beyond_32_bits(device) -> None:
 
 
 @pytest.mark.parametrize("case", [PAPER, OVERLAP, WIDE[0]], ids=str)
-def test_repeats_to_the_bit(device, case: Case) -> None:
+def test_repeats_to_the_bit(device, case: AdapterShape) -> None:
     repeats, tokens = (100, 5000) if device.type == "cuda" else (2, 70)
     inputs = to(random_inputs(case, (tokens,), torch.bfloat16), device)
     before = [tensor.clone() for tensor in inputs]
@@ -115,7 +115,7 @@ def test_repeats_to_the_bit(device, case: Case) -> None:
 
 @pytest.mark.parametrize("case", [PAPER, RAGGED, OVERLAP], ids=str)
 @every_dtype
-def test_update(device, case: Case, dtype: torch.dtype) -> None:
+def test_update(device, case: AdapterShape, dtype: torch.dtype) -> None:
     """`dcft_update` adds to a base that it does not change."""
     inputs = to(random_inputs(case, (21,), dtype), device)
     base = torch.randn(21, case.out_features, dtype=dtype, device=device)
@@ -142,7 +142,7 @@ def test_update(device, case: Case, dtype: torch.dtype) -> None:
 
 
 @st.composite
-def shapes(draw) -> tuple[Case, int, torch.dtype]:
+def shapes(draw) -> tuple[AdapterShape, int, torch.dtype]:
     """Adapters of every kind that the kernels take, small."""
     kernel = tuple(draw(st.integers(1, 20)) for _ in range(2))
     stride = tuple(draw(st.integers(max(1, width // 3), width)) for width in kernel)
@@ -151,16 +151,16 @@ def shapes(draw) -> tuple[Case, int, torch.dtype]:
     rank = draw(st.integers(1, 128 // max(kernel)))
     sizes = [draw(st.integers(1, 50)) for _ in range(2)]
     return (
-        Case(*sizes, rank, kernel, stride),
+        AdapterShape(*sizes, rank, kernel, stride),
         draw(st.integers(1, 40)),
         draw(st.sampled_from(DTYPES)),
     )
 
 
-# On a GPU, the kernels are compiled anew for every example.
+# On a GPU, the kernels are recompiled for every example.
 @settings(max_examples=25 if INTERPRETED else 5, deadline=None, derandomize=True)
 @given(shapes(), st.sampled_from([0.0, 0.3]))
-def test_any_shape(shape: tuple[Case, int, torch.dtype], dropout_p: float) -> None:
+def test_any_shape(shape: tuple[AdapterShape, int, torch.dtype], dropout_p: float) -> None:
     case, tokens, dtype = shape
     device = torch.device("cpu" if INTERPRETED else "cuda")
     inputs = to(random_inputs(case, (tokens,), dtype, torch.float32), device)
@@ -190,7 +190,7 @@ def test_what_the_kernels_refuse(device) -> None:
     inputs = to(random_inputs(PAPER, (5,)), device)
     with pytest.raises(RuntimeError, match=r"^backend='triton' cannot run: .*float64.*'torch'"):
         run(inputs, PAPER, "triton")
-    wide = Case(64, 64, 17, (8, 8), (8, 8))
+    wide = AdapterShape(64, 64, 17, (8, 8), (8, 8))
     inputs = to(random_inputs(wide, (5,), torch.float32), device)
     with pytest.raises(RuntimeError, match=r"^backend='triton' cannot run: .*17 \* 8 = 136"):
         run(inputs, wide, "triton")

@@ -25,7 +25,7 @@ GPUS = ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"]
 def test_every_architecture_has_a_complete_table() -> None:
     assert tiles.architectures() == ("interpreter", *GPUS)
     for architecture in tiles.architectures():
-        for kernel in tiles.KERNELS:
+        for kernel in tiles.KERNEL_NAMES:
             for itemsize in (2, 4):
                 for columns, tile in entries(architecture, kernel, itemsize).items():
                     sizes = [tile.tokens, tile.warps, *(s for s in tile[1:3] if s)]
@@ -85,6 +85,7 @@ def test_fewer_rows_until_every_multiprocessor_has_a_program(monkeypatch) -> Non
         32,
         64,
     }
+    assert token_bucket(2**31, CPU) != token_bucket(2**31 - 1, CPU)
 
 
 def test_overrides_and_architectures_end_with_their_block() -> None:

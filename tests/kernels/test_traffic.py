@@ -18,7 +18,7 @@ from torch import Tensor
 from dcft_kernels import DCFTLinear, explain
 from dcft_kernels.triton.expand import expand, expand_backward
 from dcft_kernels.triton.row_block import backward, shrink_expand
-from tests.adapter_cases import CASES, Case, adapter_of, random_inputs
+from tests.adapter_cases import CASES, AdapterShape, adapter_of, random_inputs
 from tests.kernels.conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts accesses in the interpreter")
@@ -86,7 +86,7 @@ def never(counts: np.ndarray) -> bool:
 class Layer:
     """The tensors of a layer, each in its own memory."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: AdapterShape) -> None:
         self.case = case
         self.inputs = random_inputs(case, (TOKENS,), torch.float32)
         self.adapter = adapter_of(self.inputs, case)
@@ -101,7 +101,7 @@ class Layer:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward(case: AdapterShape, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer(case)
     with recording(monkeypatch) as accesses:
         shrink_expand(layer.x, layer.adapter, u=layer.u, bias=layer.inputs.bias, y=layer.y)
@@ -131,7 +131,7 @@ def test_update_reads_the_base_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_backward(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backward(case: AdapterShape, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer(case)
     with recording(monkeypatch) as accesses:
         backward(layer.g, layer.x, layer.u, layer.adapter, layer.gx, ALL)
@@ -158,7 +158,7 @@ def test_backward_reads_only_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[5]], ids=str)
-def test_merge(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merge(case: AdapterShape, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer(case)
     with recording(monkeypatch) as accesses:
         expand(layer.adapter, out=layer.weight, weight=layer.weight)
@@ -172,7 +172,7 @@ def test_merge(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", TILING, ids=str)
-def test_explain_counts_these_bytes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_counts_these_bytes(case: AdapterShape, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer(case)
     with recording(monkeypatch) as accesses:
         shrink_expand(layer.x, layer.adapter, u=layer.u, y=layer.y)

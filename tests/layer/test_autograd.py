@@ -30,13 +30,13 @@ from dcft_kernels import (
     torch_backend,
 )
 from dcft_kernels.dropout import draw_seed
-from tests.adapter_cases import Case, Inputs, random_inputs
+from tests.adapter_cases import AdapterShape, Inputs, random_inputs
 
 OPS = torch.ops.dcft_kernels
 SMALL = [
-    Case(8, 12, 1, (4, 4), (4, 4)),
-    Case(7, 9, 2, (3, 4), (3, 4)),  # ragged, rectangular
-    Case(10, 8, 2, (4, 4), (2, 1)),  # overlapping
+    AdapterShape(8, 12, 1, (4, 4), (4, 4)),
+    AdapterShape(7, 9, 2, (3, 4), (3, 4)),  # ragged, rectangular
+    AdapterShape(10, 8, 2, (4, 4), (2, 1)),  # overlapping
 ]
 SUBSETS = [(True,) * 3, (True, False, False), (False, True, False), (False, False, True)]
 small_case = pytest.mark.parametrize("case", SMALL, ids=str)
@@ -60,7 +60,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def drawn(case: Case, tokens: int, device: torch.device, backend: str) -> Inputs:
+def drawn(case: AdapterShape, tokens: int, device: torch.device, backend: str) -> Inputs:
     """Inputs in the widest dtype that the backend computes in."""
     dtype = torch.float64 if backend == "torch" else torch.float32
     return Inputs(*(tensor.to(device) for tensor in random_inputs(case, (tokens,), dtype)))
@@ -98,7 +98,7 @@ def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @small_case
-def test_gradcheck(case: Case) -> None:
+def test_gradcheck(case: AdapterShape) -> None:
     inputs = random_inputs(case, (3,)).requiring()
 
     def layer(*operands: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def test_double_backward_needs_no_graph_from_the_strategy(monkeypatch) -> None:
 
 
 @small_case
-def test_double_backward_of_delta_weight(case: Case, backend, device) -> None:
+def test_double_backward_of_delta_weight(case: AdapterShape, backend, device) -> None:
     results = []
     for name in (backend, "reference"):
         inputs = drawn(case, 1, device, backend).requiring()
@@ -196,7 +196,7 @@ def test_forward_mode_is_refused(backend, device) -> None:
 
 @small_case
 @with_and_without_dropout
-def test_opcheck(case: Case, dropout_p: float, backend, device) -> None:
+def test_opcheck(case: AdapterShape, dropout_p: float, backend, device) -> None:
     inputs = drawn(case, 5, device, backend).requiring()
     x, weight, bias, *factors = inputs.operands
     geometry = case.geometry

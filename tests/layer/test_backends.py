@@ -9,10 +9,10 @@ from torch import nn
 import dcft_kernels.triton
 from dcft_kernels import DCFTLinear, backends, explain
 from dcft_kernels.backends import select, why_kernels_cannot
-from tests.adapter_cases import Case, adapter_of, random_inputs
+from tests.adapter_cases import AdapterShape, adapter_of, random_inputs
 
-PAPER = Case(48, 64, 1, (8, 8), (8, 8))
-TOO_WIDE = Case(64, 64, 17, (8, 8), (8, 8))
+PAPER = AdapterShape(48, 64, 1, (8, 8), (8, 8))
+TOO_WIDE = AdapterShape(64, 64, 17, (8, 8), (8, 8))
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def selected(
     backend: str = "auto",
     strategy: str = "auto",
-    case: Case = PAPER,
+    case: AdapterShape = PAPER,
     dtype: torch.dtype = torch.float32,
 ) -> str:
     return select(backend, adapter_of(random_inputs(case, dtype=dtype), case), dtype, strategy)
@@ -84,10 +84,12 @@ def test_what_the_kernels_take() -> None:
     )
     assert "factors" in str(why_kernels_cannot(geometry, torch.float32, torch.float64))
     assert "kernel sizes up to 64, not 65" in str(
-        why_kernels_cannot(Case(99, 99, 1, (8, 65), (8, 65)).geometry, torch.float32)
+        why_kernels_cannot(AdapterShape(99, 99, 1, (8, 65), (8, 65)).geometry, torch.float32)
     )
     assert "not 17 * 8 = 136" in str(why_kernels_cannot(TOO_WIDE.geometry, torch.float32))
-    assert why_kernels_cannot(Case(64, 64, 16, (8, 8), (8, 8)).geometry, torch.float32) is None
+    assert (
+        why_kernels_cannot(AdapterShape(64, 64, 16, (8, 8), (8, 8)).geometry, torch.float32) is None
+    )
 
 
 def test_options_keep_every_setting() -> None:
@@ -116,6 +118,8 @@ def test_explain_names_what_runs_and_why(no_gpu) -> None:
     merged.merge()
     assert explain(merged, tokens=1).strategy == "merged"
     assert explain(merged, tokens=1).adapter == (0, 0)
+    assert "adapter        0 B, 0 FLOP" in str(explain(merged, tokens=1))
+    assert "frozen layer   2.3 kB, 1.0 kFLOP" in str(explain(merged, tokens=1))
 
 
 def test_explain_on_a_gpu(gpu) -> None:

@@ -1,4 +1,4 @@
-"""What users get wrong with layers and functions, and what they are told.
+"""Errors for wrong arguments of layers and functions.
 
 Every row is a good call with something wrong in it, the error's type, and a pattern of its text,
 which names the argument, what was received, what was expected and, where there is one, the fix.
@@ -21,6 +21,7 @@ from dcft_kernels import (
     dcft_update,
     delta_weight,
     explain,
+    functional,
 )
 from tests.model_snapshot import ModelSnapshot
 
@@ -243,6 +244,14 @@ def test_every_tensor_is_checked(argument, spoil, error, text):
     named = "dcft_[AB]" if argument == "dcft_A" else argument
     with pytest.raises(error, match=rf"^{named}: {text}"):
         call(**{argument: spoil(good[argument])})
+
+
+def test_the_cache_of_checks_is_bounded(monkeypatch):
+    monkeypatch.setattr(functional, "_checked", {})
+    monkeypatch.setattr(functional, "_MAX_CHECKED", 2)
+    for outputs in range(M - 4, M + 1):
+        linear(weight=WEIGHT[:outputs], bias=None)
+        assert 1 <= len(functional._checked) <= 2
 
 
 def _patched() -> nn.Module:

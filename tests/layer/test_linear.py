@@ -228,7 +228,7 @@ def test_a_layer_moves_with_its_base(layer, merged, to):
 
 
 @pytest.mark.parametrize("init", ["balanced", "paper", "zero"])
-def test_resets_draw_anew(init):
+def test_reset_redraws_factors(init):
     layer = DCFTLinear(16, 16, init=init)
     before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
     identities = [id(parameter) for parameter in layer.parameters()]
@@ -256,4 +256,6 @@ def test_repr_describes_the_adapter(layer):
         "adapter_parameters=46, merged=False)"
     )
     layer.merge()
+    layer.strategy = "torch"
+    assert "backend='auto', strategy='torch', " in repr(layer)
     assert "merged=True" in repr(layer)

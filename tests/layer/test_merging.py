@@ -76,7 +76,7 @@ def test_merge_adds_the_increment_and_unmerge_restores_the_bits(case, dtype, see
 
 @backends
 def test_merging_repeats_and_autocast_makes_no_difference(layer, backend):
-    """Evaluation often runs under autocast; the merged weight is no activation."""
+    """Evaluation often runs under autocast; the merged weight is not an activation."""
     layer.backend = backend
     layer.merge()
     expected = layer.weight.detach().clone()

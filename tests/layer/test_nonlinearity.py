@@ -18,14 +18,19 @@ from torch.utils.checkpoint import checkpoint
 
 from dcft_kernels import DCFTLinear, dcft_linear, dcft_update
 from dcft_kernels.dropout import draw_seed, drop
-from tests.adapter_cases import CASES, Case, Inputs, any_case, random_inputs
+from tests.adapter_cases import CASES, AdapterShape, Inputs, any_case, random_inputs
 
 FACTORS = ("dcft_A", "dcft_B", "dcft_C")
 FUNCTIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
 
 def by_equation(
-    x: Tensor, adapter_x: Tensor, inputs: Inputs, case: Case, scaling: float, nonlinearity: str
+    x: Tensor,
+    adapter_x: Tensor,
+    inputs: Inputs,
+    case: AdapterShape,
+    scaling: float,
+    nonlinearity: str,
 ) -> Tensor:
     """`x W^T + b + s expand(C h(shrink(x)))`, window by window, the adapter on its own input."""
     inner, outer = case.geometry.inputs, case.geometry.outputs
@@ -79,7 +84,7 @@ def test_output_and_gradients_are_those_of_the_equation(
 
 @pytest.mark.parametrize("nonlinearity", FUNCTIONS)
 def test_gradcheck(nonlinearity):
-    case = Case(7, 5, 2, (3, 2), (2, 1))
+    case = AdapterShape(7, 5, 2, (3, 2), (2, 1))
     inputs = random_inputs(case, (2,)).requiring()
 
     def layer(*operands: Tensor) -> Tensor:
@@ -181,7 +186,7 @@ def test_on_a_gpu(case, dtype):
 
 def test_never_as_large_as_the_weight():
     """Forward and backward of few tokens allocate nothing of `m * n` elements."""
-    inputs = random_inputs(Case(256, 320, 1, (8, 8), (8, 8)), (2,), torch.float32)
+    inputs = random_inputs(AdapterShape(256, 320, 1, (8, 8), (8, 8)), (2,), torch.float32)
     inputs = inputs.requiring(True, False, False, True, True, True)
     sizes: list[int] = []
 

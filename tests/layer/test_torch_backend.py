@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dcft_kernels import dcft_linear, dcft_update, delta_weight, torch_backend
-from tests.adapter_cases import CASES, Case, Inputs, every_case, random_inputs
+from tests.adapter_cases import CASES, AdapterShape, Inputs, every_case, random_inputs
 from tests.error_budget import assert_within_budget
 
 NAMES = ("y", "gx", "gW", "gb", "gA", "gB", "gC")
@@ -18,14 +18,14 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).spli
 
 PAPER = CASES[0]
 SCALING = 0.7
-
-
-Results = tuple[Tensor, ...]
-Run = Callable[[Inputs, str, float], Results]
+Computation = Callable[[Inputs, str, float], tuple[Tensor, ...]]
 
 
 def compare(
-    names: tuple[str, ...], run: Run, inputs: Inputs, actual: Results | None = None
+    names: tuple[str, ...],
+    run: Computation,
+    inputs: Inputs,
+    actual: tuple[Tensor, ...] | None = None,
 ) -> None:
     """Check all results of the torch backend against float64, with the reference as the measure.
 
@@ -47,10 +47,10 @@ def compare(
         assert_within_budget(*values, dtype=inputs.x.dtype, what=name)
 
 
-def layer_run(case: Case) -> Run:
+def layer_run(case: AdapterShape) -> Computation:
     """The output of `dcft_linear` and all six gradients."""
 
-    def run(inputs: Inputs, backend: str, scaling: float) -> Results:
+    def run(inputs: Inputs, backend: str, scaling: float) -> tuple[Tensor, ...]:
         inputs = inputs.requiring()
         y = dcft_linear(*inputs.operands, stride=case.stride, scaling=scaling, backend=backend)
         return (y.detach(), *torch.autograd.grad(y, inputs.operands, inputs.grad))
@@ -58,25 +58,25 @@ def layer_run(case: Case) -> Run:
     return run
 
 
-def run(inputs: Inputs, case: Case, backend: str) -> Results:
+def run(inputs: Inputs, case: AdapterShape, backend: str) -> tuple[Tensor, ...]:
     """The output and all six gradients at the usual scaling."""
     return layer_run(case)(inputs, backend, SCALING)
 
 
-def check(inputs: Inputs, case: Case) -> None:
+def check(inputs: Inputs, case: AdapterShape) -> None:
     """Everything that the layer computes is within budget."""
     compare(NAMES, layer_run(case), inputs)
 
 
 @every_dtype
 @every_case
-def test_parity(case: Case, dtype: torch.dtype) -> None:
+def test_parity(case: AdapterShape, dtype: torch.dtype) -> None:
     check(random_inputs(case, (33,), dtype), case)
 
 
 @every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_float32_adapter_over_16_bit_base(case: Case, dtype: torch.dtype) -> None:
+def test_float32_adapter_over_16_bit_base(case: AdapterShape, dtype: torch.dtype) -> None:
     inputs = random_inputs(case, (33,), dtype, adapter_dtype=torch.float32)
     check(inputs, case)
     assert run(inputs, case, "torch")[4].dtype == torch.float32
@@ -86,7 +86,9 @@ def test_float32_adapter_over_16_bit_base(case: Case, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("adapter_dtype", [None, torch.float32], ids=["", "fp32-adapter"])
 @every_dtype
 @every_case
-def test_parity_on_a_gpu(case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype | None) -> None:
+def test_parity_on_a_gpu(
+    case: AdapterShape, dtype: torch.dtype, adapter_dtype: torch.dtype | None
+) -> None:
     inputs = random_inputs(case, (33,), dtype, adapter_dtype)
     check(Inputs(*(tensor.cuda() for tensor in inputs)), case)
 
@@ -111,7 +113,7 @@ def test_many_blocks_of_rows(
 ) -> None:
     """16-bit inputs are taken in blocks of rows; the last one is shorter here."""
     monkeypatch.setattr(torch_backend, "_BLOCK_ELEMENTS", 48 * 10)
-    case = Case(48, 64, 1, (kernel, kernel), (kernel, kernel))
+    case = AdapterShape(48, 64, 1, (kernel, kernel), (kernel, kernel))
     check(random_inputs(case, (37,), dtype), case)
 
 
@@ -158,7 +160,7 @@ def _offset(x: Tensor) -> Tensor:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("case", [PAPER, CASES[1], CASES[3], CASES[5]], ids=str)
-def test_strides_of_input_and_gradient(case: Case, layout, dtype: torch.dtype) -> None:
+def test_strides_of_input_and_gradient(case: AdapterShape, layout, dtype: torch.dtype) -> None:
     inputs = random_inputs(case, (12,), dtype)
     x = layout(inputs.x).requires_grad_()
     dense = inputs._replace(x=x.detach().contiguous(), grad=layout(inputs.grad).contiguous())
@@ -182,10 +184,10 @@ def test_transposed_weight_and_factors() -> None:
 
 @every_dtype
 @every_case
-def test_update(case: Case, dtype: torch.dtype) -> None:
+def test_update(case: AdapterShape, dtype: torch.dtype) -> None:
     """The adapter alone: the base's output may come from anywhere and is not changed."""
 
-    def run_update(inputs: Inputs, backend: str, scaling: float) -> Results:
+    def run_update(inputs: Inputs, backend: str, scaling: float) -> tuple[Tensor, ...]:
         inputs = inputs.requiring()
         base = inputs.grad.flip(0).requires_grad_()
         before = base.detach().clone()
@@ -199,11 +201,11 @@ def test_update(case: Case, dtype: torch.dtype) -> None:
 
 @every_dtype
 @every_case
-def test_delta_weight(case: Case, dtype: torch.dtype) -> None:
+def test_delta_weight(case: AdapterShape, dtype: torch.dtype) -> None:
     """The dense increment and its gradients from a dense gradient."""
     sizes = {"in_features": case.in_features, "out_features": case.out_features}
 
-    def run_delta(inputs: Inputs, backend: str, scaling: float) -> Results:
+    def run_delta(inputs: Inputs, backend: str, scaling: float) -> tuple[Tensor, ...]:
         inputs = inputs.requiring()
         factors = (inputs.A, inputs.B, inputs.C)
         dense = delta_weight(

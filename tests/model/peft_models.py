@@ -65,7 +65,7 @@ def both() -> nn.Module:
     model = Base()
     swap_linear(model, ["query"], rank=2, init="paper")
     model = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["value"]))
-    for name, parameter in model.named_parameters():  # PEFT has frozen what it does not know
+    for name, parameter in model.named_parameters():  # PEFT froze parameters it does not know
         parameter.requires_grad_("lora_" in name or "dcft_" in name)
     return randomized(model)
 

@@ -1,4 +1,4 @@
-"""Adapters on disk: what is written, what survives a crash, what is refused and in what words."""
+"""Adapters on disk: contents, crash safety, and errors for bad files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users get wrong with whole models, and what they are told.
+"""Errors for wrong arguments of functions on whole models.
 
 Every row is a call, the error's type, and a pattern of its text, which names the argument, what was
 received, what was expected and, where there is one, the fix. Files with something wrong in them are
@@ -33,7 +33,7 @@ N, M = 24, 16
 
 
 class QuantizedLinear(nn.Linear):
-    """As quantisation libraries do it: a Linear by class, but not by what it computes."""
+    """As in quantisation libraries: a subclass of Linear that computes something else."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).round()
@@ -139,6 +139,8 @@ TABLE = [
      r"^targets: 'quantized' cannot be adapted: .*got QuantizedLinear; .*dcft_update"),
     (lambda s: swap_linear(s.swapped, ["query"]), ValueError,
      r"^targets: already swapped: 'query'; layers not swapped yet: 'classifier'"),
+    (lambda s: swap_linear(nn.Sequential(s.layer), ["0"]), ValueError,
+     r"^targets: already swapped: '0'; layers not swapped yet: none$"),
     (lambda s: swap_linear(s.swapped), ValueError,
      r"^targets: every linear layer of this model is a DCFTLinear already"),
     (lambda s: swap_linear(s.base, ["query"], exclude=["query"]), ValueError,

@@ -77,7 +77,7 @@ def test_orthogonality_loss_is_of_dcft_layers_alone(form):
 @every_form
 @every_constraint
 @pytest.mark.parametrize("rank", [1, 3])
-def test_factors_of_the_pattern_cost_nothing(constraint, form, rank):
+def test_loss_is_zero_on_the_pattern(constraint, form, rank):
     """A norm has no derivative at zero, and training may start or end there."""
     layer = DCFTLinear(32, 32, rank=rank, kernel_size=4, dtype=torch.float64)
     lengths = torch.ones(rank) if constraint == "orthogonal" else torch.arange(2, 2 + rank)

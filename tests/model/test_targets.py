@@ -99,7 +99,7 @@ def test_exclude(model, targets, exclude, left_out):
 
 @pytest.mark.parametrize("exclude", [["attention"], ["qeury"], r"layers\.2\..*", ["key", "zzz"]])
 def test_an_exclude_that_excludes_nothing_is_an_error(model, exclude):
-    """Otherwise the layers it was to leave out are adapted silently. A block is no layer."""
+    """Otherwise layers it should leave out are adapted silently. A block is not a layer."""
     wrong = exclude if isinstance(exclude, str) else exclude[-1]
     with pytest.raises(ValueError, match=rf"^exclude: {re.escape(repr(wrong))} matches no layer"):
         swap_linear(model, exclude=exclude)
@@ -178,7 +178,7 @@ def test_all_linear_passes_over_other_kinds_of_linear_layers():
         ("t5", ["q", "v", "wo"]),
     ],
 )
-def test_targets_mean_what_they_mean_to_peft(name, targets):
+def test_targets_match_peft(name, targets):
     model = build_small_model(name)
     config = peft.LoraConfig(target_modules=targets, r=1)
     reference = peft.get_peft_model(copy.deepcopy(model), config).base_model.model

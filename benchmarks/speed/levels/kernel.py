@@ -20,7 +20,7 @@ from benchmarks.speed.provider import BASELINE, Provider, UnavailableError, Work
 from dcft_kernels import triton
 from dcft_kernels.adapter import Adapter, Geometry
 
-Results = Mapping[str, Tensor | None]
+Outputs = Mapping[str, Tensor | None]
 
 # Rank and kernel size that fill each class of columns of the tiles' table.
 ADAPTERS = {16: (1, 8), 32: (4, 8), 64: (8, 8), 128: (16, 8), 256: (10, 12)}
@@ -96,8 +96,8 @@ class KernelProblem:
 class KernelCall(NamedTuple):
     """A kernel on a problem."""
 
-    launch: Callable[[], Results]  # returns what it has written, by the names of `expected`
-    written: tuple[Tensor, ...]  # what it writes to, apart from what it allocates
+    launch: Callable[[], Outputs]  # returns its outputs, by the names of `expected`
+    written: tuple[Tensor, ...]  # outputs that the caller allocated
     moved: str  # the tensors that have to move: x, y, W, U
     products: int = 0  # multiply-adds
     fill: float = math.nan  # what `written` holds before, so that an unwritten element shows
@@ -108,7 +108,7 @@ def _shrink_expand(p: KernelProblem) -> KernelCall:
 
     y, u = p.empty(p.T, p.m), p.empty(p.T, p.rank * p.width)
 
-    def launch() -> Results:
+    def launch() -> Outputs:
         shrink_expand(p.x, p.adapter, u=u, bias=p.bias, y=y)
         return {"y": y, "U": u}
 
@@ -120,7 +120,7 @@ def _backward(p: KernelProblem) -> KernelCall:
 
     gx = p.empty(p.T, p.n)
 
-    def launch() -> Results:
+    def launch() -> Outputs:
         gA, gB, gC = backward(p.g, p.x, p.u, p.adapter, gx, (True, True, True))
         return {"gx": gx, "gA": gA, "gB": gB, "gC": gC}
 
@@ -132,7 +132,7 @@ def _expand(p: KernelProblem) -> KernelCall:
 
     out = p.empty(p.m, p.n)
 
-    def launch() -> Results:
+    def launch() -> Outputs:
         expand(p.adapter, out=out, weight=p.weight)
         return {"W + DW": out}
 
@@ -142,7 +142,7 @@ def _expand(p: KernelProblem) -> KernelCall:
 def _expand_backward(p: KernelProblem) -> KernelCall:
     from dcft_kernels.triton.expand import expand_backward
 
-    def launch() -> Results:
+    def launch() -> Outputs:
         gA, gB, gC = expand_backward(p.weight, p.adapter, (True, True, True))
         return {"gA of DW": gA, "gB of DW": gB, "gC of DW": gC}
 
@@ -158,7 +158,7 @@ def _base_products(p: KernelProblem) -> KernelCall:
     """The base layer, forward and backward."""
     y, gx = p.empty(p.T, p.m), p.empty(p.T, p.n)
 
-    def launch() -> Results:
+    def launch() -> Outputs:
         return {
             "x W^T": torch.mm(p.x, p.weight.t(), out=y),
             "g W": torch.mm(p.g, p.weight, out=gx),
@@ -171,7 +171,7 @@ def _added_products(p: KernelProblem) -> KernelCall:
     """The base layer added to the adapter's part."""
     y, gx = p.empty(p.T, p.m), p.empty(p.T, p.n)
 
-    def launch() -> Results:
+    def launch() -> Outputs:
         return {"x W^T": y.addmm_(p.x, p.weight.t()), "g W": gx.addmm_(p.g, p.weight)}
 
     return KernelCall(launch, (y, gx), "x W y y y W x x", 2 * p.T * p.n * p.m, fill=0.0)
@@ -192,7 +192,7 @@ class LaunchStep:
 
     def __init__(self, problem: KernelProblem, call: KernelCall) -> None:
         self.problem, self.call = problem, call
-        self.results: Results = {}
+        self.results: Outputs = {}
 
     def prepare(self) -> None:
         for tensor in self.call.written:

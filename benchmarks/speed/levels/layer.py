@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.speed import gate, methods
 from benchmarks.speed.cases import DTYPES, Case, Scope
-from benchmarks.speed.methods import AdaptedLayer, Method
+from benchmarks.speed.methods import AdaptedLayer, LayerMethod
 from benchmarks.speed.provider import BASELINE, Provider, Workload
 
 Shape = tuple[int, int, int]
@@ -72,16 +72,16 @@ def providers(case: Case) -> list[Provider]:
     return providers_of(_methods(case.sweep))
 
 
-def providers_of(chosen: Iterable[Method]) -> list[Provider]:
+def providers_of(chosen: Iterable[LayerMethod]) -> list[Provider]:
     """Methods at this level."""
     return [method.provider(_workload) for method in chosen]
 
 
-def _methods(sweep: str) -> Sequence[Method]:
+def _methods(sweep: str) -> Sequence[LayerMethod]:
     if sweep == "tokens":
         return methods.by_name(*_FEW_METHODS)
     if sweep not in _SWEEPS:
-        return methods.METHODS
+        return methods.LAYER_METHODS
     ours, theirs = _SWEEPS[sweep]
     return [
         *methods.by_name(BASELINE),
@@ -173,7 +173,7 @@ class LayerStep:
         return {"y": self.y.detach(), "x": self.x.grad, **gradients}
 
 
-def _workload(problem: LayerProblem, method: Method) -> Workload:
+def _workload(problem: LayerProblem, method: LayerMethod) -> Workload:
     adapted = method.build(problem.base(), problem.generator)
     module: Any = torch.compile(adapted.layer) if method.compiled else adapted.layer
     step = LayerStep(problem, adapted, module)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.speed import gate, methods
 from benchmarks.speed.cases import DTYPES, Case, Scope
-from benchmarks.speed.methods import AdaptedLayer, Method
+from benchmarks.speed.methods import AdaptedLayer, LayerMethod
 from benchmarks.speed.provider import Provider, Workload
 from dcft_kernels import add_delta_weight_
 
@@ -55,7 +55,7 @@ class MergeProblem:
         self.weight = values.to(self.dtype)
         self.generator = torch.Generator().manual_seed(0)
 
-    def adapted(self, method: Method) -> AdaptedLayer:
+    def adapted(self, method: LayerMethod) -> AdaptedLayer:
         """A layer over a copy of the weight."""
         m, n = self.weight.shape
         linear = nn.Linear(n, m, bias=False, device="meta")
@@ -124,7 +124,7 @@ def _copy(problem: MergeProblem) -> Workload:
     return Workload(step, check, moved_bytes=2 * out.numel() * out.itemsize, graphable=False)
 
 
-def _dcft(problem: MergeProblem, method: Method) -> Workload:
+def _dcft(problem: MergeProblem, method: LayerMethod) -> Workload:
     """`DCFTLinear.merge`, which keeps the base, and `unmerge`, which puts it back."""
     adapted = problem.adapted(method)
     layer: Any = adapted.layer
@@ -137,7 +137,7 @@ def _dcft(problem: MergeProblem, method: Method) -> Workload:
     return _workload(problem, adapted, step)
 
 
-def _in_place(problem: MergeProblem, method: Method) -> Workload:
+def _in_place(problem: MergeProblem, method: LayerMethod) -> Workload:
     """`add_delta_weight_`: one pass over the weight, and back with the negative increment."""
     adapted = problem.adapted(method)
     layer: Any = adapted.layer
@@ -156,7 +156,7 @@ def _in_place(problem: MergeProblem, method: Method) -> Workload:
     return _workload(problem, adapted, step)
 
 
-def _peft(problem: MergeProblem, method: Method) -> Workload:
+def _peft(problem: MergeProblem, method: LayerMethod) -> Workload:
     """`merge` and `unmerge` of a peft layer, which add to the base and subtract again."""
     adapted = problem.adapted(method)
     layer: Any = adapted.layer

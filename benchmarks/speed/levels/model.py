@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.speed import gate, methods
 from benchmarks.speed.cases import DTYPES, Case, Scope
-from benchmarks.speed.methods import AdaptedLayer, Method
+from benchmarks.speed.methods import AdaptedLayer, LayerMethod
 from benchmarks.speed.methods.peft_methods import required
 from benchmarks.speed.models import MODELS, ModelSpec, adapted_layers
 from benchmarks.speed.provider import BASELINE, Provider, Workload
@@ -101,7 +101,7 @@ class ModelProblem:
         """The dtype of the truth."""
         return torch.float64 if self.dtype == torch.float32 else torch.float32
 
-    def adapted(self, method: Method) -> tuple[nn.Module, dict[str, AdaptedLayer]]:
+    def adapted(self, method: LayerMethod) -> tuple[nn.Module, dict[str, AdaptedLayer]]:
         """A model that shares the base's weights, and its adapted layers by name."""
         model = _shallow_copy(self.base)
         self.generator.manual_seed(0)
@@ -144,7 +144,7 @@ class ModelProblem:
 
 
 class _Dense(nn.Module):
-    """The dense layer that an adapted layer is equal to, built anew in every forward pass."""
+    """The dense layer that an adapted layer is equal to, rebuilt in every forward pass."""
 
     def __init__(self, adapted: AdaptedLayer, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class ModelStep:
         return found
 
 
-def workload_of(problem: ModelProblem, method: Method) -> Workload:
+def workload_of(problem: ModelProblem, method: LayerMethod) -> Workload:
     """A model adapted by a method, with its step and its check."""
     model, adapted_by_name = problem.adapted(method)
     trained = {

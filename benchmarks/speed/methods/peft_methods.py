@@ -103,7 +103,7 @@ def lokr(
 def miss(base: nn.Linear, generator: torch.Generator, *, rank: int) -> AdaptedLayer:
     """`MissConfig(r=rank)`: one `[rank, m]` block, repeated along the input features."""
     if base.in_features % rank:
-        raise UnavailableError(f"MiSS: {base.in_features} features are no multiple of r={rank}")
+        raise UnavailableError(f"MiSS: {base.in_features} is not a multiple of r={rank}")
     config = required("peft").MissConfig(r=rank, target_modules=["layer"])
 
     def increment(p: Parameters) -> Tensor:

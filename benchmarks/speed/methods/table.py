@@ -23,7 +23,7 @@ RANK, KERNEL_SIZE = 1, 8
 
 
 @dataclass(frozen=True)
-class Method:
+class LayerMethod:
     """A way to fine-tune a linear layer.
 
     `build` makes an adapted layer of a frozen `nn.Linear`, whose weight it shares, and draws its
@@ -120,57 +120,59 @@ def _sized(
     stride: int | None = None,
     compiled: bool = False,
     **options: object,
-) -> Method:
+) -> LayerMethod:
     """A method of DCFT; its variant tells sizes other than the defaults."""
     stride = kernel_size if stride is None else stride
     parts = [f"k{rank}"] * (rank != RANK) + [f"d{kernel_size}"] * (kernel_size != KERNEL_SIZE)
     parts += [f"s{stride}"] * (stride != kernel_size)
     made = functools.partial(build, rank=rank, kernel_size=kernel_size, stride=stride, **options)
-    return Method(name, made, kernel_size, rank, stride, compiled, "-".join(parts))
+    return LayerMethod(name, made, kernel_size, rank, stride, compiled, "-".join(parts))
 
 
-def dcft(**sizes: int) -> Method:
+def dcft(**sizes: int) -> LayerMethod:
     """`DCFTLinear` with a rank, kernel size or stride."""
     return _sized("dcft", _dcft, **sizes)  # type: ignore[arg-type]
 
 
-def published_dcft(**sizes: int) -> Method:
+def published_dcft(**sizes: int) -> LayerMethod:
     """The published algorithm with a rank, kernel size or stride."""
     return _sized("published", _published, merged=False, **sizes)  # type: ignore[arg-type]
 
 
 _LOKR_RANK = KERNEL_SIZE // 2  # the least at which peft's LoKr keeps `C` whole
 
-METHODS: tuple[Method, ...] = (
-    Method(BASELINE, _frozen),
+LAYER_METHODS: tuple[LayerMethod, ...] = (
+    LayerMethod(BASELINE, _frozen),
     dcft(),
-    Method("lora_r8", functools.partial(peft_methods.lora, rank=8), k=8),
+    LayerMethod("lora_r8", functools.partial(peft_methods.lora, rank=8), k=8),
     published_dcft(),
-    Method("lora_r1", functools.partial(peft_methods.lora, rank=1), k=1),
-    Method("lora_by_hand", functools.partial(_lora_by_hand, rank=8), k=8),
-    Method("lora_r16", functools.partial(peft_methods.lora, rank=16), k=16),
-    Method(
+    LayerMethod("lora_r1", functools.partial(peft_methods.lora, rank=1), k=1),
+    LayerMethod("lora_by_hand", functools.partial(_lora_by_hand, rank=8), k=8),
+    LayerMethod("lora_r16", functools.partial(peft_methods.lora, rank=16), k=16),
+    LayerMethod(
         "lokr",
         functools.partial(peft_methods.lokr, rank=_LOKR_RANK, kernel_size=KERNEL_SIZE),
         d=KERNEL_SIZE,
         k=_LOKR_RANK,
     ),
     dcft(rank=_LOKR_RANK),
-    Method("miss", functools.partial(peft_methods.miss, rank=8), k=8),
-    Method("dora", functools.partial(peft_methods.dora, rank=8), k=8),
-    Method("lora_r8_16bit", functools.partial(peft_methods.lora, rank=8, sixteen_bit=True), k=8),
+    LayerMethod("miss", functools.partial(peft_methods.miss, rank=8), k=8),
+    LayerMethod("dora", functools.partial(peft_methods.dora, rank=8), k=8),
+    LayerMethod(
+        "lora_r8_16bit", functools.partial(peft_methods.lora, rank=8, sixteen_bit=True), k=8
+    ),
     _sized("dcft_row_block", _dcft, backend="triton", strategy="row_block"),
     _sized("dcft_torch", _dcft, backend="torch"),
-    Method("full", _full),
+    LayerMethod("full", _full),
     _sized("published_merged", _published, merged=True),
-    Method("frozen_compiled", _frozen, compiled=True),
+    LayerMethod("frozen_compiled", _frozen, compiled=True),
     _sized("dcft_compiled", _dcft, compiled=True),
 )
 
 
-def by_name(*names: str) -> list[Method]:
+def by_name(*names: str) -> list[LayerMethod]:
     """Methods by their names, in this order, at their default sizes."""
-    known = {method.name: method for method in METHODS if not method.variant}
+    known = {method.name: method for method in LAYER_METHODS if not method.variant}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"method: expected one of {', '.join(known)}, got {unknown[0]!r}")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.quality import report
-from benchmarks.quality.found import Found, Stored
+from benchmarks.quality.found import Found, StoredRuns
 from benchmarks.quality.runs import FOLDER, SLICE, Result, Run
 from benchmarks.quality.studies import Study, Variant
 
@@ -71,7 +71,7 @@ def lines(table: str) -> dict[str, list[str]]:
 
 
 def test_tables_of_a_study() -> None:
-    found = Found.of(Stored(RESULTS), STUDY)
+    found = Found.of(StoredRuns(RESULTS), STUDY)
     table = lines(report.results_table(found))
     assert table["method"][1:3] == [
         "cola, matthews, %",
@@ -86,7 +86,7 @@ def test_tables_of_a_study() -> None:
     # -0.10, -0.06, -0.08: a deviation of 0.02, over the root of 3 is 0.0115
     assert difference["DCFT − LoRA r=1"] == ["-8.0 ± 1.2", "-"]
     named = dataclasses.replace(STUDY, differences=(("LoRA r=1", "full"),))
-    difference = lines(report.difference_table(Found.of(Stored(RESULTS), named)))
+    difference = lines(report.difference_table(Found.of(StoredRuns(RESULTS), named)))
     assert difference["LoRA r=1 − full"] == ["+40.0 (1 seed)", "-"]
     shown = lines(report.trials_table(found))["DCFT"]
     assert shown[0] == "0.002 → 10.0, **0.005 → 30.0**, 0.01 → 20.0"
@@ -95,7 +95,7 @@ def test_tables_of_a_study() -> None:
 def test_a_rate_is_chosen_only_when_all_were_tried() -> None:
     for values, expected in (((0.1, 0.2), "-"), ((None, None, None), "failed")):
         results = [*trials("cola", *values), *seeds(DCFT, "cola", RATES[1], 0.4)]
-        table = lines(report.results_table(Found.of(Stored(results), STUDY)))
+        table = lines(report.results_table(Found.of(StoredRuns(results), STUDY)))
         assert table["DCFT"][1] == expected
 
 
@@ -105,7 +105,7 @@ def test_paired_losses_are_compared() -> None:
     study = dataclasses.replace(STUDY, variants=(fast, slow), tasks=("cola",))
     ours = seeds(fast, "cola", RATES[0], 0.5, 0.4)
     ours[1] = dataclasses.replace(ours[1], loss_curve=[(1, 1.0), (2, 0.6)])
-    found = Found.of(Stored([*ours, *seeds(slow, "cola", RATES[0], 0.5, 0.4)]), study)
+    found = Found.of(StoredRuns([*ours, *seeds(slow, "cola", RATES[0], 0.5, 0.4)]), study)
     table = lines(report.paired_table(found))
     assert table["fast − slow, cola"] == ["2", "1.0e-01", "2.0e-01", "0", "0"]
 
