@@ -33,6 +33,7 @@ from dcft_kernels.triton.launch import (
 from dcft_kernels.triton.partials import Grads, Sums, prepare_sums
 from dcft_kernels.triton.philox import keep
 from dcft_kernels.triton.tiles import (
+    Tile,
     TokenBucket,
     architecture,
     lookup,
@@ -205,6 +206,19 @@ def shrink_expand(
         bias, base = None, y  # what further ranks are added to
 
 
+def _shape_constants(geometry: Geometry, tile: Tile) -> dict[str, int]:
+    """The constants that both kernels begin with, in their order."""
+    inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
+    return {
+        "K": geometry.rank, "KP": layout.KP,
+        "W_IN": inputs.width, "S_IN": inputs.stride, "WP_IN": layout.WP_IN,
+        "L_IN": windows_per_tile(tile.features, layout.WP_IN),
+        "W_OUT": outputs.width, "S_OUT": outputs.stride, "WP_OUT": layout.WP_OUT,
+        "L_OUT": windows_per_tile(tile.features, layout.WP_OUT),
+        "GROUP": layout.GROUP, "BLOCK_T": tile.tokens,
+    }  # fmt: skip
+
+
 class _ForwardPlan(NamedTuple):
     launch: Launch
     rows: int  # of a program
@@ -226,8 +240,8 @@ def _prepare_forward(
     itemsize = x[0].itemsize
     if ranks_per_launch(geometry, itemsize) < geometry.rank:
         return None
-    inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
-    tile = lookup(architecture(device), "shrink_expand", itemsize, layout.columns)
+    inputs, outputs = geometry.inputs, geometry.outputs
+    tile = lookup(architecture(device), "shrink_expand", itemsize, layout_of(geometry).columns)
     tile = tile.for_tokens(bucket)
     launch = Launch(
         _shrink_expand_kernel,
@@ -245,12 +259,7 @@ def _prepare_forward(
             PER_CALL, inputs.size, outputs.size, inputs.windows, outputs.windows,
         ],
         tile,
-        K=geometry.rank, KP=layout.KP,
-        W_IN=inputs.width, S_IN=inputs.stride, WP_IN=layout.WP_IN,
-        L_IN=windows_per_tile(tile.features, layout.WP_IN),
-        W_OUT=outputs.width, S_OUT=outputs.stride, WP_OUT=layout.WP_OUT,
-        L_OUT=windows_per_tile(tile.features, layout.WP_OUT),
-        GROUP=layout.GROUP, BLOCK_T=tile.tokens,
+        **_shape_constants(geometry, tile),
         HAS_BIAS=bias is not None, HAS_BASE=base is not None, HAS_DROPOUT=seed is not None,
         PRECISION=dot_precision(device, tf32),
     )  # fmt: skip
@@ -532,8 +541,8 @@ def _prepare_backward(
     itemsize = g[0].itemsize
     if ranks_per_launch(geometry, itemsize) < geometry.rank:
         return None
-    inputs, outputs, layout = geometry.inputs, geometry.outputs, layout_of(geometry)
-    tile = lookup(architecture(device), "backward", itemsize, layout.columns)
+    inputs, outputs = geometry.inputs, geometry.outputs
+    tile = lookup(architecture(device), "backward", itemsize, layout_of(geometry).columns)
     if seed is not None and tile.tokens >= _DROPOUT_ROWS:  # the mask takes registers
         tile = tile._replace(tokens=tile.tokens // 2)
     tile = tile.for_tokens(bucket)
@@ -555,12 +564,7 @@ def _prepare_backward(
             PER_CALL, inputs.size, outputs.size, inputs.windows, outputs.windows,
         ],
         tile,
-        K=geometry.rank, KP=layout.KP,
-        W_IN=inputs.width, S_IN=inputs.stride, WP_IN=layout.WP_IN,
-        L_IN=windows_per_tile(tile.features, layout.WP_IN),
-        W_OUT=outputs.width, S_OUT=outputs.stride, WP_OUT=layout.WP_OUT,
-        L_OUT=windows_per_tile(tile.features, layout.WP_OUT),
-        GROUP=layout.GROUP, BLOCK_T=tile.tokens,
+        **_shape_constants(geometry, tile),
         WRITE_GX=gx is not None, ADD_GX=add_gx and gx is not None,
         NEED_A=needs_A, NEED_B=needs_B, NEED_C=needs_C,
         HAS_DROPOUT=seed is not None, PRECISION=dot_precision(device, tf32),

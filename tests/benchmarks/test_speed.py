@@ -340,7 +340,7 @@ def test_short_steps_are_also_timed_as_graphs(fake_cuda: pytest.MonkeyPatch) -> 
     )  # fmt: skip
     times = [(o.row.graph_ms_p50, o.row.ratio_to_frozen_graph) for o in outcomes]
     assert times == [(200.0, 1.0), (200.0, 1.0), (None, None)]
-    assert len(problems) == 2  # captures have inputs of their own
+    assert len(problems) == 2  # one for eager steps, one for captures
 
 
 def test_failed_and_wrong_graphs_are_noted(fake_cuda: pytest.MonkeyPatch) -> None:
