@@ -79,16 +79,16 @@ def test_any_strides(device, which: int, case: AdapterShape, rearrange) -> None:
 def test_offsets_beyond_32_bits(device) -> None:
     """Rows so far apart that their offsets overflow 32 bits; most memory is never touched."""
     case = AdapterShape(16, 16, 1, (8, 8), (8, 8))
-    distance = 2**31 + 16
-    inputs = to(random_inputs(case, (2,), torch.bfloat16), device)
+    distance = 2**30 + 16  # fits 32 bits, and two of them do not
+    inputs = to(random_inputs(case, (3,), torch.bfloat16), device)
     if device.type == "cpu":
-        far = torch.from_numpy(np.empty(distance + 16, dtype=np.int16)).view(torch.bfloat16)
+        far = torch.from_numpy(np.empty(2 * distance + 16, dtype=np.int16)).view(torch.bfloat16)
     else:
-        far = torch.zeros(distance + 16, dtype=torch.bfloat16, device=device)
-    rows = far.as_strided((2, 16), (distance, 1))
+        far = torch.zeros(2 * distance + 16, dtype=torch.bfloat16, device=device)
+    rows = far.as_strided((3, 16), (distance, 1))
 
     def update(inputs: Inputs) -> tuple[Tensor, ...]:
-        # Without a base layer: cuBLAS takes no row stride beyond 32 bits.
+        # Without a base layer, whose product is not under test.
         some = inputs.requiring(True, False, False, True, True, True)
         operands = (some.x, some.A, some.B, some.C)
         y = dcft_update(torch.zeros_like(inputs.grad), *operands, backend="triton")
