@@ -1,6 +1,6 @@
 # Each target prepares the environment .venv by itself, from nothing. Stamp files inside .venv
 # remember what is installed, so a repeated target starts at once; a change of pyproject.toml or
-# constraints.txt installs again. Paths are relative, so the checkout may lie anywhere.
+# of the constraints installs again. Paths are relative, so the checkout may lie anywhere.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -15,25 +15,23 @@ BENCH_ARGS  ?=
 QUALITY_ARGS ?= --help
 PYTEST_ARGS ?=
 TEST_JOBS   ?= auto
+CONSTRAINTS ?= constraints.txt
 
 VENV := .venv
 PY   := $(VENV)/bin/python
-PIP  := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -c constraints.txt
+PIP  := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -c $(CONSTRAINTS)
 SAY  := printf '==> %s\n'
 
 # The tests are many small operations: one worker per core with one thread each is faster than one
 # process with many threads. TEST_JOBS=0 runs them in a single process.
 XDIST := $(if $(filter 0,$(TEST_JOBS)),,-n $(TEST_JOBS) --maxprocesses 8 --dist worksteal)
-test test-matrix: export OMP_NUM_THREADS ?= 1
-test test-matrix: export MKL_NUM_THREADS ?= 1
+test: export OMP_NUM_THREADS ?= 1
+test: export MKL_NUM_THREADS ?= 1
 
 # What `make test-portable` varies: ATEN_CPU_CAPABILITY (native: unset) and threads.
 PORTABLE ?= default:1 default:2 avx2:1 avx2:2 native:1 native:2
 
-# Pairs of Triton and PyTorch that `make test-matrix` tests; newest: whatever there is.
-MATRIX ?= 3.6.0:2.11.0 3.7.1:2.13.0 newest:2.13.0
-
-.PHONY: help demo test test-portable test-matrix aot bench quality report lint format hooks clean distclean
+.PHONY: help demo test test-portable test-lowest aot bench quality report lint format hooks clean distclean
 
 help: ## show this list
 	@printf 'usage: make TARGET [VARIABLE=value ...]\n\n'
@@ -47,7 +45,6 @@ help: ## show this list
 	    PYTEST_ARGS 'for make test, such as "-k merge -x"' \
 	    TEST_JOBS   'test processes; 0 runs all in one (auto: one per core, at most 8)' \
     PORTABLE    'pairs capability:threads for make test-portable' \
-	    MATRIX      'pairs triton:torch for make test-matrix' \
 	    BENCH_ARGS  'for make bench, such as "-k layer-main"' \
 	    QUALITY_ARGS 'for make quality, such as "--study methods --data DIR"'
 
@@ -71,13 +68,14 @@ test-portable: $(VENV)/stamp-test $(VENV)/stamp-model ## run all tests in random
 	        $(MAKE) test PYTEST_ARGS="-p randomly $(PYTEST_ARGS)" || status=1; \
 	done; exit $$status
 
-# Each pair gets its own environment; under the interpreter the tests need no GPU.
-test-matrix: $(VENV)/stamp-test ## run the kernels' tests on every supported Triton and PyTorch
-	for pair in $(MATRIX); do \
-	    $(SAY) "triton==$${pair%:*}, torch==$${pair#*:}"; \
-	    sh tests/kernels/run_with.sh "$(PY)" "$(VENV)-matrix" "$${pair%:*}" "$${pair#*:}" "$(TORCH_INDEX)" \
-	        $(XDIST) $(PYTEST_ARGS) || exit 1; \
-	done
+# In an environment of its own. The benchmarks are not part of the package.
+LOWEST := .venv-lowest
+test-lowest: ## run the package's tests with the oldest versions that pyproject.toml allows
+	@mkdir -p build
+	@grep -oE '"[a-z-]+>=[0-9.]+' pyproject.toml | tr -d '"' | sed 's/>=/==/' | sort -u > build/lowest.new
+	@cmp -s build/lowest.new build/lowest.txt || cp build/lowest.new build/lowest.txt
+	$(MAKE) test VENV=$(LOWEST) CONSTRAINTS=build/lowest.txt \
+	    PYTEST_ARGS="--ignore=tests/benchmarks -m 'not slow' $(PYTEST_ARGS)"
 
 aot: $(VENV)/stamp-test ## compile every kernel for every architecture, without a GPU
 	$(PY) -m benchmarks.aot
@@ -110,7 +108,7 @@ clean: ## remove caches, build products and demo output; keep .venv
 	find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean ## remove .venv as well
-	rm -rf $(VENV) $(VENV)-matrix
+	rm -rf $(VENV) $(LOWEST)
 
 $(PY):
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -121,7 +119,7 @@ $(PY):
 
 # torch comes first and alone: it is by far the largest, and the rest finds it installed. Without the
 # pin in constraints.txt, pip may choose a CUDA build of several gigabytes.
-$(VENV)/stamp-torch: constraints.txt | $(PY)
+$(VENV)/stamp-torch: $(CONSTRAINTS) | $(PY)
 	@$(SAY) 'installing torch (once; TORCH_INDEX in "make help" tells how to get the smaller CPU build)'
 	@$(PIP) setuptools torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@touch $@

@@ -106,7 +106,8 @@ class _Training:
         self.value_curve: list[tuple[int, float]] = []
         self.seconds = 0.0
         self._run, self._adapted, self._prepared = run, adapted, prepared
-        self._device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        available = torch.accelerator.current_accelerator(check_available=True)
+        self._device = available or torch.device("cpu")
         self._model = adapted.model.to(self._device)
         self._groups = groups
         self._checkpoint = checkpoint
