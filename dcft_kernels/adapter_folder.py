@@ -242,7 +242,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _delete_unnamed(path: Path) -> None:
-    """Delete a file that no save will name any more, unless the config does; as far as it can be."""
+    """Delete a file that no save will name any more, unless the config does."""
     with contextlib.suppress(OSError):
         if path.name not in _config_text(path.parent):
             os.unlink(path)
