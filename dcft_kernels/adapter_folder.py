@@ -213,7 +213,8 @@ def _write_file(path: Path, content: bytes, locks: contextlib.ExitStack) -> None
             file.close()
         os.replace(temporary, path)
     except BaseException:
-        file.close()
+        with contextlib.suppress(OSError):
+            file.close()  # which tries again to write what it has not
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise

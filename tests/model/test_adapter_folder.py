@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def test_saves_and_loads_at_once(tmp_path):
 
 
 class _Pause:
-    """Makes the thread it is given to wait before it renames a config."""
+    """Saves in a thread that waits before it renames its config."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.thread: threading.Thread | None = None
@@ -89,10 +90,16 @@ class _Pause:
         self.thread.join()
 
 
-def test_a_save_under_way_keeps_its_files(tmp_path, monkeypatch):
+@pytest.fixture
+def paused(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Pause]:
+    pause = _Pause(monkeypatch)
+    yield pause
+    pause.go_on.set()
+
+
+def test_a_save_under_way_keeps_its_files(tmp_path, paused):
     """Another save of the same adapter, and one that replaces that one, delete none of them."""
     _save(1, tmp_path)
-    paused = _Pause(monkeypatch)
     paused.start(2, tmp_path)
     under_way = set(_names(tmp_path))
     for number in (2, 3):
@@ -105,11 +112,11 @@ def test_a_save_under_way_keeps_its_files(tmp_path, monkeypatch):
     assert len(_names(tmp_path)) == 2
 
 
-def test_a_save_that_is_overtaken_deletes_its_own_weights(tmp_path, monkeypatch):
+def test_a_save_that_is_overtaken_deletes_its_own_weights(tmp_path, paused, monkeypatch):
     """The other save cannot: when it looks, the lock is not released yet."""
     _save(1, tmp_path)
-    paused, flush = _Pause(monkeypatch), adapter_folder._flush_directory
     paused.start(2, tmp_path)
+    flush = adapter_folder._flush_directory
 
     def overtaken(folder: Path) -> None:
         flush(folder)
@@ -153,12 +160,11 @@ def test_a_load_that_is_overtaken_starts_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
-def test_without_locks_a_save_deletes_only_what_it_replaces(tmp_path, monkeypatch):
+def test_without_locks_a_save_deletes_only_what_it_replaces(tmp_path, paused, monkeypatch):
     def unsupported(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", unsupported)
-    paused = _Pause(monkeypatch)
     paused.start(1, tmp_path)
     for number in (2, 3):
         _save(number, tmp_path)
