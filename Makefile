@@ -14,6 +14,7 @@ DEMO_ARGS   ?=
 BENCH_ARGS  ?=
 QUALITY_ARGS ?= --help
 PYTEST_ARGS ?=
+TORTURE_ARGS ?=
 TEST_JOBS   ?= auto
 CONSTRAINTS ?= constraints.txt
 
@@ -31,7 +32,7 @@ test: export MKL_NUM_THREADS ?= 1
 # What `make test-portable` varies: ATEN_CPU_CAPABILITY (native: unset) and threads.
 PORTABLE ?= default:1 default:2 avx2:1 avx2:2 native:1 native:2
 
-.PHONY: help demo test test-portable test-lowest aot bench quality report lint format hooks clean distclean
+.PHONY: help demo test test-portable test-lowest torture aot bench quality report lint format hooks clean distclean
 
 help: ## show this list
 	@printf 'usage: make TARGET [VARIABLE=value ...]\n\n'
@@ -45,6 +46,7 @@ help: ## show this list
 	    PYTEST_ARGS 'for make test, such as "-k merge -x"' \
 	    TEST_JOBS   'test processes; 0 runs all in one (auto: one per core, at most 8)' \
     PORTABLE    'pairs capability:threads for make test-portable' \
+	    TORTURE_ARGS 'for make torture, such as "--scale 0.1"' \
 	    BENCH_ARGS  'for make bench, such as "-k layer-main"' \
 	    QUALITY_ARGS 'for make quality, such as "--study methods --data DIR"'
 
@@ -76,6 +78,9 @@ test-lowest: ## run the package's tests with the oldest versions that pyproject.
 	@cmp -s build/lowest.new build/lowest.txt || cp build/lowest.new build/lowest.txt
 	$(MAKE) test VENV=$(LOWEST) CONSTRAINTS=build/lowest.txt \
 	    PYTEST_ARGS="--ignore=tests/benchmarks -m 'not slow' $(PYTEST_ARGS)"
+
+torture: $(VENV)/stamp-test ## save and load adapters amid kills, a full disk, a crowd and damaged files
+	$(PY) -m tests.torture $(TORTURE_ARGS)
 
 aot: $(VENV)/stamp-test ## compile every kernel for every architecture, without a GPU
 	$(PY) -m benchmarks.aot
