@@ -178,9 +178,9 @@ class DCFTLinear(nn.Linear):
         self.nonlinearity = options.nonlinearity
         # Whether `weight` is stored [n, m], as GPT-2's Conv1D does.
         self.fan_in_fan_out = fan_in_fan_out
-        # The base weight while `weight` is the merged one. In a tuple, since nn.Module would
-        # register a bare parameter.
-        self._base_while_merged: tuple[nn.Parameter, ...] = ()
+        # The base weight while `weight` is the merged one, see `_weight_and_base`. In a list, since
+        # nn.Module would register a bare parameter.
+        self._base_while_merged: list[nn.Parameter] = []
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
         dtype = options.adapter_dtype
@@ -255,7 +255,21 @@ class DCFTLinear(nn.Linear):
     @property
     def merged(self) -> bool:
         """Whether `weight` currently holds base plus increment."""
-        return bool(self._base_while_merged)
+        kept = self._base_while_merged
+        return bool(kept) and self.weight is not kept[0]
+
+    def _weight_and_base(self) -> tuple[Tensor, Tensor]:
+        """`weight` and the base weight, at one moment; they are one object unless merged.
+
+        `merge` and `unmerge` of other threads put a new list in `_base_while_merged`, and replace
+        `weight` only while it holds the base. So if the list is the same before and after `weight`
+        is read, an empty one means the base, and otherwise the weight itself tells.
+        """
+        while True:
+            kept = self._base_while_merged
+            weight = self.weight
+            if kept is self._base_while_merged:
+                return weight, kept[0] if kept else weight
 
     @property
     def geometry(self) -> Geometry:
@@ -287,8 +301,11 @@ class DCFTLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear has
         """`input W^T + bias + scaling * dropout(input) DW^T`; `[..., n]` to `[..., m]`."""
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        if self.merged:
+        weight, base = self._weight_and_base()
+        merged = weight is not base
+        if self.fan_in_fan_out:
+            weight = weight.t()
+        if merged:
             return F.linear(validation.tokens("x", input, self.in_features), weight, self.bias)
         return dcft_linear(
             input,
@@ -331,6 +348,9 @@ class DCFTLinear(nn.Linear):
         a layer from `to_linear` only one. The sum is computed in float32 or wider and rounded once
         to the base's dtype; in 16 bits, increments below half a unit in the last place vanish.
 
+        Other threads may use the layer meanwhile, in eager mode: each of their calls is computed
+        either unmerged or merged. One thread at a time may merge and unmerge.
+
         Raises:
             RuntimeError: the layer is merged already, or has a nonlinearity.
             ValueError: the merged weight is not finite; nothing is changed.
@@ -338,10 +358,11 @@ class DCFTLinear(nn.Linear):
         self._refuse_if_nonlinear("merge")
         if self.merged:
             raise RuntimeError("merge: this DCFTLinear is merged already; call unmerge() first")
-        merged = nn.Parameter(self._merged_weight(), requires_grad=False)
         base = self.weight
+        merged = nn.Parameter(self._merged_weight(base), requires_grad=False)
+        # In this order, see _weight_and_base.
+        self._base_while_merged = [base]
         self.weight = merged
-        self._base_while_merged = (base,)
 
     def unmerge(self) -> None:
         """Restore the base weight bit for bit: the same parameter as before `merge`.
@@ -351,8 +372,9 @@ class DCFTLinear(nn.Linear):
         """
         if not self.merged:
             raise RuntimeError("unmerge: this DCFTLinear is not merged; call merge() first")
+        # In this order, see _weight_and_base.
         (self.weight,) = self._base_while_merged
-        self._base_while_merged = ()
+        self._base_while_merged = []
 
     def to_linear(self) -> nn.Module:
         """A plain layer with base plus increment as its weight, of the kind that was adapted.
@@ -364,7 +386,8 @@ class DCFTLinear(nn.Linear):
             ValueError: the merged weight is not finite.
         """
         self._refuse_if_nonlinear("to_linear")
-        weight = self.weight.detach().clone() if self.merged else self._merged_weight()
+        weight, base = self._weight_and_base()
+        weight = self._merged_weight(base) if weight is base else weight.detach().clone()
         if self.fan_in_fan_out:
             conv1d: Any = _conv1d_class()
             with torch.device("meta"):
@@ -379,18 +402,18 @@ class DCFTLinear(nn.Linear):
         return plain
 
     @torch.no_grad()
-    def _merged_weight(self) -> Tensor:
+    def _merged_weight(self, base: Tensor) -> Tensor:
         """Base plus increment, as `weight` is stored, rounded once to its dtype."""
-        if self.weight.is_meta:
+        if base.is_meta:
             raise ValueError("merge: the weight is on the meta device; load its values first")
-        base = self.weight.t() if self.fan_in_fan_out else self.weight
-        merged = merged_weight(base, self.adapter, self.backend)
+        turned = base.t() if self.fan_in_fan_out else base
+        merged = merged_weight(turned, self.adapter, self.backend)
         if self.fan_in_fan_out:
             merged = merged.t()
         if not bool(torch.isfinite(merged).all()):
             raise ValueError(
                 "merge: base plus increment is not finite: one of them has diverged, or the sum "
-                f"overflows {self.weight.dtype}; nothing was changed"
+                f"overflows {base.dtype}; nothing was changed"
             )
         return merged
 
@@ -460,15 +483,17 @@ class DCFTLinear(nn.Linear):
                 # In place, so that layers tied to the base stay tied.
                 base.data = moved
             else:
-                self._base_while_merged = (nn.Parameter(moved, base.requires_grad),)
+                self._base_while_merged = [nn.Parameter(moved, base.requires_grad)]
         return self
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for base in self._base_while_merged:
-            destination[prefix + "weight"] = base if keep_vars else base.detach()
+        if prefix + "weight" not in destination:  # computed from other parameters
+            return
+        _, base = self._weight_and_base()
+        destination[prefix + "weight"] = base if keep_vars else base.detach()
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *rest: Any

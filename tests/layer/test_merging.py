@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import sys
+import threading
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -126,6 +130,75 @@ def test_a_merge_that_overflows_the_base_dtype_is_refused():
     with pytest.raises(ValueError, match=r"overflows torch\.float16"):
         layer.merge()
     snapshot.assert_unchanged()
+
+
+class _Interrupted(DCFTLinear):
+    """Runs `during` when its weight is read: just before or just after."""
+
+    def __getattr__(self, name: str) -> Any:
+        during = self.__dict__.pop("during", None) if name == "weight" else None
+        before, after = during or (None, None)
+        if before is not None:
+            before()
+        value = super().__getattr__(name)
+        if after is not None:
+            after()
+        return value
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("switches", [1, 2, 3])
+def test_no_call_sees_half_a_switch(merged, switches, moment):
+    """Another thread merges or unmerges while this one is between two statements."""
+    layer = _randomized(_Interrupted(20, 13, init="paper", dtype=torch.float64))
+    other = copy.deepcopy(layer)
+    other.merge()
+    if merged:
+        layer.merge()
+
+    def switch() -> None:
+        for _ in range(switches):
+            layer.unmerge() if layer.merged else layer.merge()
+
+    def interrupt() -> None:
+        layer.during = (switch, None) if moment == "before" else (None, switch)
+
+    x, base = torch.randn(3, 20, dtype=torch.float64), other.state_dict()["weight"]
+    interrupt()
+    torch.testing.assert_close(layer(x), other(x))
+    interrupt()
+    assert torch.equal(layer.state_dict()["weight"], base)
+    interrupt()
+    assert torch.equal(layer.to_linear().weight, other.weight)
+
+
+def test_threads_infer_while_another_merges():
+    layer = _randomized(DCFTLinear(20, 13, init="paper", dtype=torch.float64))
+    x = torch.randn(3, 20, dtype=torch.float64)
+    expected, wrong, stop = layer(x).detach(), [], threading.Event()
+
+    def infer() -> None:
+        while not stop.is_set():
+            error = (layer(x) - expected).abs().max().item()
+            if error > 1e-9:
+                wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=infer) for _ in range(3)]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(300):
+            layer.merge()
+            layer.unmerge()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert wrong == []
 
 
 def test_training_a_merged_layer_warns(layer):
