@@ -353,9 +353,12 @@ class DCFTLinear(nn.Linear):
 
         Raises:
             RuntimeError: the layer is merged already, or has a nonlinearity.
-            ValueError: the merged weight is not finite; nothing is changed.
+            ValueError: the weight is computed from other parameters (pruned, weight-normed,
+                parametrized), sharded or without values, or the merged weight is not finite.
+            Nothing is changed then.
         """
         self._refuse_if_nonlinear("merge")
+        self._refuse_unless_plain("merge", "weight")
         if self.merged:
             raise RuntimeError("merge: this DCFTLinear is merged already; call unmerge() first")
         base = self.weight
@@ -369,12 +372,18 @@ class DCFTLinear(nn.Linear):
 
         Raises:
             RuntimeError: the layer is not merged.
+            ValueError: since `merge`, the weight was replaced by one that is computed or sharded.
         """
         if not self.merged:
             raise RuntimeError("unmerge: this DCFTLinear is not merged; call merge() first")
+        self.check_unmerge()
         # In this order, see _weight_and_base.
         (self.weight,) = self._base_while_merged
         self._base_while_merged = []
+
+    def check_unmerge(self) -> None:
+        """Raise the ValueError that `unmerge` of a merged layer would raise, if any."""
+        self._refuse_unless_plain("unmerge", "weight")
 
     def to_linear(self) -> nn.Module:
         """A plain layer with base plus increment as its weight, of the kind that was adapted.
@@ -383,9 +392,10 @@ class DCFTLinear(nn.Linear):
 
         Raises:
             RuntimeError: the layer has a nonlinearity.
-            ValueError: the merged weight is not finite.
+            ValueError: as for `merge`; also for a bias that is computed from other parameters.
         """
         self._refuse_if_nonlinear("to_linear")
+        self._refuse_unless_plain("to_linear", "weight", "bias")
         weight, base = self._weight_and_base()
         weight = self._merged_weight(base) if weight is base else weight.detach().clone()
         if self.fan_in_fan_out:
@@ -446,6 +456,25 @@ class DCFTLinear(nn.Linear):
     def _refuse_if_nonlinear(self, action: str) -> None:
         if self.nonlinearity is not None:
             raise not_mergeable(f"{action}: this DCFTLinear", self.nonlinearity)
+
+    def _refuse_unless_plain(self, action: str, *names: str) -> None:
+        """Raise ValueError for parameters of the base that are computed from others or sharded."""
+        m, n = self.out_features, self.in_features
+        shapes = {"weight": [n, m] if self.fan_in_fan_out else [m, n], "bias": [m]}
+        for name in names:
+            found = getattr(self, name)
+            # A DTensor's shape is that of the whole.
+            whole = found is None or (
+                list(found.shape) == shapes[name] and not hasattr(found, "full_tensor")
+            )
+            if name not in self._parameters or not whole:
+                raise ValueError(
+                    f"{action}: expected {name} to be an nn.Parameter of shape {shapes[name]}, got "
+                    f"a {type(found).__name__} of shape {list(found.shape)}: it is pruned, "
+                    "reparametrized or sharded; undo that (torch.nn.utils.prune.remove, "
+                    "remove_weight_norm, parametrize.remove_parametrizations), or load the saved "
+                    "adapter into a plain model and merge there"
+                )
 
     def _refuse_if_merged(self, action: str) -> None:
         if self.merged:

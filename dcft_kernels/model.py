@@ -14,6 +14,8 @@ from dcft_kernels.nonlinearity import not_mergeable
 from dcft_kernels.targets import ALL_LINEAR, Targets, check_patterns, matches, select_layers
 
 _ADAPTER_PREFIX = "dcft_"
+# Recognised by name: importing them takes long.
+_FSDP = {"FullyShardedDataParallel", "FSDPModule"}
 
 
 def swap_linear(
@@ -114,13 +116,21 @@ def merge_model(model: nn.Module, *, unload: bool = False) -> None:
 
     Raises:
         RuntimeError: some layers are merged already, or have a nonlinearity.
-        ValueError: no adapted layers, or a merged weight that is not finite.
+        ValueError: no adapted layers, a weight that `DCFTLinear.merge` refuses (pruned, weight-
+            normed, parametrized, sharded), or a merged weight that is not finite.
         The model is untouched then.
     """
     layers = dcft_layers(model)
     for name, layer in layers.items():
         if layer.nonlinearity is not None:
             raise not_mergeable(f"model: {name!r}: this DCFTLinear", layer.nonlinearity)
+    for name, module in model.named_modules():
+        # Between passes, a weight of such a module may look like any other until FSDP resets it.
+        if _FSDP & {cls.__name__ for cls in type(module).__mro__}:
+            raise ValueError(
+                f"model: {name!r} is sharded by FSDP ({type(module).__name__}); load the saved "
+                "adapter into a plain model and merge there"
+            )
     if unload:
         if isinstance(model, DCFTLinear):
             raise ValueError(
@@ -153,12 +163,15 @@ def unmerge_model(model: nn.Module) -> None:
 
     Raises:
         RuntimeError: no layer is merged.
-        ValueError: no adapted layers.
+        ValueError: no adapted layers, or a weight that `DCFTLinear.unmerge` refuses.
+        The model is untouched then.
     """
-    merged = [layer for layer in dcft_layers(model).values() if layer.merged]
+    merged = {name: layer for name, layer in dcft_layers(model).items() if layer.merged}
     if not merged:
         raise RuntimeError("model: no layer is merged; call merge_model(model) first")
-    for layer in merged:
+    for name, layer in merged.items():
+        _naming(name, layer.check_unmerge)
+    for layer in merged.values():
         layer.unmerge()
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from dcft_kernels import DCFTLinear, add_delta_weight_, delta_weight
 from dcft_kernels.rounding import store
@@ -130,6 +133,58 @@ def test_a_merge_that_overflows_the_base_dtype_is_refused():
     with pytest.raises(ValueError, match=r"overflows torch\.float16"):
         layer.merge()
     snapshot.assert_unchanged()
+
+
+def _sharded(name: str) -> Callable[[nn.Module], Any]:
+    """As FSDP with flat parameters and DeepSpeed's ZeRO-3 leave a parameter between passes."""
+    return lambda layer: setattr(layer, name, nn.Parameter(torch.empty(0), requires_grad=False))
+
+
+COMPUTED = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "parametrized": nn.utils.parametrizations.weight_norm,
+}
+BIAS = {
+    "pruned bias": lambda layer: prune.l1_unstructured(layer, "bias", 0.3),
+    "sharded bias": _sharded("bias"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("action", "how"),
+    [
+        *itertools.product(("merge", "to_linear"), [*COMPUTED, "sharded"]),
+        *itertools.product(("to_linear",), BIAS),
+    ],
+)
+def test_a_base_that_is_computed_or_sharded_is_not_merged(layer, action, how):
+    """Merging replaced a weight that hooks then could not set: the layer was broken for good."""
+    ({"sharded": _sharded("weight")} | COMPUTED | BIAS)[how](layer.eval())
+    snapshot, x = ModelSnapshot(layer), torch.randn(3, 20)
+    expected = layer(x) if how in COMPUTED else None
+    name = "bias" if how in BIAS else "weight"
+    text = rf"^{action}: expected {name} to be an nn\.Parameter of shape \[13.*prune\.remove.*save"
+    with pytest.raises(ValueError, match=text):
+        getattr(layer, action)()
+    snapshot.assert_unchanged()
+    if expected is not None:
+        assert torch.equal(layer(x), expected)
+
+
+def test_a_pruned_layer_merges_after_remove_and_unmerges_before(layer):
+    prune.l1_unstructured(layer, "weight", 0.3)
+    prune.remove(layer, "weight")
+    pruned = layer.weight
+    layer.merge()
+    prune.l1_unstructured(layer, "weight", 0.3)
+    with pytest.raises(ValueError, match=r"^unmerge: expected weight to be an nn\.Parameter"):
+        layer.unmerge()
+    prune.remove(layer, "weight")
+    layer.unmerge()
+    assert layer.weight is pruned
 
 
 class _Interrupted(DCFTLinear):
