@@ -34,9 +34,9 @@ def swap_linear(
         model: any module; transformers' GPT-2 style `Conv1D` layers count as linear.
         targets: `"all-linear"`: every plain linear layer (no subclasses, which may compute
             something else) except the output head and layers tied to an embedding. A list:
-            names or endings of names (`["query", "value"]`). Any other string: a regular
-            expression for the whole name.
-        exclude: layers to leave alone, a list or a regular expression.
+            names or endings of names (`["query", "value"]`). Any other string: one of these, or a
+            regular expression for the whole name.
+        exclude: layers to leave alone, a list or a string as for `targets`.
         **dcft_options: `rank`, `kernel_size`, `stride`, `alpha`, `dropout`, `init`, `backend`,
             `adapter_dtype`, `strategy`, `nonlinearity`, see `DCFTLinear`.
 
@@ -180,8 +180,8 @@ def freeze_base(model: nn.Module, *, trainable: Targets = ()) -> None:
 
     Args:
         model: a model with `DCFTLinear` layers.
-        trainable: modules or parameters to train as well, by name or ending of name or
-            regular expression: `freeze_base(model, trainable=["classifier"])` trains a new head.
+        trainable: modules or parameters to train as well, as `targets` of `swap_linear`:
+            `freeze_base(model, trainable="classifier")` trains a new head.
 
     Raises:
         RuntimeError: a layer is merged.

@@ -1,4 +1,4 @@
-"""Which layers of a model a user means: name suffixes, a regular expression, or "all-linear"."""
+"""Which layers of a model a user means: names, a regular expression, or "all-linear"."""
 
 from __future__ import annotations
 
@@ -87,11 +87,13 @@ def check_holds_its_layers(model: nn.Module) -> None:
 def matches(name: str, patterns: Targets) -> bool:
     """Whether a module name is meant.
 
-    A string is a regular expression for the whole name; a sequence holds names, or endings of
-    names that begin after a dot.
+    A sequence holds names, or endings of names that begin after a dot. A string is one of these,
+    or a regular expression for the whole name.
     """
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        if re.fullmatch(patterns, name) is not None:
+            return True
+        patterns = [patterns]
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
@@ -107,7 +109,8 @@ def check_patterns(argument: str, patterns: object) -> None:
         return
     if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(
-            f"{argument}: expected a regular expression or a list of name endings, got {patterns!r}"
+            f"{argument}: expected a name, a regular expression or a list of names, "
+            f"got {patterns!r}"
         )
 
 

@@ -184,6 +184,7 @@ def test_a_swap_that_runs_out_of_memory_changes_nothing(base, monkeypatch):
     [
         pytest.param((), set(), id="nothing"),
         pytest.param(["classifier"], {"classifier.weight", "classifier.bias"}, id="module"),
+        pytest.param("bias", {"first.bias", "classifier.bias"}, id="string"),
         pytest.param(["classifier.bias"], {"classifier.bias"}, id="parameter"),
         pytest.param(["bias"], {"first.bias", "classifier.bias"}, id="ending"),
         pytest.param(r"(classifier|embedding)", {

@@ -66,7 +66,9 @@ ATTENTION = [f"attention.{name}" for name in ("query", "key", "value", "output.d
         pytest.param(r"layers\.1\..*(query|dense)", [
             "layers.1.attention.query", "layers.1.attention.output.dense",
             "layers.1.dense", "layers.1.my_query"], id="regex"),
-        pytest.param("classifier", ["classifier"], id="string-is-a-regex-for-the-whole-name"),
+        pytest.param("classifier", ["classifier"], id="string"),
+        pytest.param("query", _in_both("attention.query"), id="string-ending"),
+        pytest.param("output.dense", _in_both("attention.output.dense"), id="string-dotted"),
         # `attention.output` is a block: only what is linear can be adapted.
         pytest.param(r".*output(\.dense)?", _in_both("attention.output.dense"), id="container"),
         pytest.param("all-linear", _in_both(*ATTENTION, "dense", "my_query"), id="all-linear"),
@@ -83,6 +85,7 @@ def test_targets_select(model, targets, expected):
     [
         pytest.param((), [], id="nothing"),
         pytest.param(["query"], _in_both("attention.query"), id="ending"),
+        pytest.param("query", _in_both("attention.query"), id="string"),
         pytest.param(["layers.0.dense"], ["layers.0.dense"], id="whole-name"),
         pytest.param(r"layers\.0\.attention\..*", [f"layers.0.{e}" for e in ATTENTION], id="regex"),
     ],
