@@ -33,9 +33,9 @@ def swap_linear(
     Args:
         model: any module; transformers' GPT-2 style `Conv1D` layers count as linear.
         targets: `"all-linear"`: every plain linear layer (no subclasses, which may compute
-            something else) except the output head and layers tied to an embedding. A list:
-            names or endings of names (`["query", "value"]`). Any other string: one of these, or a
-            regular expression for the whole name.
+            something else) except the output head, layers tied to an embedding, and those that
+            PEFT has adapted or made. A list: names or endings of names (`["query", "value"]`).
+            Any other string: one of these, or a regular expression for the whole name.
         exclude: layers to leave alone, a list or a string as for `targets`.
         **dcft_options: `rank`, `kernel_size`, `stride`, `alpha`, `dropout`, `init`, `backend`,
             `adapter_dtype`, `strategy`, `nonlinearity`, see `DCFTLinear`.
@@ -45,7 +45,8 @@ def swap_linear(
         names stays one layer and is listed under each.
 
     Raises:
-        TypeError: an unknown option, or a target that is not a plain linear layer.
+        TypeError: an unknown option, or a target that is not a plain linear layer or belongs to an
+            adapter of PEFT.
         ValueError: a target that matches nothing (near misses are listed) or is swapped already.
         The model is untouched then.
     """
@@ -176,12 +177,13 @@ def unmerge_model(model: nn.Module) -> None:
 
 
 def freeze_base(model: nn.Module, *, trainable: Targets = ()) -> None:
-    """Leave only the adapters trainable.
+    """Leave only the DCFT adapters trainable; those of other libraries are frozen as well.
 
     Args:
         model: a model with `DCFTLinear` layers.
         trainable: modules or parameters to train as well, as `targets` of `swap_linear`:
-            `freeze_base(model, trainable="classifier")` trains a new head.
+            `freeze_base(model, trainable="classifier")` trains a new head,
+            `trainable=["lora_A", "lora_B"]` PEFT's LoRA.
 
     Raises:
         RuntimeError: a layer is merged.
