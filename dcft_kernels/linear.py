@@ -155,7 +155,9 @@ class DCFTLinear(nn.Linear):
         if dtype is not None:
             validation.float_dtype("dtype", dtype)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._adopt_base(self.weight, self.bias, options, fan_in_fan_out=False)
+        self._adopt_base(
+            self.weight, self.bias, options, fan_in_fan_out=False, device=self.weight.device
+        )
         self.freeze_base()
 
     def _adopt_base(
@@ -165,8 +167,9 @@ class DCFTLinear(nn.Linear):
         options: DCFTOptions,
         *,
         fan_in_fan_out: bool,
+        device: torch.device,
     ) -> None:
-        """Use these parameters, not copies, as the base and create the adapter."""
+        """Use these parameters, not copies, as the base and create the adapter on `device`."""
         self.rank = options.rank
         self.kernel_size: Pair = options.kernel_size  # type: ignore[assignment]
         self.stride: Pair = options.stride  # type: ignore[assignment]
@@ -181,25 +184,26 @@ class DCFTLinear(nn.Linear):
         # The base weight while `weight` is the merged one, see `_weight_and_base`. In a list, since
         # nn.Module would register a bare parameter.
         self._base_while_merged: list[nn.Parameter] = []
-        self.register_parameter("weight", weight)
-        self.register_parameter("bias", bias)
         dtype = options.adapter_dtype
         if dtype is None:
             dtype = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
         geometry = self.geometry
         self._default_alpha = default_alpha(geometry, options.init)
-        for name, shape in (
-            ("dcft_A", geometry.shape_A),
-            ("dcft_B", geometry.shape_B),
-            ("dcft_C", geometry.shape_C),
-        ):
-            factor = torch.empty(shape, device=weight.device, dtype=dtype)
-            self.register_parameter(name, nn.Parameter(factor))
+        A, B, C = (
+            nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            for shape in (geometry.shape_A, geometry.shape_B, geometry.shape_C)
+        )
+        # Not by register_parameter, which accelerate's init_empty_weights replaces: it would move
+        # the factors to the meta device, and no checkpoint of a base brings their values.
+        self._parameters.update(weight=weight, bias=bias, dcft_A=A, dcft_B=B, dcft_C=C)
         self.reset_dcft_parameters()
 
     @classmethod
     def from_linear(cls, linear: nn.Module, **dcft_options: Any) -> DCFTLinear:
         """Adapt an existing layer; the result shares its weight and bias, which become frozen.
+
+        The adapter is created where the weight is; for a weight on the meta device on the CPU,
+        since a base's checkpoint brings no values for it.
 
         Args:
             linear: an `nn.Linear`, or a `Conv1D` of transformers (GPT-2), whose weight is stored
@@ -228,11 +232,13 @@ class DCFTLinear(nn.Linear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear_sizes(linear)
+        weight: Any = linear.weight
         layer._adopt_base(
-            linear.weight,  # type: ignore[arg-type]
+            weight,
             linear.bias,  # type: ignore[arg-type]
             options,
             fan_in_fan_out=is_conv1d(linear),
+            device=torch.device("cpu") if weight.is_meta else weight.device,
         )
         # The tables themselves, so that handles that users hold can remove their hooks.
         for table in _HOOK_TABLES:
