@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from dcft_kernels.functional import dcft_linear, delta_weight, merged_weight
 from dcft_kernels.initialization import INITS, default_alpha, initialize
 from dcft_kernels.nonlinearity import not_mergeable
 
+SETTINGS = "dcft_settings"
 _HOOK_TABLES = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -91,7 +94,10 @@ class DCFTLinear(nn.Linear):
     | `dcft_B` | `[J, rank]` | the output side, with `J` windows |
     | `dcft_C` | `[d_out, d_in]` | the transposed-convolution kernel |
 
-    The state dict never depends on `merged`: it always holds the base weight and the adapter.
+    The state dict never depends on `merged`: it always holds the base weight and the adapter, and
+    says so with a warning while merged. Its `dcft_settings`, JSON in bytes, are what the factors'
+    shapes do not show: scaling, stride and nonlinearity. Loading a state dict with others is an
+    error; one without any, as of the base, is taken as it is.
 
     Args:
         in_features: `n`.
@@ -123,6 +129,7 @@ class DCFTLinear(nn.Linear):
     dcft_A: nn.Parameter
     dcft_B: nn.Parameter
     dcft_C: nn.Parameter
+    dcft_settings: Tensor
     nonlinearity: str | None = None
     _default_alpha: float | None = None
 
@@ -196,6 +203,7 @@ class DCFTLinear(nn.Linear):
         # Not by register_parameter, which accelerate's init_empty_weights replaces: it would move
         # the factors to the meta device, and no checkpoint of a base brings their values.
         self._parameters.update(weight=weight, bias=bias, dcft_A=A, dcft_B=B, dcft_C=C)
+        self._buffers[SETTINGS] = self._encoded_settings(device)
         self.reset_dcft_parameters()
 
     @classmethod
@@ -525,21 +533,78 @@ class DCFTLinear(nn.Linear):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Of this moment: `alpha` may have changed since the buffer was made.
+        destination[prefix + SETTINGS] = self._encoded_settings(self.dcft_settings.device)
         if prefix + "weight" not in destination:  # computed from other parameters
             return
-        _, base = self._weight_and_base()
+        weight, base = self._weight_and_base()
         destination[prefix + "weight"] = base if keep_vars else base.detach()
+        if weight is not base:
+            warnings.warn(
+                "the state dict of a merged DCFTLinear holds the base weight and the adapter, not "
+                "the merged weight; for a plain model with merged weights, call "
+                "merge_model(model, unload=True) before saving it",
+                stacklevel=2,
+            )
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
+        error_messages: list[str] = rest[-1]
+        name = prefix.rstrip(".") or "DCFTLinear"
         if self.merged:
-            error_messages: list[str] = rest[-1]
+            error_messages.append(f"{name} is merged: call unmerge() before loading")
+            return
+        key = prefix + SETTINGS
+        differences = self._differences_of_settings(state_dict[key]) if key in state_dict else []
+        if differences:
             error_messages.append(
-                f"{prefix.rstrip('.') or 'DCFTLinear'} is merged: call unmerge() before loading"
+                f"{name}: {', '.join(differences)}; swap the model's layers with the state dict's "
+                f"settings, or delete {key!r} from it to load its values all the same"
             )
             return
+        # The model's own: state dicts without settings are complete too.
+        device = getattr(state_dict.get(prefix + "weight"), "device", self.dcft_settings.device)
+        state_dict = {**state_dict, key: self._encoded_settings(device)}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+
+    def _settings(self) -> dict[str, Any]:
+        """What the factors' shapes do not show of what they compute."""
+        return {
+            "scaling": float(self.scaling),
+            "stride": list(self.stride),
+            "nonlinearity": self.nonlinearity,
+        }
+
+    def _encoded_settings(self, device: torch.device) -> Tensor:
+        """The settings as bytes of JSON; a tensor, which every tool for state dicts can handle.
+
+        Of one length, since torch.distributed.checkpoint loads into tensors that exist.
+        """
+        text = json.dumps(self._settings()).ljust(128)
+        return torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+
+    def _differences_of_settings(self, encoded: Any) -> list[str]:
+        """How a state dict's settings, perhaps cast to another dtype, differ from this layer's."""
+        if getattr(encoded, "is_meta", False):
+            return []
+        try:
+            there = json.loads(bytes(round(byte) for byte in encoded.tolist()))
+        except (AttributeError, OverflowError, RecursionError, TypeError, ValueError):
+            there = None
+        if not isinstance(there, dict):
+            return [f"{SETTINGS} in the state dict are unreadable"]
+        here = self._settings()
+        return [
+            f"{name} is {here.get(name)} in the model, {there.get(name)} in the state dict"
+            for name in here | there
+            if not _equal(here.get(name), there.get(name))
+        ]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    both_floats = isinstance(a, float) and isinstance(b, float)
+    return math.isclose(a, b, rel_tol=1e-6) if both_floats else a == b
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from dcft_kernels import validation
-from dcft_kernels.linear import DCFTLinear, DCFTOptions
+from dcft_kernels.linear import SETTINGS, DCFTLinear, DCFTOptions
 from dcft_kernels.nonlinearity import not_mergeable
 from dcft_kernels.targets import ALL_LINEAR, Targets, check_patterns, matches, select_layers
 
@@ -65,6 +65,7 @@ def swap_each(model: nn.Module, options: dict[str, DCFTOptions]) -> list[str]:
     # Nothing can fail from here on.
     replace_modules(model, adapted)
     _leave_fused_paths(model)
+    _keep_settings_out_of_ddp(model)
     for layer in adapted.values():
         layer.freeze_base()
     return list(options)
@@ -92,6 +93,15 @@ def _leave_fused_paths(model: nn.Module) -> None:
             module.use_nested_tensor = False
 
 
+def _keep_settings_out_of_ddp(model: nn.Module) -> None:
+    """Spare DistributedDataParallel a broadcast of these constants in every forward pass."""
+    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    for name, _ in model.named_buffers(remove_duplicate=False):
+        if name.rsplit(".", 1)[-1] == SETTINGS:
+            ignored.add(name)
+    model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+
+
 def dcft_layers(model: nn.Module) -> dict[str, DCFTLinear]:
     """The adapted layers of `model` by name; ValueError if there is none."""
     layers = find_dcft_layers(model)
@@ -108,6 +118,9 @@ def find_dcft_layers(model: nn.Module) -> dict[str, DCFTLinear]:
 
 def merge_model(model: nn.Module, *, unload: bool = False) -> None:
     """Merge every adapted layer, all or none.
+
+    The state dict still holds base weights and adapters, as `save_pretrained` and `torch.save` of
+    it then do. To save what the merged model computes, as a plain model, use `unload`.
 
     Args:
         model: a model with `DCFTLinear` layers, none of them merged.

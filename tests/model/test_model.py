@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,7 @@ from dcft_kernels import (
     freeze_base,
     merge_model,
     parameter_counts,
+    save_adapter,
     swap_linear,
     unmerge_model,
 )
@@ -289,6 +291,23 @@ def test_a_model_under_fsdp_is_not_merged(adapted, unload):
     adapted.reshard()
     with pytest.raises(ValueError, match=r"^merge: expected weight .*got a DTensor of shape \[16"):
         adapted.first.merge()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_ddp_does_not_broadcast_settings(base):
+    """Otherwise every forward pass would, and one on rank 0 alone would wait for the others."""
+    swap_linear(base, ["first"])
+    swap_linear(base, ["second"])
+    model = nn.parallel.DistributedDataParallel(base)
+    assert model.modules_buffers == []
+    assert "module.second.dcft_settings" in model.state_dict()
+
+
+def test_saving_the_adapter_of_a_merged_model_does_not_warn(adapted, tmp_path):
+    merge_model(adapted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(adapted, tmp_path)
 
 
 def test_a_model_merged_in_part(adapted):
