@@ -358,9 +358,10 @@ class DCFTLinear(nn.Linear):
     def merge(self) -> None:
         """Put base plus increment in `weight`; the forward is then a plain linear layer's.
 
-        The base weight is kept unchanged for `unmerge`: a merged layer holds two weights,
-        a layer from `to_linear` only one. The sum is computed in float32 or wider and rounded once
-        to the base's dtype; in 16 bits, increments below half a unit in the last place vanish.
+        The base weight is kept unchanged for `unmerge`, and the state dict still holds it and the
+        adapter: a merged layer has two weights, a layer from `to_linear` only one. The sum is
+        computed in float32 or wider and rounded once to the base's dtype; in 16 bits, increments
+        below half a unit in the last place vanish.
 
         Other threads may use the layer meanwhile, in eager mode: each of their calls is computed
         either unmerged or merged. One thread at a time may merge and unmerge.

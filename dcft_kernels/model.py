@@ -95,11 +95,10 @@ def _leave_fused_paths(model: nn.Module) -> None:
 
 def _keep_settings_out_of_ddp(model: nn.Module) -> None:
     """Spare DistributedDataParallel a broadcast of these constants in every forward pass."""
-    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-    for name, _ in model.named_buffers(remove_duplicate=False):
-        if name.rsplit(".", 1)[-1] == SETTINGS:
-            ignored.add(name)
-    model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
+    ignored: Any = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    ignored = {*ignored, *(name for name in buffers if name.endswith(f".{SETTINGS}"))}
+    model._ddp_params_and_buffers_to_ignore = ignored
 
 
 def dcft_layers(model: nn.Module) -> dict[str, DCFTLinear]:
