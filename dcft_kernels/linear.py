@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from dcft_kernels.functional import dcft_linear, delta_weight, merged_weight
 from dcft_kernels.initialization import INITS, default_alpha, initialize
 from dcft_kernels.nonlinearity import not_mergeable
 
+SETTINGS = "dcft_settings"
 _HOOK_TABLES = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -91,7 +94,10 @@ class DCFTLinear(nn.Linear):
     | `dcft_B` | `[J, rank]` | the output side, with `J` windows |
     | `dcft_C` | `[d_out, d_in]` | the transposed-convolution kernel |
 
-    The state dict never depends on `merged`: it always holds the base weight and the adapter.
+    The state dict never depends on `merged`: it always holds the base weight and the adapter, and
+    says so with a warning while merged. Its `dcft_settings`, JSON in bytes, are what the factors'
+    shapes do not show: scaling, stride and nonlinearity. Loading a state dict with others is an
+    error; one without any, as of the base, is taken as it is.
 
     Args:
         in_features: `n`.
@@ -123,6 +129,7 @@ class DCFTLinear(nn.Linear):
     dcft_A: nn.Parameter
     dcft_B: nn.Parameter
     dcft_C: nn.Parameter
+    dcft_settings: Tensor
     nonlinearity: str | None = None
     _default_alpha: float | None = None
 
@@ -155,7 +162,9 @@ class DCFTLinear(nn.Linear):
         if dtype is not None:
             validation.float_dtype("dtype", dtype)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._adopt_base(self.weight, self.bias, options, fan_in_fan_out=False)
+        self._adopt_base(
+            self.weight, self.bias, options, fan_in_fan_out=False, device=self.weight.device
+        )
         self.freeze_base()
 
     def _adopt_base(
@@ -165,8 +174,9 @@ class DCFTLinear(nn.Linear):
         options: DCFTOptions,
         *,
         fan_in_fan_out: bool,
+        device: torch.device,
     ) -> None:
-        """Use these parameters, not copies, as the base and create the adapter."""
+        """Use these parameters, not copies, as the base and create the adapter on `device`."""
         self.rank = options.rank
         self.kernel_size: Pair = options.kernel_size  # type: ignore[assignment]
         self.stride: Pair = options.stride  # type: ignore[assignment]
@@ -178,28 +188,30 @@ class DCFTLinear(nn.Linear):
         self.nonlinearity = options.nonlinearity
         # Whether `weight` is stored [n, m], as GPT-2's Conv1D does.
         self.fan_in_fan_out = fan_in_fan_out
-        # The base weight while `weight` is the merged one. In a tuple, since nn.Module would
-        # register a bare parameter.
-        self._base_while_merged: tuple[nn.Parameter, ...] = ()
-        self.register_parameter("weight", weight)
-        self.register_parameter("bias", bias)
+        # The base weight while `weight` is the merged one, see `_weight_and_base`. In a list, since
+        # nn.Module would register a bare parameter.
+        self._base_while_merged: list[nn.Parameter] = []
         dtype = options.adapter_dtype
         if dtype is None:
             dtype = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
         geometry = self.geometry
         self._default_alpha = default_alpha(geometry, options.init)
-        for name, shape in (
-            ("dcft_A", geometry.shape_A),
-            ("dcft_B", geometry.shape_B),
-            ("dcft_C", geometry.shape_C),
-        ):
-            factor = torch.empty(shape, device=weight.device, dtype=dtype)
-            self.register_parameter(name, nn.Parameter(factor))
+        A, B, C = (
+            nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            for shape in (geometry.shape_A, geometry.shape_B, geometry.shape_C)
+        )
+        # Not by register_parameter, which accelerate's init_empty_weights replaces: it would move
+        # the factors to the meta device, and no checkpoint of a base brings their values.
+        self._parameters.update(weight=weight, bias=bias, dcft_A=A, dcft_B=B, dcft_C=C)
+        self._buffers[SETTINGS] = self._encoded_settings(device)
         self.reset_dcft_parameters()
 
     @classmethod
     def from_linear(cls, linear: nn.Module, **dcft_options: Any) -> DCFTLinear:
         """Adapt an existing layer; the result shares its weight and bias, which become frozen.
+
+        The adapter is created where the weight is; for a weight on the meta device on the CPU,
+        since a base's checkpoint brings no values for it.
 
         Args:
             linear: an `nn.Linear`, or a `Conv1D` of transformers (GPT-2), whose weight is stored
@@ -228,11 +240,13 @@ class DCFTLinear(nn.Linear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear_sizes(linear)
+        weight: Any = linear.weight
         layer._adopt_base(
-            linear.weight,  # type: ignore[arg-type]
+            weight,
             linear.bias,  # type: ignore[arg-type]
             options,
             fan_in_fan_out=is_conv1d(linear),
+            device=torch.device("cpu") if weight.is_meta else weight.device,
         )
         # The tables themselves, so that handles that users hold can remove their hooks.
         for table in _HOOK_TABLES:
@@ -255,7 +269,21 @@ class DCFTLinear(nn.Linear):
     @property
     def merged(self) -> bool:
         """Whether `weight` currently holds base plus increment."""
-        return bool(self._base_while_merged)
+        kept = self._base_while_merged
+        return bool(kept) and self.weight is not kept[0]
+
+    def _weight_and_base(self) -> tuple[Tensor, Tensor]:
+        """`weight` and the base weight, at one moment; they are one object unless merged.
+
+        `merge` and `unmerge` of other threads put a new list in `_base_while_merged`, and replace
+        `weight` only while it holds the base. So if the list is the same before and after `weight`
+        is read, an empty one means the base, and otherwise the weight itself tells.
+        """
+        while True:
+            kept = self._base_while_merged
+            weight = self.weight
+            if kept is self._base_while_merged:
+                return weight, kept[0] if kept else weight
 
     @property
     def geometry(self) -> Geometry:
@@ -287,8 +315,11 @@ class DCFTLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear has
         """`input W^T + bias + scaling * dropout(input) DW^T`; `[..., n]` to `[..., m]`."""
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        if self.merged:
+        weight, base = self._weight_and_base()
+        merged = weight is not base
+        if self.fan_in_fan_out:
+            weight = weight.t()
+        if merged:
             return F.linear(validation.tokens("x", input, self.in_features), weight, self.bias)
         return dcft_linear(
             input,
@@ -327,32 +358,47 @@ class DCFTLinear(nn.Linear):
     def merge(self) -> None:
         """Put base plus increment in `weight`; the forward is then a plain linear layer's.
 
-        The base weight is kept unchanged for `unmerge`: a merged layer holds two weights,
-        a layer from `to_linear` only one. The sum is computed in float32 or wider and rounded once
-        to the base's dtype; in 16 bits, increments below half a unit in the last place vanish.
+        The base weight is kept unchanged for `unmerge`, and the state dict still holds it and the
+        adapter: a merged layer has two weights, a layer from `to_linear` only one. The sum is
+        computed in float32 or wider and rounded once to the base's dtype; in 16 bits, increments
+        below half a unit in the last place vanish.
+
+        Other threads may use the layer meanwhile, in eager mode: each of their calls is computed
+        either unmerged or merged. One thread at a time may merge and unmerge.
 
         Raises:
             RuntimeError: the layer is merged already, or has a nonlinearity.
-            ValueError: the merged weight is not finite; nothing is changed.
+            ValueError: the weight is computed from other parameters (pruned, weight-normed,
+                parametrized), sharded or without values, or the merged weight is not finite.
+            Nothing is changed then.
         """
         self._refuse_if_nonlinear("merge")
+        self._refuse_unless_plain("merge", "weight")
         if self.merged:
             raise RuntimeError("merge: this DCFTLinear is merged already; call unmerge() first")
-        merged = nn.Parameter(self._merged_weight(), requires_grad=False)
         base = self.weight
+        merged = nn.Parameter(self._merged_weight(base), requires_grad=False)
+        # In this order, see _weight_and_base.
+        self._base_while_merged = [base]
         self.weight = merged
-        self._base_while_merged = (base,)
 
     def unmerge(self) -> None:
         """Restore the base weight bit for bit: the same parameter as before `merge`.
 
         Raises:
             RuntimeError: the layer is not merged.
+            ValueError: since `merge`, the weight was replaced by one that is computed or sharded.
         """
         if not self.merged:
             raise RuntimeError("unmerge: this DCFTLinear is not merged; call merge() first")
+        self.check_unmerge()
+        # In this order, see _weight_and_base.
         (self.weight,) = self._base_while_merged
-        self._base_while_merged = ()
+        self._base_while_merged = []
+
+    def check_unmerge(self) -> None:
+        """Raise the ValueError that `unmerge` of a merged layer would raise, if any."""
+        self._refuse_unless_plain("unmerge", "weight")
 
     def to_linear(self) -> nn.Module:
         """A plain layer with base plus increment as its weight, of the kind that was adapted.
@@ -361,10 +407,12 @@ class DCFTLinear(nn.Linear):
 
         Raises:
             RuntimeError: the layer has a nonlinearity.
-            ValueError: the merged weight is not finite.
+            ValueError: as for `merge`; also for a bias that is computed from other parameters.
         """
         self._refuse_if_nonlinear("to_linear")
-        weight = self.weight.detach().clone() if self.merged else self._merged_weight()
+        self._refuse_unless_plain("to_linear", "weight", "bias")
+        weight, base = self._weight_and_base()
+        weight = self._merged_weight(base) if weight is base else weight.detach().clone()
         if self.fan_in_fan_out:
             conv1d: Any = _conv1d_class()
             with torch.device("meta"):
@@ -379,18 +427,18 @@ class DCFTLinear(nn.Linear):
         return plain
 
     @torch.no_grad()
-    def _merged_weight(self) -> Tensor:
+    def _merged_weight(self, base: Tensor) -> Tensor:
         """Base plus increment, as `weight` is stored, rounded once to its dtype."""
-        if self.weight.is_meta:
+        if base.is_meta:
             raise ValueError("merge: the weight is on the meta device; load its values first")
-        base = self.weight.t() if self.fan_in_fan_out else self.weight
-        merged = merged_weight(base, self.adapter, self.backend)
+        turned = base.t() if self.fan_in_fan_out else base
+        merged = merged_weight(turned, self.adapter, self.backend)
         if self.fan_in_fan_out:
             merged = merged.t()
         if not bool(torch.isfinite(merged).all()):
             raise ValueError(
                 "merge: base plus increment is not finite: one of them has diverged, or the sum "
-                f"overflows {self.weight.dtype}; nothing was changed"
+                f"overflows {base.dtype}; nothing was changed"
             )
         return merged
 
@@ -423,6 +471,25 @@ class DCFTLinear(nn.Linear):
     def _refuse_if_nonlinear(self, action: str) -> None:
         if self.nonlinearity is not None:
             raise not_mergeable(f"{action}: this DCFTLinear", self.nonlinearity)
+
+    def _refuse_unless_plain(self, action: str, *names: str) -> None:
+        """Raise ValueError for parameters of the base that are computed from others or sharded."""
+        m, n = self.out_features, self.in_features
+        shapes = {"weight": [n, m] if self.fan_in_fan_out else [m, n], "bias": [m]}
+        for name in names:
+            found = getattr(self, name)
+            # A DTensor's shape is that of the whole.
+            whole = found is None or (
+                list(found.shape) == shapes[name] and not hasattr(found, "full_tensor")
+            )
+            if name not in self._parameters or not whole:
+                raise ValueError(
+                    f"{action}: expected {name} to be an nn.Parameter of shape {shapes[name]}, got "
+                    f"a {type(found).__name__} of shape {list(found.shape)}: it is pruned, "
+                    "reparametrized or sharded; undo that (torch.nn.utils.prune.remove, "
+                    "remove_weight_norm, parametrize.remove_parametrizations), or load the saved "
+                    "adapter into a plain model and merge there"
+                )
 
     def _refuse_if_merged(self, action: str) -> None:
         if self.merged:
@@ -460,26 +527,85 @@ class DCFTLinear(nn.Linear):
                 # In place, so that layers tied to the base stay tied.
                 base.data = moved
             else:
-                self._base_while_merged = (nn.Parameter(moved, base.requires_grad),)
+                self._base_while_merged = [nn.Parameter(moved, base.requires_grad)]
         return self
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for base in self._base_while_merged:
-            destination[prefix + "weight"] = base if keep_vars else base.detach()
+        # Of this moment: `alpha` may have changed since the buffer was made.
+        destination[prefix + SETTINGS] = self._encoded_settings(self.dcft_settings.device)
+        if prefix + "weight" not in destination:  # computed from other parameters
+            return
+        weight, base = self._weight_and_base()
+        destination[prefix + "weight"] = base if keep_vars else base.detach()
+        if weight is not base:
+            warnings.warn(
+                "the state dict of a merged DCFTLinear holds the base weight and the adapter, not "
+                "the merged weight; for a plain model with merged weights, call "
+                "merge_model(model, unload=True) before saving it",
+                stacklevel=2,
+            )
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
+        error_messages: list[str] = rest[-1]
+        name = prefix.rstrip(".") or "DCFTLinear"
         if self.merged:
-            error_messages: list[str] = rest[-1]
+            error_messages.append(f"{name} is merged: call unmerge() before loading")
+            return
+        key = prefix + SETTINGS
+        differences = self._differences_of_settings(state_dict[key]) if key in state_dict else []
+        if differences:
             error_messages.append(
-                f"{prefix.rstrip('.') or 'DCFTLinear'} is merged: call unmerge() before loading"
+                f"{name}: {', '.join(differences)}; swap the model's layers with the state dict's "
+                f"settings, or delete {key!r} from it to load its values all the same"
             )
             return
+        # The model's own: state dicts without settings are complete too.
+        device = getattr(state_dict.get(prefix + "weight"), "device", self.dcft_settings.device)
+        state_dict = {**state_dict, key: self._encoded_settings(device)}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+
+    def _settings(self) -> dict[str, Any]:
+        """What the factors' shapes do not show of what they compute."""
+        return {
+            "scaling": float(self.scaling),
+            "stride": list(self.stride),
+            "nonlinearity": self.nonlinearity,
+        }
+
+    def _encoded_settings(self, device: torch.device) -> Tensor:
+        """The settings as bytes of JSON; a tensor, which every tool for state dicts can handle.
+
+        Of one length, since torch.distributed.checkpoint loads into tensors that exist.
+        """
+        text = json.dumps(self._settings()).ljust(128)
+        return torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+
+    def _differences_of_settings(self, encoded: Any) -> list[str]:
+        """How a state dict's settings, perhaps cast to another dtype, differ from this layer's."""
+        if getattr(encoded, "is_meta", False):
+            return []
+        try:
+            there = json.loads(bytes(round(byte) for byte in encoded.tolist()))
+        except (AttributeError, OverflowError, RecursionError, TypeError, ValueError):
+            there = None
+        if not isinstance(there, dict):
+            return [f"{SETTINGS} in the state dict are unreadable"]
+        here = self._settings()
+        return [
+            f"{name} is {here.get(name)} in the model, {there.get(name)} in the state dict"
+            for name in here | there
+            if not _equal(here.get(name), there.get(name))
+        ]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    both_floats = isinstance(a, float) and isinstance(b, float)
+    return math.isclose(a, b, rel_tol=1e-6) if both_floats else a == b
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from dcft_kernels import validation
-from dcft_kernels.linear import DCFTLinear, DCFTOptions
+from dcft_kernels.linear import SETTINGS, DCFTLinear, DCFTOptions
 from dcft_kernels.nonlinearity import not_mergeable
 from dcft_kernels.targets import ALL_LINEAR, Targets, check_patterns, matches, select_layers
 
 _ADAPTER_PREFIX = "dcft_"
+# Recognised by name: importing them takes long.
+_FSDP = {"FullyShardedDataParallel", "FSDPModule"}
 
 
 def swap_linear(
@@ -31,10 +33,10 @@ def swap_linear(
     Args:
         model: any module; transformers' GPT-2 style `Conv1D` layers count as linear.
         targets: `"all-linear"`: every plain linear layer (no subclasses, which may compute
-            something else) except the output head and layers tied to an embedding. A list:
-            names or endings of names (`["query", "value"]`). Any other string: a regular
-            expression for the whole name.
-        exclude: layers to leave alone, a list or a regular expression.
+            something else) except the output head, layers tied to an embedding, and those that
+            PEFT has adapted or made. A list: names or endings of names (`["query", "value"]`).
+            Any other string: one of these, or a regular expression for the whole name.
+        exclude: layers to leave alone, a list or a string as for `targets`.
         **dcft_options: `rank`, `kernel_size`, `stride`, `alpha`, `dropout`, `init`, `backend`,
             `adapter_dtype`, `strategy`, `nonlinearity`, see `DCFTLinear`.
 
@@ -43,7 +45,8 @@ def swap_linear(
         names stays one layer and is listed under each.
 
     Raises:
-        TypeError: an unknown option, or a target that is not a plain linear layer.
+        TypeError: an unknown option, or a target that is not a plain linear layer or belongs to an
+            adapter of PEFT.
         ValueError: a target that matches nothing (near misses are listed) or is swapped already.
         The model is untouched then.
     """
@@ -62,6 +65,7 @@ def swap_each(model: nn.Module, options: dict[str, DCFTOptions]) -> list[str]:
     # Nothing can fail from here on.
     replace_modules(model, adapted)
     _leave_fused_paths(model)
+    _keep_settings_out_of_ddp(model)
     for layer in adapted.values():
         layer.freeze_base()
     return list(options)
@@ -89,6 +93,14 @@ def _leave_fused_paths(model: nn.Module) -> None:
             module.use_nested_tensor = False
 
 
+def _keep_settings_out_of_ddp(model: nn.Module) -> None:
+    """Spare DistributedDataParallel a broadcast of these constants in every forward pass."""
+    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
+    ignored: Any = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    ignored = {*ignored, *(name for name in buffers if name.endswith(f".{SETTINGS}"))}
+    model._ddp_params_and_buffers_to_ignore = ignored
+
+
 def dcft_layers(model: nn.Module) -> dict[str, DCFTLinear]:
     """The adapted layers of `model` by name; ValueError if there is none."""
     layers = find_dcft_layers(model)
@@ -106,6 +118,9 @@ def find_dcft_layers(model: nn.Module) -> dict[str, DCFTLinear]:
 def merge_model(model: nn.Module, *, unload: bool = False) -> None:
     """Merge every adapted layer, all or none.
 
+    The state dict still holds base weights and adapters, as `save_pretrained` and `torch.save` of
+    it then do. To save what the merged model computes, as a plain model, use `unload`.
+
     Args:
         model: a model with `DCFTLinear` layers, none of them merged.
         unload: also replace every merged layer by a plain one, of the kind it was before the swap,
@@ -114,13 +129,21 @@ def merge_model(model: nn.Module, *, unload: bool = False) -> None:
 
     Raises:
         RuntimeError: some layers are merged already, or have a nonlinearity.
-        ValueError: no adapted layers, or a merged weight that is not finite.
+        ValueError: no adapted layers, a weight that `DCFTLinear.merge` refuses (pruned, weight-
+            normed, parametrized, sharded), or a merged weight that is not finite.
         The model is untouched then.
     """
     layers = dcft_layers(model)
     for name, layer in layers.items():
         if layer.nonlinearity is not None:
             raise not_mergeable(f"model: {name!r}: this DCFTLinear", layer.nonlinearity)
+    for name, module in model.named_modules():
+        # Between passes, a weight of such a module may look like any other until FSDP resets it.
+        if _FSDP & {cls.__name__ for cls in type(module).__mro__}:
+            raise ValueError(
+                f"model: {name!r} is sharded by FSDP ({type(module).__name__}); load the saved "
+                "adapter into a plain model and merge there"
+            )
     if unload:
         if isinstance(model, DCFTLinear):
             raise ValueError(
@@ -153,22 +176,26 @@ def unmerge_model(model: nn.Module) -> None:
 
     Raises:
         RuntimeError: no layer is merged.
-        ValueError: no adapted layers.
+        ValueError: no adapted layers, or a weight that `DCFTLinear.unmerge` refuses.
+        The model is untouched then.
     """
-    merged = [layer for layer in dcft_layers(model).values() if layer.merged]
+    merged = {name: layer for name, layer in dcft_layers(model).items() if layer.merged}
     if not merged:
         raise RuntimeError("model: no layer is merged; call merge_model(model) first")
-    for layer in merged:
+    for name, layer in merged.items():
+        _naming(name, layer.check_unmerge)
+    for layer in merged.values():
         layer.unmerge()
 
 
 def freeze_base(model: nn.Module, *, trainable: Targets = ()) -> None:
-    """Leave only the adapters trainable.
+    """Leave only the DCFT adapters trainable; those of other libraries are frozen as well.
 
     Args:
         model: a model with `DCFTLinear` layers.
-        trainable: modules or parameters to train as well, by name or ending of name or
-            regular expression: `freeze_base(model, trainable=["classifier"])` trains a new head.
+        trainable: modules or parameters to train as well, as `targets` of `swap_linear`:
+            `freeze_base(model, trainable="classifier")` trains a new head,
+            `trainable=["lora_A", "lora_B"]` PEFT's LoRA.
 
     Raises:
         RuntimeError: a layer is merged.

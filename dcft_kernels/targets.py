@@ -1,10 +1,11 @@
-"""Which layers of a model a user means: name suffixes, a regular expression, or "all-linear"."""
+"""Which layers of a model a user means: names, a regular expression, or "all-linear"."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from torch import nn
 
@@ -13,6 +14,8 @@ from dcft_kernels.linear import DCFTLinear, is_conv1d, why_not_adaptable
 ALL_LINEAR = "all-linear"
 
 Targets = str | Sequence[str]
+
+_OF_PEFT = "adapter_layer_names"
 
 # Common names of output heads, for models that do not declare theirs.
 _HEAD_NAMES = frozenset(
@@ -70,6 +73,13 @@ def select_layers(model: nn.Module, targets: Targets, exclude: Targets) -> list[
             + (_short_list(left) or "none")
         )
     for name in selected:
+        owner = _owner(name, modules)
+        if owner is not None:
+            kind = f"{type(modules[owner]).__module__}.{type(modules[owner]).__qualname__}"
+            raise TypeError(
+                f"targets: {name!r} belongs to another adapter: {owner!r} is a {kind}; leave it "
+                "out (exclude=), or merge and unload that adapter first"
+            )
         reason = why_not_adaptable(modules[name])
         if reason is not None:
             raise TypeError(f"targets: {name!r} cannot be adapted: {reason}")
@@ -87,11 +97,13 @@ def check_holds_its_layers(model: nn.Module) -> None:
 def matches(name: str, patterns: Targets) -> bool:
     """Whether a module name is meant.
 
-    A string is a regular expression for the whole name; a sequence holds names, or endings of
-    names that begin after a dot.
+    A sequence holds names, or endings of names that begin after a dot. A string is one of these,
+    or a regular expression for the whole name.
     """
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        if re.fullmatch(patterns, name) is not None:
+            return True
+        patterns = [patterns]
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
@@ -107,17 +119,30 @@ def check_patterns(argument: str, patterns: object) -> None:
         return
     if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(
-            f"{argument}: expected a regular expression or a list of name endings, got {patterns!r}"
+            f"{argument}: expected a name, a regular expression or a list of names, "
+            f"got {patterns!r}"
         )
 
 
 def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
-    """Names of plain linear layers and of layers adapted already."""
+    """Names of plain linear layers and of layers adapted already, by DCFT only."""
     return [
         name
         for name, module in modules.items()
-        if type(module) is nn.Linear or is_conv1d(module) or _is_swapped(module)
+        if (type(module) is nn.Linear or is_conv1d(module) or _is_swapped(module))
+        and _owner(name, modules) is None
     ]
+
+
+def _owner(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """The layer of another adapter that has this name or holds it, or None.
+
+    Its base layer counts too: what LoRA adds does not depend on it, but IA3, DoRA and others scale
+    or turn the base weight alone when they are merged.
+    """
+    holders = accumulate(name.split("."), lambda path, part: f"{path}.{part}")
+    # PEFT's layers of all kinds have it, and its copies of trained modules.
+    return next((h for h in ("", *holders) if hasattr(type(modules[h]), _OF_PEFT)), None)
 
 
 def _head_and_tied_names(model: nn.Module) -> set[str]:
@@ -150,7 +175,7 @@ def _head_and_tied_names(model: nn.Module) -> set[str]:
 
 def _is_container(module: nn.Module) -> bool:
     """Whether a name that matches stands for a block of layers: it is passed over, not adapted."""
-    return next(module.children(), None) is not None
+    return next(module.children(), None) is not None and not hasattr(type(module), _OF_PEFT)
 
 
 def _is_swapped(module: nn.Module) -> bool:
@@ -186,7 +211,7 @@ def _endings(modules: dict[str, nn.Module]) -> Iterator[str]:
 def _available(modules: dict[str, nn.Module]) -> str:
     endings = dict.fromkeys(name.rsplit(".", 1)[-1] for name in _linear_names(modules))
     if not endings:
-        return "the model has no linear layers"
+        return "the model has no linear layers, or only those of PEFT adapters"
     return f"its linear layers are named {_short_list(list(endings))}"
 
 

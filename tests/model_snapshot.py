@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -53,7 +54,9 @@ def _values(model: nn.Module) -> dict[str, bytes]:
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     # Only the state dict shows a merged layer's base weight.
-    tensors |= {f"state {name}": tensor for name, tensor in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the state dict of a merged DCFTLinear")
+        tensors |= {f"state {name}": tensor for name, tensor in model.state_dict().items()}
     return {
         name: tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         for name, tensor in tensors.items()

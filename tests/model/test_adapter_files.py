@@ -445,6 +445,7 @@ def test_a_model_without_values_is_not_loaded_into(tmp_path, swapped):
     target = nn.Sequential(nn.Linear(16, 16, device="meta"))
     if swapped:
         swap_linear(target)
+        target.to("meta")
     _load_fails(target, tmp_path, ValueError, r"0(\.dcft_A)?: on the meta device")
 
 

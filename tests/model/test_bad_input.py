@@ -89,7 +89,7 @@ def test_good_calls_are_good(setting):
 
 NO_LAYERS = r"^model: has no DCFTLinear layers; call swap_linear\(model\) first"
 NO_ADAPTERS = r"^model: has neither DCFTLinear layers nor active PEFT adapters"
-PATTERN = "expected a regular expression or a list of name endings"
+PATTERN = "expected a name, a regular expression or a list of names"
 NOT_MODULES = {
     swap_linear: (),
     merge_model: (),

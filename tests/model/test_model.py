@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import prune
 
 from dcft_kernels import (
     DCFTLinear,
     freeze_base,
     merge_model,
     parameter_counts,
+    save_adapter,
     swap_linear,
     unmerge_model,
 )
@@ -180,6 +186,7 @@ def test_a_swap_that_runs_out_of_memory_changes_nothing(base, monkeypatch):
     [
         pytest.param((), set(), id="nothing"),
         pytest.param(["classifier"], {"classifier.weight", "classifier.bias"}, id="module"),
+        pytest.param("bias", {"first.bias", "classifier.bias"}, id="string"),
         pytest.param(["classifier.bias"], {"classifier.bias"}, id="parameter"),
         pytest.param(["bias"], {"first.bias", "classifier.bias"}, id="ending"),
         pytest.param(r"(classifier|embedding)", {
@@ -243,8 +250,10 @@ def _diverge(layer: DCFTLinear) -> None:
          r"backend='triton' cannot run: .*need a GPU"),
         (lambda layer: setattr(layer, "nonlinearity", "relu"), RuntimeError,
          r"^model: 'second': .*nonlinearity='relu'.*remove_nonlinearity"),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), ValueError,
+         r"^second: (merge|to_linear): expected weight to be an nn\.Parameter .*prune\.remove"),
     ],
-    ids=["diverged", "no-kernels", "nonlinear"],
+    ids=["diverged", "no-kernels", "nonlinear", "pruned"],
 )  # fmt: skip
 def test_merge_model_is_all_or_nothing(adapted, spoil, error, text, unload):
     spoil(adapted.second)
@@ -252,6 +261,53 @@ def test_merge_model_is_all_or_nothing(adapted, spoil, error, text, unload):
     with pytest.raises(error, match=text):
         merge_model(adapted, unload=unload)
     snapshot.assert_unchanged()
+
+
+def test_unmerge_model_is_all_or_nothing(adapted):
+    merge_model(adapted)
+    prune.l1_unstructured(adapted.second, "weight", 0.3)
+    snapshot = ModelSnapshot(adapted)
+    with pytest.raises(ValueError, match=r"^second: unmerge: expected weight to be an nn\.Param"):
+        unmerge_model(adapted)
+    snapshot.assert_unchanged()
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("unload", [False, True])
+def test_a_model_under_fsdp_is_not_merged(adapted, unload):
+    """After a pass its weights look like any others, until FSDP puts its own back."""
+    fully_shard(adapted, mesh=init_device_mesh("cpu", (1,)))
+    expected = adapted(IDS)
+    with pytest.raises(ValueError, match=r"^model: '' is sharded by FSDP \(FSDPNetwork\); load"):
+        merge_model(adapted, unload=unload)
+    assert torch.equal(adapted(IDS), expected)
+    adapted.reshard()
+    with pytest.raises(ValueError, match=r"^merge: expected weight .*got a DTensor of shape \[16"):
+        adapted.first.merge()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_ddp_does_not_broadcast_settings(base):
+    """Otherwise every forward pass would, and one on rank 0 alone would wait for the others."""
+    swap_linear(base, ["first"])
+    swap_linear(base, ["second"])
+    model = nn.parallel.DistributedDataParallel(base)
+    assert model.modules_buffers == []
+    assert "module.second.dcft_settings" in model.state_dict()
+
+
+def test_saving_the_adapter_of_a_merged_model_does_not_warn(adapted, tmp_path):
+    merge_model(adapted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(adapted, tmp_path)
 
 
 def test_a_model_merged_in_part(adapted):

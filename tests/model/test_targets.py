@@ -12,6 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dcft_kernels import DCFTLinear, swap_linear
+from tests.model.peft_models import TOKENS, Base, randomized
+from tests.model_snapshot import ModelSnapshot
 from tests.small_models import build_small_model
 
 
@@ -66,7 +68,9 @@ ATTENTION = [f"attention.{name}" for name in ("query", "key", "value", "output.d
         pytest.param(r"layers\.1\..*(query|dense)", [
             "layers.1.attention.query", "layers.1.attention.output.dense",
             "layers.1.dense", "layers.1.my_query"], id="regex"),
-        pytest.param("classifier", ["classifier"], id="string-is-a-regex-for-the-whole-name"),
+        pytest.param("classifier", ["classifier"], id="string"),
+        pytest.param("query", _in_both("attention.query"), id="string-ending"),
+        pytest.param("output.dense", _in_both("attention.output.dense"), id="string-dotted"),
         # `attention.output` is a block: only what is linear can be adapted.
         pytest.param(r".*output(\.dense)?", _in_both("attention.output.dense"), id="container"),
         pytest.param("all-linear", _in_both(*ATTENTION, "dense", "my_query"), id="all-linear"),
@@ -83,6 +87,7 @@ def test_targets_select(model, targets, expected):
     [
         pytest.param((), [], id="nothing"),
         pytest.param(["query"], _in_both("attention.query"), id="ending"),
+        pytest.param("query", _in_both("attention.query"), id="string"),
         pytest.param(["layers.0.dense"], ["layers.0.dense"], id="whole-name"),
         pytest.param(r"layers\.0\.attention\..*", [f"layers.0.{e}" for e in ATTENTION], id="regex"),
     ],
@@ -185,6 +190,63 @@ def test_targets_match_peft(name, targets):
     expected = [n for n, m in reference.named_modules() if isinstance(m, peft.tuners.lora.Linear)]
     assert expected
     assert swap_linear(model, targets) == expected
+
+
+QUERY = {"target_modules": ["query"]}
+PEFT = {
+    "lora": lambda: peft.LoraConfig(modules_to_save=["value"], **QUERY),
+    "dora": lambda: peft.LoraConfig(use_dora=True, **QUERY),
+    "ia3": lambda: peft.IA3Config(feedforward_modules=[], **QUERY),
+    "oft": lambda: peft.OFTConfig(oft_block_size=4, **QUERY),
+    "vera": lambda: peft.VeraConfig(r=4, **QUERY),
+}
+
+
+def _with_peft(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Base(), PEFT[kind]()).double().eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.uniform_(parameter, 0.1, 0.5)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")
+@pytest.mark.parametrize("kind", PEFT)
+def test_all_linear_leaves_other_adapters_alone(kind):
+    """PEFT multiplies weights of its layers' linear parts when it merges: an adapter on one of them
+    would be lost, and IA3, DoRA and OFT change a base weight in ways an adapter on it does not."""
+    model = _with_peft(kind)
+    others = {name for name, p in model.named_parameters() if p.requires_grad}
+    names = swap_linear(model, init="paper")
+    value = [] if kind == "lora" else ["base_model.model.value"]
+    assert names == [*value, "base_model.model.dense"]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in trained if ".dcft_" not in name} >= others
+    randomized(model)
+    expected = model(TOKENS)
+    torch.testing.assert_close(model.merge_and_unload()(TOKENS), expected)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        "query",
+        ["query.lora_A.default"],
+        ["query.base_layer"],
+        r".*default",
+        ["modules_to_save.default"],
+    ],
+    ids=str,
+)
+def test_a_target_that_belongs_to_another_adapter_is_refused(targets):
+    model = _with_peft("lora")
+    snapshot = ModelSnapshot(model)
+    text = r"^targets: '.*(query|value).*' belongs to another adapter: '.*' is a peft\..*exclude="
+    with pytest.raises(TypeError, match=text):
+        swap_linear(model, targets)
+    snapshot.assert_unchanged()
 
 
 @torch.no_grad()

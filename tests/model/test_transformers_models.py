@@ -187,6 +187,19 @@ def test_an_unloaded_model_is_an_ordinary_one(pristine, tmp_path):
     assert torch.equal(_logits(reloaded, name), _logits(model, name))
 
 
+def test_an_adapted_model_saves_a_checkpoint_of_its_base(pristine, tmp_path):
+    name, base, expected = pristine
+    model = _adapted(base)
+    model.save_pretrained(tmp_path)
+    reloaded, report = type(base).from_pretrained(tmp_path, output_loading_info=True)
+    assert torch.equal(_logits(reloaded.eval(), name), expected)
+    assert not report["missing_keys"]
+    assert all(".dcft_" in key for key in report["unexpected_keys"])
+    merge_model(model)
+    with pytest.warns(UserWarning, match=r"merge_model\(model, unload=True\) before saving"):
+        model.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("name", TIED)
 def test_tied_weights_stay_tied(name):
     model = build_small_model(name)

@@ -39,7 +39,7 @@ def dcft(
     """
     if constraint != "orthogonal" and not orthogonality:
         raise ValueError(f"constraint: {constraint!r} needs a weight, the option orthogonality")
-    pattern = "|".join(map(re.escape, layers))  # a list's names would match as endings
+    pattern = f"({'|'.join(map(re.escape, layers))})"  # bare names would match as endings
     dtype = getattr(torch, adapter_dtype, adapter_dtype) if adapter_dtype else None
     for name in swap_linear(model, pattern, exclude=exclude, adapter_dtype=dtype, **options):
         layer = model.get_submodule(name)

@@ -1,0 +1,94 @@
+"""Models that are built without values, swapped, and filled and placed by accelerate."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+from accelerate.utils import offload_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dcft_kernels import load_adapter, save_adapter, swap_linear
+from tests.small_models import build_small_model, logits, randomize_adapters, small_inputs
+
+NAME = "roberta"
+DISK = {
+    "roberta.embeddings": "cpu",
+    "roberta.encoder.layer.0": "disk",
+    "roberta.encoder.layer.1": "cpu",
+    "classifier": "cpu",
+}
+device_maps = pytest.mark.parametrize(
+    "device_map", [None, {"": "cpu"}, "auto", DISK], ids=["none", "cpu", "auto", "disk"]
+)
+
+
+@pytest.fixture
+def plain() -> nn.Module:
+    return build_small_model(NAME)
+
+
+@pytest.fixture
+def trained(plain: nn.Module) -> nn.Module:
+    model = copy.deepcopy(plain)
+    swap_linear(model, alpha=5.0)
+    randomize_adapters(model)
+    return model
+
+
+@torch.no_grad()
+def _logits(model: nn.Module) -> Tensor:
+    return logits(model, small_inputs(NAME))
+
+
+def _swapped_without_values(inside: bool) -> nn.Module:
+    with init_empty_weights():
+        model = build_small_model(NAME)
+        if inside:
+            swap_linear(model, alpha=5.0)
+    if not inside:
+        swap_linear(model, alpha=5.0)
+    return model
+
+
+def _load(model: nn.Module, source: nn.Module, device_map: Any, folder: Path) -> nn.Module:
+    file = str(folder / "model.safetensors")
+    save_file(source.state_dict(), file, metadata={"format": "pt"})
+    places = {"device_map": device_map, "max_memory": {"cpu": "1GB"}}
+    return load_checkpoint_and_dispatch(model, file, **places, offload_folder=folder / "offload")
+
+
+@device_maps
+@pytest.mark.parametrize("inside", [False, True], ids=["swapped outside", "swapped inside"])
+def test_a_base_checkpoint(plain, device_map, inside, tmp_path):
+    model = _swapped_without_values(inside)
+    if device_map == DISK:
+        # accelerate fetches what it offloads from this folder, and the checkpoint has no adapters.
+        adapters = {n: p.detach() for n, p in model.named_parameters() if ".dcft_" in n}
+        offload_state_dict(tmp_path / "offload", adapters)
+    model = _load(model, plain, device_map, tmp_path)
+    assert torch.equal(_logits(model), _logits(plain))
+
+
+@device_maps
+@pytest.mark.parametrize("inside", [False, True], ids=["swapped outside", "swapped inside"])
+def test_a_checkpoint_with_adapters(trained, device_map, inside, tmp_path):
+    model = _load(_swapped_without_values(inside), trained, device_map, tmp_path)
+    assert torch.equal(_logits(model), _logits(trained))
+
+
+@pytest.mark.parametrize("first", ["adapter", "base"])
+def test_an_adapter_loads_before_the_base_or_after(plain, trained, first, tmp_path):
+    save_adapter(trained, tmp_path)
+    model = _swapped_without_values(inside=True)
+    if first == "adapter":
+        load_adapter(model, tmp_path)
+    model = _load(model, plain, {"": "cpu"}, tmp_path)
+    if first == "base":
+        load_adapter(model, tmp_path)
+    assert torch.equal(_logits(model), _logits(trained))
