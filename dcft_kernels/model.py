@@ -183,7 +183,7 @@ def freeze_base(model: nn.Module, *, trainable: Targets = ()) -> None:
     named = list(model.named_parameters(remove_duplicate=False))
     trained = {parameter for name, parameter in named if _is_adapter(name)}
     for entry in entries:
-        wanted = {parameter for name, parameter in named if _is_or_is_inside(name, entry)}
+        wanted = {parameter for name, parameter in named if is_or_is_inside(name, entry)}
         if not wanted:
             raise ValueError(f"trainable: {entry!r} matches no parameter of the model")
         trained |= wanted
@@ -224,7 +224,7 @@ def _is_adapter(parameter_name: str) -> bool:
     return parameter_name.rsplit(".", 1)[-1].startswith(_ADAPTER_PREFIX)
 
 
-def _is_or_is_inside(parameter_name: str, patterns: Targets) -> bool:
+def is_or_is_inside(parameter_name: str, patterns: Targets) -> bool:
     """Whether the parameter, or a module it lies in, is meant by `patterns`."""
     return any(matches(ancestor, patterns) for ancestor in _ancestry(parameter_name))
 
