@@ -1,41 +1,26 @@
-"""Adapters on disk: a JSON config and a safetensors file, kilobytes, never half-written.
+"""Adapters of a model to and from disk: what of a model is saved, and into which models it fits.
 
-    folder/dcft_config.json                   format version, weights file, layers' settings
-    folder/dcft_adapter-<digest>.safetensors  `<layer>.dcft_A`, `.dcft_B`, `.dcft_C`
-
-The weights file is named by its content, and the config, which names it, is written after it and
-renamed into place: that rename is the moment at which a save takes effect. A crash before it leaves
-the former adapter intact; a crash after it, at most an unreferenced file.
+The weights file holds `<layer>.dcft_A`, `.dcft_B` and `.dcft_C`, the config the layers' settings.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import os
-import re
-import secrets
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save as serialize_safetensors
 from torch import Tensor, nn
 
-from dcft_kernels import validation
+from dcft_kernels import adapter_folder, validation
 from dcft_kernels.adapter import Geometry
+from dcft_kernels.adapter_folder import CONFIG_FILE
 from dcft_kernels.linear import DCFTLinear, DCFTOptions, linear_sizes, why_not_adaptable
 from dcft_kernels.model import dcft_layers, find_dcft_layers, swap_each
 from dcft_kernels.targets import check_holds_its_layers
 
-CONFIG_FILE = "dcft_config.json"
-FORMAT = "dcft_adapter"
 FORMAT_VERSION = 1
-_OWN_WEIGHTS = re.compile(rf"{FORMAT}-[0-9a-f]{{12}}\.safetensors")
 _FACTORS = ("dcft_A", "dcft_B", "dcft_C")
 _SIZES = ("in_features", "out_features")
 _SETTINGS = ("rank", "kernel_size", "stride", "alpha", "dropout", "init")
@@ -110,23 +95,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         for name, layer in layers.items()
         for factor in _FACTORS
     }
-    weights = serialize_safetensors(tensors, metadata={"format": FORMAT})
-    digest = hashlib.sha256(weights).hexdigest()
-    weights_file = f"{FORMAT}-{digest[:12]}.safetensors"
     config = {
-        "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "weights": {"file": weights_file, "sha256": digest},
         "layers": {name: _LayerRecord.of(layer).to_json() for name, layer in layers.items()},
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(folder / weights_file, weights)
-    _write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
-    for file in folder.iterdir():
-        if file.name != weights_file and _OWN_WEIGHTS.fullmatch(file.name):
-            # The save has taken effect, and a leftover file does no harm.
-            with contextlib.suppress(OSError):
-                file.unlink()
+    adapter_folder.write(folder, config, tensors)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
@@ -177,57 +150,17 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
 
 def _read(folder: Path) -> tuple[dict[str, _LayerRecord], dict[str, Tensor]]:
     """Read and check both files, without a model."""
+    config, tensors = adapter_folder.read(folder)
     config_path = folder / CONFIG_FILE
-    config = _parse_config(config_path, _read_bytes(config_path, "save_adapter writes it"))
-    weights_path = folder / config["weights"]["file"]
-    weights = _read_bytes(weights_path, f"{CONFIG_FILE} names it")
-    if hashlib.sha256(weights).hexdigest() != config["weights"]["sha256"]:
-        raise ValueError(
-            f"{weights_path}: truncated or changed since it was saved: its SHA-256 is not the one "
-            f"in {CONFIG_FILE}; copy the folder again"
-        )
-    try:
-        tensors = parse_safetensors(weights)
-    except SafetensorError as error:
-        raise ValueError(f"{weights_path}: not a safetensors file: {error}") from None
     records = {
         name: _checked_record(config_path, name, record, tensors)
         for name, record in config["layers"].items()
     }
     unknown = tensors.keys() - {f"{name}.{factor}" for name in records for factor in _FACTORS}
     if unknown:
+        weights_path = folder / config["weights"]["file"]
         raise ValueError(f"{weights_path}: holds tensors that {CONFIG_FILE} does not: {unknown}")
     return records, tensors
-
-
-def _parse_config(path: Path, content: bytes) -> dict[str, Any]:
-    try:
-        config = json.loads(content)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: truncated or not JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise ValueError(
-            f'{path}: not a DCFT adapter: expected "format": "{FORMAT}"; '
-            "was it written by another library?"
-        )
-    version = config.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}; "
-            "it needs another version of dcft_kernels"
-        )
-    weights, layers = config.get("weights"), config.get("layers")
-    if not (
-        isinstance(weights, dict)
-        and isinstance(weights.get("file"), str)
-        and isinstance(weights.get("sha256"), str)
-        and isinstance(layers, dict)
-        and layers
-    ):
-        raise ValueError(f'{path}: expected "weights" with "file" and "sha256", and "layers"')
-    if weights["file"] in ("", "..") or Path(weights["file"]).name != weights["file"]:
-        raise ValueError(f"{path}: expected a plain file name, got {weights['file']!r}")
-    return config
 
 
 def _checked_record(path: Path, name: str, record: Any, tensors: dict[str, Tensor]) -> _LayerRecord:
@@ -325,37 +258,3 @@ def _as_path(folder: Any) -> Path:
     if not isinstance(folder, (str, os.PathLike)):
         raise TypeError(f"folder: expected a path, got {folder!r}")
     return Path(folder)
-
-
-def _read_bytes(path: Path, origin: str) -> bytes:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"folder: {os.fspath(path.parent)!r} is not a directory")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; {origin}")
-    return path.read_bytes()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary file next to `path` and rename it, each step flushed to the disk."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    _flush_directory(path.parent)
-
-
-def _flush_directory(folder: Path) -> None:
-    """Make a rename survive a power failure, where the system lets directories be flushed."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

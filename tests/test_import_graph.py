@@ -13,7 +13,7 @@ PACKAGE = Path(dcft_kernels.__file__).parent
 
 # From the bottom up: a module may import from layers below its own, and from its own package.
 LAYERS: list[set[str]] = [
-    {"adapter", "autocast"},
+    {"adapter", "adapter_folder", "autocast"},
     {"dropout", "rounding", "validation"},
     {"initialization", "nonlinearity"},
     {"reference", "torch_backend", "triton"},
