@@ -21,9 +21,9 @@ _small: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The parameters and persistent buffers of `module` itself; of a merged layer, the base's."""
-    buffers = module._buffers.items()
-    tensors = {**module._parameters}
-    tensors |= {n: buffer for n, buffer in buffers if n not in module._non_persistent_buffers_set}
+    tensors: dict[str, Tensor | None] = {**module._parameters, **module._buffers}
+    for name in module._non_persistent_buffers_set:
+        del tensors[name]
     if isinstance(module, DCFTLinear) and module.merged:
         tensors["weight"] = module._base_while_merged[0]
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -76,7 +76,7 @@ def whole(tensor: Tensor) -> Tensor:
     if _is_dtensor(tensor):
         # Offloaded to the CPU, where there may be no means to communicate.
         dtensor: Any = tensor.to(tensor.device_mesh.device_type)  # type: ignore[attr-defined]
-        return dtensor.full_tensor()  # type: ignore[no-any-return]
+        return dtensor.full_tensor()
     return tensor
 
 
@@ -101,7 +101,7 @@ def on_rank_0(action: Callable[[], _Result]) -> _Result:
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
-    return outcome[0]  # type: ignore[no-any-return]
+    return outcome[0]
 
 
 def _child(name: str, module: nn.Module, child_name: str) -> str:
@@ -121,7 +121,7 @@ def _unsharded(module: nn.Module, write: bool) -> contextlib.AbstractContextMana
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp and isinstance(module, fsdp.FullyShardedDataParallel):
         # One at a time, not the whole model.
-        return fsdp.FullyShardedDataParallel.summon_full_params(  # type: ignore[no-any-return]
+        return fsdp.FullyShardedDataParallel.summon_full_params(
             module, recurse=False, writeback=write
         )
     if fsdp and isinstance(module, fsdp.FSDPModule):
