@@ -73,6 +73,8 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, Any]) -> Non
         for name, child in list(parent._modules.items()):
             if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
+                if name == "_orig_mod":  # torch.compile has captured the former child
+                    parent._initialize()  # type: ignore[operator]
 
 
 def _leave_fused_paths(model: nn.Module) -> None:
