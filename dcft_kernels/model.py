@@ -198,7 +198,7 @@ class ParameterCounts:
     """How many numbers a model holds; shared parameters count once."""
 
     adapter: int
-    """In `dcft_A`, `dcft_B` and `dcft_C` of all layers: what `save_adapter` writes."""
+    """In `dcft_A`, `dcft_B` and `dcft_C` of all layers."""
     trainable: int
     """In parameters that require a gradient: the adapters and whatever else is not frozen."""
     total: int
