@@ -14,6 +14,7 @@ DEMO_ARGS   ?=
 BENCH_ARGS  ?=
 QUALITY_ARGS ?= --help
 PYTEST_ARGS ?=
+TORTURE_ARGS ?=
 TEST_JOBS   ?= auto
 
 VENV := .venv
@@ -33,7 +34,7 @@ PORTABLE ?= default:1 default:2 avx2:1 avx2:2 native:1 native:2
 # Pairs of Triton and PyTorch that `make test-matrix` tests; newest: whatever there is.
 MATRIX ?= 3.6.0:2.11.0 3.7.1:2.13.0 newest:2.13.0
 
-.PHONY: help demo test test-portable test-matrix aot bench quality report lint format hooks clean distclean
+.PHONY: help demo test test-portable test-matrix torture aot bench quality report lint format hooks clean distclean
 
 help: ## show this list
 	@printf 'usage: make TARGET [VARIABLE=value ...]\n\n'
@@ -48,6 +49,7 @@ help: ## show this list
 	    TEST_JOBS   'test processes; 0 runs all in one (auto: one per core, at most 8)' \
     PORTABLE    'pairs capability:threads for make test-portable' \
 	    MATRIX      'pairs triton:torch for make test-matrix' \
+	    TORTURE_ARGS 'for make torture, such as "--scale 0.1"' \
 	    BENCH_ARGS  'for make bench, such as "-k layer-main"' \
 	    QUALITY_ARGS 'for make quality, such as "--study methods --data DIR"'
 
@@ -78,6 +80,9 @@ test-matrix: $(VENV)/stamp-test ## run the kernels' tests on every supported Tri
 	    sh tests/kernels/run_with.sh "$(PY)" "$(VENV)-matrix" "$${pair%:*}" "$${pair#*:}" "$(TORCH_INDEX)" \
 	        $(XDIST) $(PYTEST_ARGS) || exit 1; \
 	done
+
+torture: $(VENV)/stamp-test ## save and load adapters amid kills, a full disk, a crowd and damaged files
+	$(PY) -m tests.torture $(TORTURE_ARGS)
 
 aot: $(VENV)/stamp-test ## compile every kernel for every architecture, without a GPU
 	$(PY) -m benchmarks.aot

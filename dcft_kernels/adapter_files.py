@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import reprlib
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -64,7 +65,8 @@ class _LayerRecord:
     @classmethod
     def from_json(cls, record: Any, dtype: torch.dtype) -> _LayerRecord:
         if not isinstance(record, dict):
-            raise ValueError(f"expected an object with the layer's settings, got {record!r}")
+            found = reprlib.repr(record)
+            raise ValueError(f"expected an object with the layer's settings, got {found}")
         known = {*_SIZES, *_SETTINGS}
         missing, unknown = known - record.keys(), record.keys() - known - {"nonlinearity"}
         if missing or unknown:

@@ -7,20 +7,19 @@ Each save writes weights under a new random name, then a config that names them,
 temporary names and renamed. Renaming the config is the moment at which a save takes effect. A crash
 before it leaves the former adapter; of several saves, the last one to rename its config wins.
 
-From its creation to the end of the save, a file is locked (`flock`, which the system releases when
-a process is killed). Only the save that holds the lock of a weights file puts its name into a
-config, so weights that nobody locks and the config does not name will never be named again: a save
-deletes them once it has taken effect. It releases its own locks first. Of two saves, the one that
-sees the other's files locked is therefore not the last to look, and no leftover survives the last.
-A temporary file can be swept between its creation and its lock; the save then creates another one.
-Sweeping takes shared locks, so that one sweep does not hide a file from another.
+A save locks its files from their creation until it ends (`flock`, which the system releases if the
+process is killed). Only the save that has a weights file locked puts its name into a config. So
+weights that are not locked, and not named by the config after that, will never be named again. A
+save deletes such files, and temporary files that are not locked, once it has taken effect and has
+released its own locks: whichever of two saves is the last to look finds the other's unlocked. Its
+own locks for this are shared ones, so that two that look at once do not mistake each other for the
+owner. A temporary file may be deleted before its owner locks it, who then creates another one.
 
-A load takes no lock. Weights missing under a name that the config still has when it is read again
-were lost; otherwise another save has replaced both, and the load starts again. A deleted file that
-is open stays readable.
+A load takes no lock. If the weights are missing, it starts again; if the config is still the same
+then, they were not deleted by a save. On POSIX systems, an open file stays readable when deleted.
 
 Where there are no locks (Windows, some network file systems), a save deletes only the weights that
-the config named before: they were published, so no save is about to name them.
+the config named before its own, which no save can be about to name.
 """
 
 from __future__ import annotations
@@ -50,7 +49,6 @@ FORMAT_VERSIONS = (1, 2)
 _ENTRIES = {"format", "format_version", "weights", "layers", "modules_to_save", "sha256"}
 _WEIGHTS = re.compile(rf"{FORMAT}-[0-9a-f]{{12}}\.safetensors")
 _TEMPORARY = re.compile(rf"\.({_WEIGHTS.pattern}|{re.escape(CONFIG_FILE)})\.[0-9a-f]{{8}}\.tmp")
-_INT_DIGITS = 18
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -73,10 +71,10 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> N
     } | config
     config["sha256"] = _checksum(config)
     folder.mkdir(parents=True, exist_ok=True)
-    replaced = _WEIGHTS.findall(_config_text(folder))
     try:
         with contextlib.ExitStack() as locks:
             _write_file(folder / weights_file, weights, locks)
+            replaced = _WEIGHTS.findall(_config_text(folder))
             content = (json.dumps(config, indent=1) + "\n").encode()
             _write_file(folder / CONFIG_FILE, content, locks)
     except BaseException:
@@ -142,11 +140,7 @@ def _parse_config(path: Path, content: bytes) -> dict[str, Any]:
     # Without this, a changed bit in the name of the checksum would make it an unsigned file.
     unknown = sorted(config.keys() - _ENTRIES)
     if unknown or config.get("sha256", checksum if version == 1 else None) != checksum:
-        what = (
-            f"unknown entry {reprlib.repr(unknown[0])}"
-            if unknown
-            else "its SHA-256 is not the one in it"
-        )
+        what = f"unknown entry {reprlib.repr(unknown[0])}" if unknown else "wrong SHA-256"
         raise ValueError(
             f"{path}: truncated or changed since it was saved: {what}; copy the folder again, or "
             "to change a setting, load the adapter, change it in Python and save it again"
@@ -172,9 +166,9 @@ def _parse_config(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def _parse_int(text: str) -> int:
-    """A size; longer numbers would only make their way into shapes and messages."""
-    if len(text) > _INT_DIGITS:
-        raise ValueError(f"expected integers of at most {_INT_DIGITS} digits, got {text[:20]}...")
+    """An integer, which is a size; a longer one would end in a shape or a message."""
+    if len(text) > 18:
+        raise ValueError(f"expected integers of at most 18 digits, got {text[:20]}...")
     return int(text)
 
 
@@ -213,7 +207,8 @@ def _write_file(path: Path, content: bytes, locks: contextlib.ExitStack) -> None
             file.close()
         os.replace(temporary, path)
     except BaseException:
-        file.close()
+        with contextlib.suppress(OSError):
+            file.close()  # which tries again to write what it has not
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
@@ -242,7 +237,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _delete_unnamed(path: Path) -> None:
-    """Delete a file that no save will name any more, unless the config does; as far as it can be."""
+    """Delete a file that no save will name any more, unless the config does."""
     with contextlib.suppress(OSError):
         if path.name not in _config_text(path.parent):
             os.unlink(path)
