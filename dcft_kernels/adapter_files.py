@@ -129,8 +129,9 @@ def save_adapter(
 
     on_rank_0(write) if is_sharded(model) else write()
     if left_out:
+        more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
         warnings.warn(
-            f"save_adapter: trainable but not saved: {', '.join(left_out)}; add them to "
+            f"save_adapter: trainable but not saved: {', '.join(left_out[:8])}{more}; add them to "
             "modules_to_save, or leave that out to save all that is trainable",
             stacklevel=2,
         )

@@ -23,7 +23,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The parameters and persistent buffers of `module` itself; of a merged layer, the base's."""
     tensors: dict[str, Tensor | None] = {**module._parameters, **module._buffers}
     for name in module._non_persistent_buffers_set:
-        del tensors[name]
+        tensors.pop(name, None)
     if isinstance(module, DCFTLinear) and module.merged:
         tensors["weight"] = module._base_while_merged[0]
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
