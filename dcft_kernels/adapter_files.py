@@ -194,7 +194,8 @@ def _copied_factors(name: str, layer: DCFTLinear, tensors: dict[str, Tensor]) ->
 def _copied(name: str, tensor: Tensor) -> Tensor:
     """All values of a tensor of the model, on the CPU."""
     if tensor.is_meta:
-        raise ValueError(f"model: {name} is on the meta device: there is nothing to save")
+        hint = "" if name.endswith(FACTORS) else "; freeze it, or leave it out of modules_to_save"
+        raise ValueError(f"model: {name} is on the meta device: there is nothing to save{hint}")
     if getattr(tensor, "ds_shape", tensor.shape) != tensor.shape:
         raise ValueError(
             f"model: {name}: expected shape {list(tensor.ds_shape)}, got {list(tensor.shape)}: "  # type: ignore[attr-defined]
