@@ -12,8 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
-from dcft_kernels import adapter_folder, freeze_base, load_adapter, save_adapter, swap_linear
+from dcft_kernels import (
+    adapter_folder,
+    freeze_base,
+    load_adapter,
+    save_adapter,
+    small_checkpoints,
+    swap_linear,
+)
 
 X = torch.linspace(-1, 1, 40).reshape(2, 20)
 WORLD = 2
@@ -53,8 +61,9 @@ def _shard(model: Network, kind: str) -> Any:
 
         policy = MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.float32)
         # After a forward pass, the block is left with whole parameters in bfloat16.
-        fully_shard(model.block, mp_policy=policy, reshard_after_forward=False)
-        return fully_shard(model)
+        mesh = init_device_mesh("cpu", (WORLD,))
+        fully_shard(model.block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        return fully_shard(model, mesh=mesh)
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
@@ -98,6 +107,8 @@ def _check_sharded(kind: str, folder: Path) -> None:
         assert _content(folder / parts) == _content(folder / "bare"), parts
         with torch.no_grad():
             model(X)
+    with small_checkpoints(model):
+        assert model.state_dict().keys() == trained.state_dict().keys()
     base = _base()
     load_adapter(base, folder / parts)
     assert torch.equal(base(X), trained(X))

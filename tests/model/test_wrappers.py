@@ -89,7 +89,6 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "compiled-layers": _each(_compiled, *LAYERS, "head"),
     "checkpointed-layers": _each(checkpoint_wrapper, *LAYERS),
     "averaged": AveragedModel,
-    "data-parallel": nn.DataParallel,
     "ddp": nn.parallel.DistributedDataParallel,
     "nested": lambda model: _compiled(
         nn.parallel.DistributedDataParallel(
