@@ -243,7 +243,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         if swapped
         else _differences_of_base(model, actual, records)
     )
-    differences = differences or _differences_of_values(model, swapped, tensors)
+    differences = differences or _differences_of_values(model, records, tensors, bool(swapped))
     if differences:
         shown = "\n  ".join(differences[:20])
         more = f"\n  and {len(differences) - 20} more" if len(differences) > 20 else ""
@@ -256,15 +256,14 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         for name in records:
             layer = model.get_submodule(actual[name])
             for factor in FACTORS:
-                dtype = tensors[f"{name}.{factor}"].dtype
+                dtype = tensors[join(name, factor)].dtype
                 if getattr(layer, factor).dtype != dtype:
                     setattr(layer, factor, nn.Parameter(getattr(layer, factor).detach().to(dtype)))
 
     def fill(name: str, module: nn.Module) -> None:
         for own, tensor in own_tensors(module).items():
-            key = _key(name, own)
-            if key in tensors:
-                copy_whole(tensor, tensors[key])
+            if join(name, own) in tensors:
+                copy_whole(tensor, tensors[join(name, own)])
 
     with torch.no_grad():
         visit(model, fill, write=True)
@@ -302,17 +301,12 @@ def _as_named_in(
         for owner in owners
     }
     if len(set(renamed.values())) < len(renamed):
-        return records, tensors
+        renamed = {owner: owner for owner in owners}
     return {renamed[name]: record for name, record in records.items()}, {
-        _key(renamed[owner], own): tensor
+        join(renamed[owner], own): tensor
         for key, tensor in tensors.items()
         for owner, _, own in [key.rpartition(".")]
     }
-
-
-def _key(name: str, own: str) -> str:
-    """The name in a file of a tensor of module `name`; "" is the model itself."""
-    return f"{name}.{own}" if own in FACTORS else join(name, own)
 
 
 def _checked_record(path: Path, name: str, record: Any, tensors: dict[str, Tensor]) -> _LayerRecord:
@@ -366,26 +360,26 @@ def _differences_of_swapped(
 
 
 def _differences_of_values(
-    model: nn.Module, swapped: dict[str, DCFTLinear], tensors: dict[str, Tensor]
+    model: nn.Module, layers: Collection[str], tensors: dict[str, Tensor], swapped: bool
 ) -> list[str]:
     """Why the model's parameters and buffers cannot hold the values."""
     differences, found = [], set()
 
     def compare(name: str, module: nn.Module) -> None:
         for own, here in own_tensors(module).items():
-            key = _key(name, own)
+            key = join(name, own)
             if key in tensors and key not in found:
                 found.add(key)
                 difference = _difference_of_value(here, tensors[key])
                 differences.extend([f"{key}: {difference}"] if difference else [])
 
     visit(model, compare)
-    computed = {_key(name, factor) for name in swapped for factor in FACTORS}
+    factors = {join(name, factor) for name in layers for factor in FACTORS}
     for key in tensors.keys() - found:
-        if key in computed:
-            differences.append(f"{key} {_COMPUTED} load it")
-        elif key.rpartition(".")[2] not in FACTORS:
+        if key not in factors:
             differences.append(f"{key}: neither a parameter nor a persistent buffer of the model")
+        elif swapped:
+            differences.append(f"{key} {_COMPUTED} load it")
     return sorted(differences)
 
 

@@ -253,3 +253,15 @@ def test_names_and_tensors_must_agree(base, trained, tmp_path, names, text):
     adapter_folder.write(tmp_path, config | {"modules_to_save": names}, tensors)
     with _refused(base, ValueError, text):
         load_adapter(base, tmp_path)
+
+
+def test_a_parameter_that_only_has_a_factors_name(base, trained, tmp_path):
+    """As of a module that calls `dcft_update` with its own factors."""
+    trained.dcft_A = nn.Parameter(torch.ones(2))
+    save_adapter(trained, tmp_path)
+    assert _saved(tmp_path) == {*DEFAULT, "dcft_A"}
+    with _refused(base, ValueError, "dcft_A: neither a parameter nor a persistent buffer"):
+        load_adapter(base, tmp_path)
+    base.dcft_A = nn.Parameter(torch.zeros(2))
+    load_adapter(base, tmp_path)
+    assert base.dcft_A.tolist() == [1, 1]
