@@ -13,6 +13,7 @@ from dcft_kernels.model import (
     swap_linear,
     unmerge_model,
 )
+from dcft_kernels.trained_state import small_checkpoints
 
 __all__ = [
     "DCFTLinear",
@@ -30,6 +31,7 @@ __all__ = [
     "parameter_counts",
     "recipes",
     "save_adapter",
+    "small_checkpoints",
     "swap_linear",
     "unmerge_model",
 ]

@@ -1,6 +1,8 @@
 """Adapters of a model to and from disk: what of a model is saved, and into which models it fits.
 
 The weights file holds `<layer>.dcft_A`, `.dcft_B` and `.dcft_C`, the config the layers' settings.
+In version 2, the weights file also holds the tensors that the config's "modules_to_save" names.
+All names are those of the model without wrappers (see `wrappers`).
 """
 
 from __future__ import annotations
@@ -8,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import reprlib
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +22,25 @@ from dcft_kernels import adapter_folder, validation
 from dcft_kernels.adapter import Geometry
 from dcft_kernels.adapter_folder import CONFIG_FILE
 from dcft_kernels.linear import DCFTLinear, DCFTOptions, linear_sizes, why_not_adaptable
-from dcft_kernels.model import dcft_layers, find_dcft_layers, swap_each
-from dcft_kernels.targets import check_holds_its_layers
+from dcft_kernels.model import dcft_layers, find_dcft_layers, is_or_is_inside, swap_each
+from dcft_kernels.targets import Targets, check_holds_its_layers, check_patterns
+from dcft_kernels.trained_state import FACTORS, own_tensors, trained_names
+from dcft_kernels.wrappers import (
+    canonical_names,
+    copy_whole,
+    is_sharded,
+    join,
+    on_rank_0,
+    strip,
+    visit,
+    whole,
+)
 
-FORMAT_VERSION = 1
-_FACTORS = ("dcft_A", "dcft_B", "dcft_C")
+_COMPUTED = "is computed from other tensors (pruned or parametrised): make it a parameter again to"
+_UNKNOWN_SHARDS = (
+    "is it sharded by DeepSpeed ZeRO-3? Save and load within deepspeed.zero.GatheredParameters, or "
+    "save a model that holds the whole parameters"
+)
 _SIZES = ("in_features", "out_features")
 _SETTINGS = ("rank", "kernel_size", "stride", "alpha", "dropout", "init")
 
@@ -68,52 +86,138 @@ class _LayerRecord:
         return cls(layer.in_features, layer.out_features, options)
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    modules_to_save: Targets | None = None,
+) -> None:
     """Write the adapters of `model`, merged or not, to `folder`, which is created if needed.
 
-    Only the DCFT parameters and their settings are written; saving a trained classification head
-    is up to the caller.
+    By default, whatever else training changes is saved too, such as a classification head:
+    parameters that require a gradient, the persistent buffers of the modules that hold them, and
+    the running statistics of normalization layers.
+
+    Of a sharded model (FSDP, tensor parallelism), call this on all ranks; rank 0 writes. Of any
+    other model, also with DDP, call it on one rank.
 
     Args:
-        model: a model with `DCFTLinear` layers.
+        model: a model with `DCFTLinear` layers, possibly wrapped (`torch.compile`, DDP, EMA).
         folder: directory; an adapter saved there before is replaced, other files are left alone.
+        modules_to_save: what to save beside the adapters instead: modules or parameters, trainable
+            or not, as `freeze_base` takes them; `()` is nothing. A warning names what is trainable
+            and left out.
 
     Raises:
-        ValueError: no adapted layers.
+        TypeError: `folder` or `modules_to_save` of the wrong type.
+        ValueError: no adapted layers; an entry of `modules_to_save` that matches nothing; a factor
+            that is computed (pruned, parametrised), sharded in an unknown way, or without values.
         OSError: the folder cannot be written; an adapter saved there before is intact.
     """
     layers = dcft_layers(model)
     folder = _as_path(folder)
-    for name, layer in layers.items():
-        if any(getattr(layer, factor).is_meta for factor in _FACTORS):
+    if modules_to_save is not None:
+        check_patterns("modules_to_save", modules_to_save)
+    names = canonical_names(model)
+    records = {names[name]: _LayerRecord.of(layer).to_json() for name, layer in layers.items()}
+    factors, others, left_out = _tensors_to_save(model, records.keys(), modules_to_save)
+    config: dict[str, Any] = {"format_version": 2 if others else 1, "layers": records}
+    config |= {"modules_to_save": sorted(others)} if others else {}
+
+    def write() -> None:
+        adapter_folder.write(folder, config, factors | others)
+
+    on_rank_0(write) if is_sharded(model) else write()
+    if left_out:
+        more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
+        warnings.warn(
+            f"save_adapter: trainable but not saved: {', '.join(left_out[:8])}{more}; add them to "
+            "modules_to_save, or leave that out to save all that is trainable",
+            stacklevel=2,
+        )
+
+
+def _tensors_to_save(
+    model: nn.Module, layers: Collection[str], modules_to_save: Targets | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """Copies of the factors and of the other tensors to save; names of trainable ones left out."""
+    factors: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    if modules_to_save is None or isinstance(modules_to_save, str):
+        entries: list[Targets] = [] if modules_to_save is None else [modules_to_save]
+    else:
+        entries = [[entry] for entry in modules_to_save]
+    matched: list[Targets] = []
+    taken: set[Tensor] = set()  # shared tensors once, under the first name that is wanted
+    trainable: dict[Tensor, str] = {}
+
+    def take(name: str, module: nn.Module) -> None:
+        tensors, trained = own_tensors(module), trained_names(module)
+        if isinstance(module, DCFTLinear) and name in layers:
+            factors.update(_copied_factors(name, module, tensors))
+        for own, tensor in tensors.items():
+            path = join(name, own)
+            meant = [entry for entry in entries if is_or_is_inside(path, entry)]
+            matched.extend(meant)
+            if isinstance(module, DCFTLinear) and own.startswith("dcft_"):
+                continue
+            if tensor.requires_grad:
+                trainable.setdefault(tensor, path)
+            if (own in trained if modules_to_save is None else meant) and tensor not in taken:
+                taken.add(tensor)
+                others[path] = _copied(path, tensor)
+
+    visit(model, take)
+    for entry in entries:
+        if entry not in matched:
             raise ValueError(
-                f"model: {name}.dcft_A is on the meta device: there is nothing to save"
+                f"modules_to_save: {entry!r} matches no parameter or buffer of the model"
             )
-    tensors = {
-        f"{name}.{factor}": getattr(layer, factor)
-        .detach()
-        .cpu()
-        .clone(memory_format=torch.contiguous_format)
-        for name, layer in layers.items()
-        for factor in _FACTORS
-    }
-    config = {
-        "format_version": FORMAT_VERSION,
-        "layers": {name: _LayerRecord.of(layer).to_json() for name, layer in layers.items()},
-    }
-    adapter_folder.write(folder, config, tensors)
+    return factors, others, [path for tensor, path in trainable.items() if tensor not in taken]
+
+
+def _copied_factors(name: str, layer: DCFTLinear, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    geometry, factors = layer.geometry, {}
+    shapes = (geometry.shape_A, geometry.shape_B, geometry.shape_C)
+    for factor, shape in zip(FACTORS, shapes, strict=True):
+        if factor not in tensors:
+            raise ValueError(f"model: {name}.{factor} {_COMPUTED} save it")
+        values = factors[f"{name}.{factor}"] = _copied(f"{name}.{factor}", tensors[factor])
+        if tuple(values.shape) != shape:
+            raise ValueError(
+                f"model: {name}.{factor}: expected shape {list(shape)}, got {list(values.shape)}: "
+                f"{_UNKNOWN_SHARDS}"
+            )
+    return factors
+
+
+def _copied(name: str, tensor: Tensor) -> Tensor:
+    """All values of a tensor of the model, on the CPU."""
+    if tensor.is_meta:
+        hint = "" if name.endswith(FACTORS) else "; freeze it, or leave it out of modules_to_save"
+        raise ValueError(f"model: {name} is on the meta device: there is nothing to save{hint}")
+    if getattr(tensor, "ds_shape", tensor.shape) != tensor.shape:
+        raise ValueError(
+            f"model: {name}: expected shape {list(tensor.ds_shape)}, got {list(tensor.shape)}: "  # type: ignore[attr-defined]
+            f"{_UNKNOWN_SHARDS}"
+        )
+    return whole(tensor).detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     """Load what `save_adapter` wrote into `model`, in place, all or nothing.
 
+    Which parameters require a gradient does not change, except in layers that are swapped. Of a
+    sharded model, call this on all ranks; rank 0 reads.
+
     Args:
         model: either a base model without adapters, whose layers are then swapped as the config
-            says, or one with the same layers swapped with the same settings.
+            says, or one with the same layers swapped with the same settings. Both may be wrapped,
+            whether the saved model was or not; only the latter may be sharded.
         folder: the directory given to `save_adapter`.
 
     Returns:
-        The names of the layers loaded.
+        The names of the layers loaded, for `model.get_submodule`.
 
     Raises:
         FileNotFoundError: the folder or a file in it is missing.
@@ -122,17 +226,24 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         RuntimeError: a layer is merged.
     """
     validation.module("model", model)
-    records, tensors = _read(_as_path(folder))
-    swapped = find_dcft_layers(model)
+    path, sharded = _as_path(folder), is_sharded(model)
+    records, tensors = on_rank_0(lambda: _read(path)) if sharded else _read(path)
+    names = canonical_names(model)
+    swapped = {names[name]: layer for name, layer in find_dcft_layers(model).items()}
     merged = [name for name, layer in swapped.items() if layer.merged]
     if merged:
         raise RuntimeError(f"model: {merged[0]!r} is merged; call unmerge_model(model) first")
+    if sharded and not swapped:
+        raise ValueError("model: is sharded already; load the adapter before sharding the model")
+    records, tensors = _as_named_in(names, records, tensors)
+    # A wrapper comes before what it wraps.
+    actual = {canonical: name for name, canonical in names.items()}
     differences = (
         _differences_of_swapped(swapped, records)
         if swapped
-        else _differences_of_base(model, records)
+        else _differences_of_base(model, actual, records)
     )
-    differences += _differences_of_values(swapped, tensors)
+    differences = differences or _differences_of_values(model, records, tensors, bool(swapped))
     if differences:
         shown = "\n  ".join(differences[:20])
         more = f"\n  and {len(differences) - 20} more" if len(differences) > 20 else ""
@@ -141,13 +252,22 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
             f"({len(differences)} differences; nothing was loaded):\n  {shown}{more}"
         )
     if not swapped:
-        swap_each(model, {name: record.options for name, record in records.items()})
-    with torch.no_grad():
+        swap_each(model, {actual[name]: record.options for name, record in records.items()})
         for name in records:
-            layer = model.get_submodule(name)
-            for factor in _FACTORS:
-                getattr(layer, factor).copy_(tensors[f"{name}.{factor}"])
-    return list(records)
+            layer = model.get_submodule(actual[name])
+            for factor in FACTORS:
+                dtype = tensors[join(name, factor)].dtype
+                if getattr(layer, factor).dtype != dtype:
+                    setattr(layer, factor, nn.Parameter(getattr(layer, factor).detach().to(dtype)))
+
+    def fill(name: str, module: nn.Module) -> None:
+        for own, tensor in own_tensors(module).items():
+            if join(name, own) in tensors:
+                copy_whole(tensor, tensors[join(name, own)])
+
+    with torch.no_grad():
+        visit(model, fill, write=True)
+    return [actual[name] for name in records]
 
 
 def _read(folder: Path) -> tuple[dict[str, _LayerRecord], dict[str, Tensor]]:
@@ -158,16 +278,40 @@ def _read(folder: Path) -> tuple[dict[str, _LayerRecord], dict[str, Tensor]]:
         name: _checked_record(config_path, name, record, tensors)
         for name, record in config["layers"].items()
     }
-    unknown = tensors.keys() - {f"{name}.{factor}" for name in records for factor in _FACTORS}
-    if unknown:
-        weights_path = folder / config["weights"]["file"]
-        raise ValueError(f"{weights_path}: holds tensors that {CONFIG_FILE} does not: {unknown}")
+    weights_path, others = folder / config["weights"]["file"], config.get("modules_to_save", [])
+    named = {f"{name}.{factor}" for name in records for factor in FACTORS} | set(others)
+    if tensors.keys() != named:
+        unknown, missing = sorted(tensors.keys() - named), sorted(named - tensors.keys())
+        raise ValueError(
+            f"{weights_path}: holds tensors that {CONFIG_FILE} does not: {', '.join(unknown)}"
+            if unknown
+            else f"{weights_path}: has no tensor {', '.join(missing)}, which {CONFIG_FILE} names"
+        )
     return records, tensors
+
+
+def _as_named_in(
+    names: dict[str, str], records: dict[str, _LayerRecord], tensors: dict[str, Tensor]
+) -> tuple[dict[str, _LayerRecord], dict[str, Tensor]]:
+    """What a file holds by the model's names, since earlier versions saved wrappers' parts."""
+    known = set(names.values())
+    owners = [*records, *(key.rpartition(".")[0] for key in tensors)]
+    renamed = {
+        owner: next((n for n in (owner, names.get(owner), strip(owner)) if n in known), owner)
+        for owner in owners
+    }
+    if len(set(renamed.values())) < len(renamed):
+        renamed = {owner: owner for owner in owners}
+    return {renamed[name]: record for name, record in records.items()}, {
+        join(renamed[owner], own): tensor
+        for key, tensor in tensors.items()
+        for owner, _, own in [key.rpartition(".")]
+    }
 
 
 def _checked_record(path: Path, name: str, record: Any, tensors: dict[str, Tensor]) -> _LayerRecord:
     """One layer of the config, checked against its tensors."""
-    missing = [f"{name}.{factor}" for factor in _FACTORS if f"{name}.{factor}" not in tensors]
+    missing = [f"{name}.{factor}" for factor in FACTORS if f"{name}.{factor}" not in tensors]
     if missing:
         raise ValueError(f"{path}: layer {name!r} has no tensor {', '.join(missing)}")
     try:
@@ -179,7 +323,7 @@ def _checked_record(path: Path, name: str, record: Any, tensors: dict[str, Tenso
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: layer {name!r}: {error}") from None
     shapes = (geometry.shape_A, geometry.shape_B, geometry.shape_C)
-    for factor, shape in zip(_FACTORS, shapes, strict=True):
+    for factor, shape in zip(FACTORS, shapes, strict=True):
         tensor = tensors[f"{name}.{factor}"]
         if tensor.dtype not in validation.FLOAT_DTYPES:
             raise ValueError(f"{path}: {name}.{factor}: expected a float dtype, got {tensor.dtype}")
@@ -215,26 +359,53 @@ def _differences_of_swapped(
     return sorted(differences)
 
 
-def _differences_of_values(swapped: dict[str, DCFTLinear], tensors: dict[str, Tensor]) -> list[str]:
-    """Why the model's parameters cannot hold the values."""
-    differences = []
-    for name, layer in swapped.items():
-        for factor in _FACTORS:
-            here, there = getattr(layer, factor), tensors.get(f"{name}.{factor}")
-            if here.is_meta:
-                differences.append(f"{name}.{factor}: on the meta device, which holds no values")
-            elif there is not None and bool(
-                (there.to(here.dtype).isinf() & there.isfinite()).any()
-            ):
-                differences.append(f"{name}.{factor}: values in the file overflow {here.dtype}")
-    return differences
+def _differences_of_values(
+    model: nn.Module, layers: Collection[str], tensors: dict[str, Tensor], swapped: bool
+) -> list[str]:
+    """Why the model's parameters and buffers cannot hold the values."""
+    differences, found = [], set()
+
+    def compare(name: str, module: nn.Module) -> None:
+        for own, here in own_tensors(module).items():
+            key = join(name, own)
+            if key in tensors and key not in found:
+                found.add(key)
+                difference = _difference_of_value(here, tensors[key])
+                differences.extend([f"{key}: {difference}"] if difference else [])
+
+    visit(model, compare)
+    factors = {join(name, factor) for name in layers for factor in FACTORS}
+    for key in tensors.keys() - found:
+        if key not in factors:
+            differences.append(f"{key}: neither a parameter nor a persistent buffer of the model")
+        elif swapped:
+            differences.append(f"{key} {_COMPUTED} load it")
+    return sorted(differences)
 
 
-def _differences_of_base(model: nn.Module, records: dict[str, _LayerRecord]) -> list[str]:
+def _difference_of_value(here: Tensor, there: Tensor) -> str | None:
+    if here.is_meta:
+        return "on the meta device, which holds no values"
+    if here.shape != there.shape:
+        return f"shape is {list(here.shape)} in the model, {list(there.shape)} in the file"
+    if here.dtype == there.dtype:
+        return None
+    if not (here.is_floating_point() and there.is_floating_point()):
+        return f"dtype is {here.dtype} in the model, {there.dtype} in the file"
+    # In float64, since the narrowest dtypes lack isfinite.
+    converted, there = there.to(here.dtype).double(), there.double()
+    if bool((there.isfinite() & ~converted.isfinite()).any()):
+        return f"values in the file overflow {here.dtype}"
+    return None
+
+
+def _differences_of_base(
+    model: nn.Module, actual: dict[str, str], records: dict[str, _LayerRecord]
+) -> list[str]:
     """Why the layers of a base model cannot be swapped as the file says."""
     if "" in records:
         check_holds_its_layers(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = {name: model.get_submodule(actual[name]) for name in records.keys() & actual.keys()}
     differences = []
     for name, record in records.items():
         if name not in modules:

@@ -77,6 +77,8 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, Any]) -> Non
         for name, child in list(parent._modules.items()):
             if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
+                if name == "_orig_mod":  # torch.compile has captured the former child
+                    parent._initialize()  # type: ignore[operator]
 
 
 def _leave_fused_paths(model: nn.Module) -> None:
@@ -210,7 +212,7 @@ def freeze_base(model: nn.Module, *, trainable: Targets = ()) -> None:
     named = list(model.named_parameters(remove_duplicate=False))
     trained = {parameter for name, parameter in named if _is_adapter(name)}
     for entry in entries:
-        wanted = {parameter for name, parameter in named if _is_or_is_inside(name, entry)}
+        wanted = {parameter for name, parameter in named if is_or_is_inside(name, entry)}
         if not wanted:
             raise ValueError(f"trainable: {entry!r} matches no parameter of the model")
         trained |= wanted
@@ -223,7 +225,7 @@ class ParameterCounts:
     """How many numbers a model holds; shared parameters count once."""
 
     adapter: int
-    """In `dcft_A`, `dcft_B` and `dcft_C` of all layers: what `save_adapter` writes."""
+    """In `dcft_A`, `dcft_B` and `dcft_C` of all layers."""
     trainable: int
     """In parameters that require a gradient: the adapters and whatever else is not frozen."""
     total: int
@@ -251,7 +253,7 @@ def _is_adapter(parameter_name: str) -> bool:
     return parameter_name.rsplit(".", 1)[-1].startswith(_ADAPTER_PREFIX)
 
 
-def _is_or_is_inside(parameter_name: str, patterns: Targets) -> bool:
+def is_or_is_inside(parameter_name: str, patterns: Targets) -> bool:
     """Whether the parameter, or a module it lies in, is meant by `patterns`."""
     return any(matches(ancestor, patterns) for ancestor in _ancestry(parameter_name))
 

@@ -171,7 +171,7 @@ def check_outputs(trainer: Any, base: Any, folder: Path) -> bool:
     merged = logits(model)
     dcft.unmerge_model(model)
     unmerged = logits(model)
-    finetune.load(base, folder)
+    dcft.load_adapter(base, folder)
     loaded = logits(base)
 
     largest = np.abs(before).max()
@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             scores[method].append(trainers[method].evaluate()["eval_accuracy"])
             print(f"seed {seed}, {method}: accuracy {scores[method][-1]:.3f}", flush=True)
 
-    finetune.save(trainers[DCFT].model, args.output / "dcft")
+    dcft.save_adapter(trainers[DCFT].model, args.output / "dcft")
     trainers[LORA].model.save_pretrained(args.output / "lora")
     sizes = {
         method: sum(file.stat().st_size for file in (args.output / name).glob("*.safetensors"))

