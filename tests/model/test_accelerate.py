@@ -13,7 +13,7 @@ from accelerate.utils import offload_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dcft_kernels import load_adapter, save_adapter, swap_linear
+from dcft_kernels import freeze_base, load_adapter, save_adapter, swap_linear
 from tests.small_models import build_small_model, logits, randomize_adapters, small_inputs
 
 NAME = "roberta"
@@ -37,6 +37,7 @@ def plain() -> nn.Module:
 def trained(plain: nn.Module) -> nn.Module:
     model = copy.deepcopy(plain)
     swap_linear(model, alpha=5.0)
+    freeze_base(model)
     randomize_adapters(model)
     return model
 
