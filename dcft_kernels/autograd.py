@@ -33,7 +33,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from dcft_kernels import autocast, dropout, rounding, torch_backend
-from dcft_kernels.adapter import Adapter, Geometry, Gradients, Needs, Side
+from dcft_kernels.adapter import Adapter, Geometry, Gradients, Needs, Side, dtype_of_U
 from dcft_kernels.nonlinearity import function_of
 
 LIBRARY = torch.library.Library("dcft_kernels", "DEF")
@@ -145,8 +145,9 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("dcft_kernels::forward", lib=LIBRARY)
 def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    _, _, _, A, _, C, _, _, (_, out_features, *_), *_ = arguments
-    return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], A.shape[0], C.shape[1])
+    _, _, _, A, _, C, _, _, (_, out_features, *_), _, strategy = arguments
+    u = x.new_empty(x.shape[0], A.shape[0], C.shape[1], dtype=dtype_of_U(x.dtype, strategy))
+    return x.new_empty(x.shape[0], out_features), u
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -156,6 +157,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     needs = Needs(need_x, need_weight, need_bias, *need_factors)
     ctx.needs = needs
     ctx.numbers = adapter[4:]
+    ctx.dtype = x.dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x if needs.A or needs.weight else None,
@@ -173,7 +175,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> tuple[A
     g = grad_y
     if g is None and grad_u is not None:
         # Only a double backward reaches U and not y.
-        g = grad_u.new_zeros(grad_u.shape[0], adapter[5][1])
+        g = grad_u.new_zeros(grad_u.shape[0], adapter[5][1], dtype=ctx.dtype)
     if g is not None and _is_traced(g) and not torch.is_grad_enabled():
         results = torch.ops.dcft_kernels.backward(
             g, x, u, weight, *adapter, list(ctx.needs), grad_u

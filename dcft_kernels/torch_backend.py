@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcft_kernels.adapter import Adapter, Gradients, Needs, Side, saved
+from dcft_kernels.adapter import Adapter, Gradients, Needs, Side, dtype_of_U, saved
 from dcft_kernels.dropout import drop, keep_mask
 
 # Elements of the float32 copy of a block of rows: 1 MiB, small enough to stay in a core's cache.
@@ -95,7 +95,7 @@ def add_adapter_(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
     inputs, outputs = adapter.geometry.inputs, adapter.geometry.outputs
     U = shrink(drop(x, adapter.dropout_p, adapter.seed), adapter.A, inputs)
     expand_(y, _mix(U, adapter), adapter.B.t(), outputs)
-    return U.to(x.dtype)
+    return U.to(dtype_of_U(x.dtype, "torch"))
 
 
 def add_nonlinear_adapter_(
@@ -154,8 +154,8 @@ def backward(
     if needs.x or needs.A or needs.C:
         Vb = shrink(g, _scaled(B.t(), scaling), outputs)  # [T, k, d_out]
         if needs.C:
-            flat_U = saved(U).to(Vb.dtype).flatten(0, 1)
-            grad_C = (Vb.flatten(0, 1).t() @ flat_U).to(C.dtype)
+            flat_U = saved(U).flatten(0, 1)
+            grad_C = (Vb.flatten(0, 1).t().to(flat_U.dtype) @ flat_U).to(C.dtype)
         if needs.x or needs.A:
             Ub = _on_windows(Vb, C.to(Vb.dtype))  # [T, k, d_in]
             if grad_U is not None:
