@@ -166,31 +166,6 @@ def test_double_backward_of_delta_weight(case: AdapterShape, backend, device) ->
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_torch_func_runs_on_the_reference_only() -> None:
-    """Per-sample gradients."""
-    inputs = random_inputs(SMALL[0], (5,))
-
-    def loss(A: Tensor, x: Tensor, backend: str) -> Tensor:
-        y = dcft_linear(x, inputs.weight, None, A, inputs.B, inputs.C, backend=backend)
-        return y.square().sum()
-
-    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, None))
-    for gradient, x in zip(per_sample(inputs.A, inputs.x, "reference"), inputs.x, strict=True):
-        A = inputs.A.clone().requires_grad_()
-        torch.testing.assert_close(gradient, torch.autograd.grad(loss(A, x, "torch"), A)[0])
-    for backend in ("auto", "torch"):
-        with pytest.raises(RuntimeError, match=r"vmap.*use backend='reference'"):
-            per_sample(inputs.A, inputs.x, backend)
-
-
-def test_forward_mode_is_refused(backend, device) -> None:
-    inputs = drawn(SMALL[0], 3, device, backend)
-    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
-        x = torch.autograd.forward_ad.make_dual(inputs.x, inputs.x)
-        with pytest.raises(RuntimeError, match=r"jvp|forward"):
-            dcft_linear(x, *inputs.operands[1:], backend=backend)
-
-
 # Operators
 
 
@@ -220,8 +195,6 @@ def test_opcheck(case: AdapterShape, dropout_p: float, backend, device) -> None:
             (g, x, u, weight, *adapter, needs, None),
             test_utils=["test_schema", "test_faketensor"],
         )
-    if dropout_p:
-        torch.library.opcheck(OPS.drop.default, (x.requires_grad_(), seed, dropout_p))
 
 
 def test_fake_tensors_see_the_operator(backend, device) -> None:
