@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.speed import memory
 from dcft_kernels import (
     DCFTLinear,
     autograd,
@@ -278,6 +279,66 @@ def test_never_allocates_as_much_as_the_weight(backend, device) -> None:
         with LargestAllocation(weight) as largest:
             layer(x).sum().backward()
         assert (largest.elements >= 256 * 320) == is_dense, name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stride"), [(torch.float32, 8), (torch.bfloat16, 8), (torch.bfloat16, 4)]
+)
+def test_peak_memory(dtype: torch.dtype, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step holds `y`, `gx`, `U` and two more of its size, and blocks of rows."""
+    monkeypatch.setattr(torch_backend, "_BLOCK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(torch_backend, "_SLOW_16_BIT", False)  # the base layer is not under test
+    tokens, size, rank = 2048, 256, 16
+    layer = DCFTLinear(size, size, rank=rank, stride=stride, backend="torch", dtype=dtype)
+    x = torch.randn(tokens, size, dtype=dtype, requires_grad=True)
+    g = torch.randn(tokens, size, dtype=dtype)
+
+    def run() -> None:
+        layer(x).backward(g)
+
+    nothing = SimpleNamespace(prepare=lambda: None, run=run, release=lambda: None)
+    u, factors = tokens * rank * 8 * 4, 8 * rank * 8 * size * 4
+    allowed = 2 * tokens * size * dtype.itemsize + 3 * u + factors
+    assert memory.peak_bytes(nothing, torch.device("cpu")) <= allowed
+
+
+# Rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_float32_factors_have_float32_gradients(dtype: torch.dtype) -> None:
+    """On a CPU, whatever the tokens' dtype."""
+    case = AdapterShape(24, 32, 2, (8, 8), (8, 8))
+    inputs = random_inputs(case, (9,), dtype, torch.float32)
+
+    def gradients(inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
+        some = inputs.requiring(False, False, False, True, True, True)
+        y = dcft_linear(*some.operands, backend=backend)
+        return torch.autograd.grad(y, (some.A, some.B, some.C), some.grad)
+
+    wide = inputs.to(torch.float64)
+    sizes = gradients(Inputs(*(tensor.abs() for tensor in wide)), "reference")
+    actual, expected = gradients(inputs, "torch"), gradients(wide, "reference")
+    # Each is three sums, one in the other, and each addition rounds by half a unit at most.
+    roundings = 0.5 * torch.finfo(torch.float32).eps * (9 * 8 + 8 + 4)
+    for name, found, truth, size in zip("ABC", actual, expected, sizes, strict=True):
+        assert bool(((found - truth).abs() <= roundings * size).all()), name
+
+
+def test_float16_gradients_are_finite_where_the_output_is(backend, device) -> None:
+    """`U` is beyond float16's range here, and the output is not."""
+    case = SMALL[0]
+    inputs = drawn(case, 7, device, backend).to(torch.float16)
+    A, C = torch.full_like(inputs.A, 3e4), 1e-5 * inputs.C.float()
+    inputs = inputs._replace(x=inputs.x.abs() + 2, A=A, C=C)
+    results = []
+    for name in (backend, "reference"):
+        some = (inputs if name == backend else inputs.to(torch.float64)).requiring()
+        y = dcft_linear(*some.operands, stride=case.stride, backend=name)
+        results.append([y, *torch.autograd.grad(y, some.operands, some.grad)])
+    for actual, expected in zip(*results, strict=True):
+        scale = float(expected.detach().abs().max())
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=1e-2 * scale)
 
 
 # Compilation, autocast, checkpointing
