@@ -70,7 +70,7 @@ def select(
     if runs == "reference":
         return runs
     by_name = backend == "triton" or strategy == "row_block"
-    if torch._C._are_functorch_transforms_active() or (not compiling and _is_traced()):
+    if torch._C._are_functorch_transforms_active() or (not compiling and _is_followed()):
         if by_name:
             asked = f"{backend=}" if backend == "triton" else f"{strategy=}"
             raise RuntimeError(
@@ -82,7 +82,7 @@ def select(
     return "plain" if torch.compiler.is_exporting() and not by_name else runs
 
 
-def _is_traced() -> bool:
+def _is_followed() -> bool:
     """Whether `torch.jit.trace` or forward mode follows the call, operation by operation."""
     return torch._C._is_tracing() or forward_ad._current_level >= 0
 

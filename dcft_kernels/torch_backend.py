@@ -11,8 +11,10 @@ cropped as `geometry` says) and `s` the scaling,
     gB^T = factor_grad(g, V)                     gA = factor_grad(x, Ub)
     gx = g W, then expand_(gx, Ub, A)
 
-No step touches an `[m, n]` tensor other than the base weight. The functions are built of
-differentiable operations, so autograd can run through `backward` a second time.
+No step touches an `[m, n]` tensor other than the base weight.
+
+Where autograd, a transform or a tracer follows the operations, the adapter is the LoRA of rank
+`k*d_in` that it equals (`matrices`), `y = x W^T + b + (x P^T) Q`: `plain` and `plain_backward`.
 
 The three primitives work on one side of `DW`, with `L` windows of width `w` (`adapter.Side`), a
 factor `f [k, L]` (`A` on the input side, `B^T` on the output side) and a token tensor
@@ -36,6 +38,7 @@ accumulators, and far quicker than 16-bit products on processors without the ins
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -46,7 +49,8 @@ from torch import Tensor
 from dcft_kernels.adapter import Adapter, Gradients, Needs, Side, dtype_of_U, saved
 from dcft_kernels.dropout import drop, keep_mask
 
-# Elements of the float32 copy of a block of rows: 1 MiB, small enough to stay in a core's cache.
+# Elements of the float32 copy of a block of rows, or of its products in the batched form: 1 MiB,
+# small enough to stay in a core's cache.
 _BLOCK_ELEMENTS = 1 << 18
 
 # On a CPU, `expand_` with at most this many spread rows (k*w) is quicker than in the batched form;
@@ -159,7 +163,7 @@ def plain_backward(  # noqa: D417 - the others are `backward`'s
         dropped = saved(x) if mask is None else saved(x) * mask
         grad_A = collapse(v.t() @ dropped.to(dtype), inputs).to(adapter.A.dtype)
     if needs.B or needs.C:
-        grad_Q = saved(U).reshape(-1, Q.shape[0]).t() @ wide
+        grad_Q = saved(U).to(dtype).reshape(-1, Q.shape[0]).t() @ wide
         grad_Q = adapter.scaling * grad_Q.reshape(rank, inputs.width, outputs.size)
         grad_S = (adapter.C.to(dtype) @ grad_Q).reshape(S.shape)
         grad_B = collapse(grad_S, outputs).t().to(adapter.B.dtype)
@@ -183,7 +187,7 @@ def matrices(adapter: Adapter, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
         `P = spread(A) [k*d_in, n]`, `S = spread(B^T) [k*d_out, m]` and `Q [k*d_in, m]`.
     """
     rank, outputs, inputs = adapter.geometry
-    P, S = unrolled(adapter.A.to(dtype), inputs), unrolled(adapter.B.t().to(dtype), outputs)
+    P, S = plain_spread(adapter.A.to(dtype), inputs), plain_spread(adapter.B.t().to(dtype), outputs)
     C = _scaled(adapter.C.t(), adapter.scaling).to(dtype)
     Q = C @ S.reshape(rank, outputs.width, outputs.size)
     return P, S, Q.reshape(rank * inputs.width, outputs.size)
@@ -321,8 +325,8 @@ def spread(factor: Tensor, side: Side) -> Tensor:
     return matrix if span == side.size else matrix[:, : side.size]
 
 
-def unrolled(factor: Tensor, side: Side) -> Tensor:
-    """`spread`, in operations that can be traced, batched and differentiated."""
+def plain_spread(factor: Tensor, side: Side) -> Tensor:
+    """`spread` in operations like `plain`'s."""
     rank, width, span = factor.shape[0], side.width, side.span
     row = F.pad(factor.unsqueeze(2), (0, side.stride - 1)).reshape(rank, -1)
     # Rows of one element more, read on as rows of `span`, are each shifted by one.
@@ -332,7 +336,7 @@ def unrolled(factor: Tensor, side: Side) -> Tensor:
 
 
 def collapse(matrix: Tensor, side: Side) -> Tensor:
-    """The adjoint of `spread`: `g[κ, l] = sum_r matrix[κ*w + r, l*s + r]`, in such operations."""
+    """The adjoint of `plain_spread`: `g[κ, l] = sum_r matrix[κ*w + r, l*s + r]`."""
     width, span = side.width, side.span
     rows = F.pad(matrix, (0, span - side.size)).reshape(-1, width * span)
     shifted = F.pad(rows, (0, width)).reshape(-1, width, span + 1)
@@ -413,15 +417,16 @@ def factor_grad(z: Tensor, v: Tensor, side: Side) -> Tensor:
     batched = _can_batch(z, side)
     if batched:  # each token's product, [k, L], is in memory before the sum
         length = min(length, max(1, _BLOCK_ELEMENTS // (v.shape[1] * side.windows)))
-    total: Tensor | None = None
-    for rows, v_rows in zip(_row_blocks(z, length), _row_blocks(v.to(dtype), length), strict=True):
+
+    def of_block(rows: Tensor, v_rows: Tensor) -> Tensor:
         rows = rows.to(dtype)
         if batched:
-            part = torch.bmm(v_rows, _in_windows(rows, side).transpose(1, 2)).sum(0)
-        else:
-            part = v_rows.flatten(1).t() @ rows
-        total = part if total is None else total.add_(part)
-    return saved(total) if batched else collapse(saved(total), side)
+            return torch.bmm(v_rows, _in_windows(rows, side).transpose(1, 2)).sum(0)
+        return v_rows.flatten(1).t() @ rows
+
+    blocks = map(of_block, _row_blocks(z, length), _row_blocks(v.to(dtype), length))
+    total = functools.reduce(Tensor.add_, blocks)
+    return total if batched else collapse(total, side)
 
 
 def _entries(matrix: Tensor, rank: int, side: Side) -> Tensor:

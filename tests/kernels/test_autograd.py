@@ -21,6 +21,7 @@ from tests.layer.test_autograd import (  # noqa: F401 - tests, with this folder'
     test_compiled_forward_and_backward_draw_one_mask,
     test_compiled_update_and_delta_weight,
     test_double_backward,
+    test_double_backward_in_16_bits,
     test_double_backward_of_delta_weight,
     test_every_subset_of_gradients,
     test_fake_tensors_see_the_operator,

@@ -142,6 +142,22 @@ def test_double_backward(case, dropout_p, trained, backend, device) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5 * scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_double_backward_in_16_bits(dtype: torch.dtype, backend, device) -> None:
+    """Of gradients that reach the factors through `U` alone."""
+    results = []
+    drawn_inputs = drawn(SMALL[1], 7, device, backend).to(dtype)
+    for name, to in ((backend, dtype), ("reference", torch.float64)):
+        inputs = drawn_inputs.to(to).requiring()
+        y = dcft_linear(*inputs.operands, backend=name)
+        first = torch.autograd.grad(y, (inputs.B, inputs.C), inputs.grad, create_graph=True)
+        penalty = sum(g.square().sum() for g in first)
+        results.append([*first, *torch.autograd.grad(penalty, (inputs.x, inputs.A))])
+    for actual, expected in zip(*results, strict=True):
+        scale = float(expected.detach().abs().max())
+        torch.testing.assert_close(actual.double(), expected, rtol=0.02, atol=0.02 * scale)
+
+
 def test_double_backward_needs_no_graph_from_the_strategy(monkeypatch) -> None:
     """A kernel's backward pass records nothing; with `create_graph=True` it is not run."""
     opaque = SimpleNamespace(
