@@ -295,8 +295,6 @@ def _those_needed(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tens
 
 def delta_weight(adapter: Adapter, strategy: str) -> Tensor:
     """`scaling * DW`, `[m, n]`, in the factors' common dtype; differentiable."""
-    if strategy == "plain":
-        return torch_backend.plain_delta_weight(adapter)
     if strategy != "row_block":
         return _module(strategy, 1).delta_weight(adapter)
     A, B, C, _, *numbers = _flatten(adapter, strategy)

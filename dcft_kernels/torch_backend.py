@@ -244,22 +244,7 @@ def backward(
 
 
 def delta_weight(adapter: Adapter) -> Tensor:
-    """`scaling * kron(B A, C)`, cropped to `[m, n]`, in the factors' common dtype; differentiable.
-
-    Row `r` of `DW` is what the adapter makes of the r-th output's row of `spread(B^T)`, mixed by
-    `C`: one `expand_` over a zero matrix, for any geometry.
-    """
-    geometry = adapter.geometry
-    dtype = adapter.dtype
-    rows = spread(adapter.B.t().to(dtype), geometry.outputs)  # [k*d_out, m]
-    rows = rows.unflatten(0, (geometry.rank, geometry.outputs.width)).permute(2, 0, 1)
-    mixed = adapter.scaling * (rows @ adapter.C.to(dtype))  # [m, k, d_in]
-    dense = rows.new_zeros(geometry.outputs.size, geometry.inputs.size)
-    return expand_(dense, mixed, adapter.A, geometry.inputs)
-
-
-def plain_delta_weight(adapter: Adapter) -> Tensor:
-    """`delta_weight` in operations like `plain`'s, `k*d_in` multiply-adds an element."""
+    """`scaling * DW` `[m, n]`, in the factors' common dtype; differentiable."""
     P, _, Q = matrices(adapter, adapter.dtype)
     return Q.t() @ P
 
