@@ -158,7 +158,9 @@ def plain_backward(  # noqa: D417 - the others are `backward`'s
     if needs.x:
         grad_x = (v @ P).to(g.dtype)
         grad_x = grad_x if mask is None else grad_x * mask
-        grad_x = grad_x if weight is None else grad_x + base_grad_input(g, weight)
+        if weight is not None:
+            narrow = compute_dtype(g)
+            grad_x = grad_x + (g.to(narrow) @ weight.to(narrow)).to(g.dtype)
     if needs.A:
         dropped = saved(x) if mask is None else saved(x) * mask
         grad_A = collapse(v.t() @ dropped.to(dtype), inputs).to(adapter.A.dtype)
