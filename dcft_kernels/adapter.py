@@ -126,6 +126,17 @@ class Gradients(NamedTuple):
     C: Tensor | None = None
 
 
+def dtype_of_U(tokens: torch.dtype, strategy: str) -> torch.dtype:
+    """The dtype in which `U` is kept for the backward pass of tokens in dtype `tokens`.
+
+    At least float32: float16 overflows where the layer's output need not. Only the kernels keep
+    bfloat16, to which they round the operands of all products.
+    """
+    if strategy == "row_block" and tokens == torch.bfloat16:
+        return tokens
+    return torch.promote_types(tokens, torch.float32)
+
+
 def saved(tensor: Tensor | None) -> Tensor:
     """A tensor that a requested gradient reads: the forward kept it, or the caller erred."""
     if tensor is None:

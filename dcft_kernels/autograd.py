@@ -9,16 +9,15 @@ the dispatcher because two trips through it in each direction cost as much as a 
     delta_weight(A, B, C, scaling, geometry)            -> scaling * DW
     delta_weight_backward(grad, A, B, C, ..., needs)    -> its three gradients
     merge(weight, A, B, C, seed, scaling, geometry)     -> weight + scaling * DW
-    drop(x, seed, dropout_p)                            -> x with elements dropped, not scaled
 
 `forward` has either a base layer (`weight`, `bias`) or a base layer's output (`y`), to which the
 increment is added. `U [T, k, d_in]` is an output only because the backward pass needs it. Saved for
 backward are `x` as passed, `U`, the parameters and, with dropout, the 8-byte seed; and of these
 only what the requested gradients read.
 
-With `create_graph=True` the backward pass runs as differentiable PyTorch operations on the same
-saved tensors, so double backward works. The transforms of `torch.func` have no rule for these
-operators (`backends.select` raises); functions to be transformed use `backend="reference"`.
+With `create_graph=True`, and for gradients in batches (`is_grads_batched=True`), the backward pass
+runs as plain PyTorch operations on the same saved tensors. The strategy `plain` has no operators at
+all: `torch.func`, `torch.jit.trace`, forward mode and exported programs see through it.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from dcft_kernels import autocast, dropout, rounding, torch_backend
-from dcft_kernels.adapter import Adapter, Geometry, Gradients, Needs, Side
+from dcft_kernels import autocast, rounding, torch_backend
+from dcft_kernels.adapter import Adapter, Geometry, Gradients, Needs, Side, dtype_of_U, saved
 from dcft_kernels.nonlinearity import function_of
 
 LIBRARY = torch.library.Library("dcft_kernels", "DEF")
@@ -59,33 +58,54 @@ LIBRARY.define(
     f"delta_weight_backward(Tensor grad, {_FACTORS}, bool[] needs) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(f"merge(Tensor weight, {_FACTORS}, Tensor? seed) -> Tensor")
-LIBRARY.define("drop(Tensor x, Tensor seed, float dropout_p) -> Tensor")
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, strategy: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapter: Adapter,
+    strategy: str,
+    nonlinearity: str | None = None,
 ) -> Tensor:
     """`x W^T + b + dropout(x) DW^T`; `x [T, n]`, result `[T, m]`."""
+    if strategy == "plain":
+        return _plain(x, weight, bias, None, adapter, nonlinearity)
     if strategy == "reference":
         return _reference().linear(x, weight, bias, adapter)
     return _entry_point(x)(x, weight, bias, None, *_flatten(adapter, strategy))[0]
 
 
-def update(y: Tensor, x: Tensor, adapter: Adapter, strategy: str) -> Tensor:
+def update(
+    y: Tensor, x: Tensor, adapter: Adapter, strategy: str, nonlinearity: str | None = None
+) -> Tensor:
     """A new `y + dropout(x) DW^T`; `y [T, m]`, `x [T, n]`."""
+    if strategy == "plain":
+        return _plain(x, None, None, y, adapter, nonlinearity)
     if strategy == "reference":
         return _reference().update(y, x, adapter)
     return _entry_point(x)(x, None, None, y, *_flatten(adapter, strategy))[0]
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    adapter: Adapter,
+    nonlinearity: str | None,
+) -> Tensor:
+    h = None if nonlinearity is None else function_of(nonlinearity)
+    with autocast.suspended(x):
+        y = base if weight is None else F.linear(x, weight, bias)
+        return torch_backend.plain(saved(y), x, adapter, h)
 
 
 def _entry_point(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """How this call runs: as an operator, recorded by autograd, or neither."""
     if _is_traced(x):
         return torch.ops.dcft_kernels.forward
-    # Forward-mode AD too, which `_Layer` refuses.
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return _Layer.apply
-    return _forward
+    return _Layer.apply if torch.is_grad_enabled() else _forward
 
 
 def _is_traced(tensor: Tensor) -> bool:
@@ -119,7 +139,7 @@ def _module(strategy: str, tokens: int) -> Any:
     """Where the strategy is implemented. Empty inputs launch no kernel and run in PyTorch."""
     if strategy == "reference":
         return _reference()
-    if strategy == "torch" or tokens == 0:
+    if strategy in ("torch", "plain") or tokens == 0:
         return torch_backend
     from dcft_kernels.triton import passes
 
@@ -145,8 +165,9 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("dcft_kernels::forward", lib=LIBRARY)
 def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    _, _, _, A, _, C, _, _, (_, out_features, *_), *_ = arguments
-    return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], A.shape[0], C.shape[1])
+    _, _, _, A, _, C, _, _, (_, out_features, *_), _, strategy = arguments
+    u = x.new_empty(x.shape[0], A.shape[0], C.shape[1], dtype=dtype_of_U(x.dtype, strategy))
+    return x.new_empty(x.shape[0], out_features), u
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -156,6 +177,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     needs = Needs(need_x, need_weight, need_bias, *need_factors)
     ctx.needs = needs
     ctx.numbers = adapter[4:]
+    ctx.dtype = x.dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x if needs.A or needs.weight else None,
@@ -173,7 +195,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> tuple[A
     g = grad_y
     if g is None and grad_u is not None:
         # Only a double backward reaches U and not y.
-        g = grad_u.new_zeros(grad_u.shape[0], adapter[5][1])
+        g = grad_u.new_zeros(grad_u.shape[0], adapter[5][1], dtype=ctx.dtype)
     if g is not None and _is_traced(g) and not torch.is_grad_enabled():
         results = torch.ops.dcft_kernels.backward(
             g, x, u, weight, *adapter, list(ctx.needs), grad_u
@@ -201,14 +223,20 @@ def _gradients(
     needs: Needs,
     grad_u: Tensor | None,
 ) -> Gradients:
-    """The strategy's backward pass, or a differentiable one where autograd records it."""
+    """The strategy's backward pass, or plain operations where autograd or a transform sees them."""
     *values, strategy = adapter
     with autocast.suspended(g):
         # Only a double backward has a gradient of U, or records its own operations.
-        if grad_u is not None or torch.is_grad_enabled():
-            return torch_backend.backward(g, x, u, weight, _unflatten(*values), needs, grad_u)
+        if grad_u is not None or torch.is_grad_enabled() or _is_batched(g):
+            return torch_backend.plain_backward(g, x, u, weight, _unflatten(*values), needs, grad_u)
         module = _module(strategy, g.shape[0])
         return module.backward(g, x, u, weight, _unflatten(*values), needs)
+
+
+def _is_batched(g: Tensor) -> bool:
+    """Whether a transform runs the backward pass, for many gradients at once."""
+    functorch = torch._C._are_functorch_transforms_active()
+    return functorch or torch._C._functorch.is_legacy_batchedtensor(g)
 
 
 @torch.library.impl(LIBRARY, "backward", "CompositeExplicitAutograd")
@@ -387,52 +415,3 @@ def _merge_operator(weight: Tensor, *arguments: Any) -> Tensor:
 @torch.library.register_fake("dcft_kernels::merge", lib=LIBRARY)
 def _merge_fake(weight: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(weight)
-
-
-# ---------------------------------------------------------------------------------------------
-# The layer with a nonlinearity between its factors
-#
-# Every step is an ordinary PyTorch operation, which autograd records and compilers see. The one
-# operator is `drop`: a mask depends on the value of a seed, which no compiler can trace, and is
-# drawn again in the backward pass instead of stored.
-
-
-def nonlinear(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    base: Tensor | None,
-    adapter: Adapter,
-    nonlinearity: str,
-) -> Tensor:
-    """A new `base + expand(C h(shrink(dropout(x))))`; arguments as `torch_backend.forward`."""
-    with autocast.suspended(x):
-        y = torch_backend.base_output(x, weight, bias, base)
-        if adapter.seed is not None:
-            x = torch.ops.dcft_kernels.drop(x, adapter.seed, adapter.dropout_p)
-        return torch_backend.add_nonlinear_adapter_(y, x, adapter, function_of(nonlinearity))
-
-
-@torch.library.impl(LIBRARY, "drop", "CompositeExplicitAutograd")
-def _drop_operator(x: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
-    return dropout.drop(x, dropout_p, seed)
-
-
-@torch.library.register_fake("dcft_kernels::drop", lib=LIBRARY)
-def _drop_fake(x: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
-    return x * x.new_empty(x.shape)
-
-
-def _drop_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, seed, ctx.dropout_p = inputs
-    ctx.save_for_backward(seed)
-
-
-def _drop_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (seed,) = ctx.saved_tensors
-    return torch.ops.dcft_kernels.drop(grad, seed, ctx.dropout_p), None, None
-
-
-torch.library.register_autograd(
-    "dcft_kernels::drop", _drop_backward, setup_context=_drop_save, lib=LIBRARY
-)

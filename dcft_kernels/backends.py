@@ -4,20 +4,22 @@
 | --- | --- |
 | `"auto"` | the Triton kernels on a GPU that can run them, `torch` everywhere else |
 | `"torch"` | the factored identity as PyTorch operations, on any device |
-| `"reference"` | the paper's equation, materialised: the oracle; `torch.func` transforms need it |
+| `"reference"` | the paper's equation, materialised: the oracle |
 | `"triton"` | the Triton kernels; raises, and says why, where they cannot run |
 
 | `strategy` | forward | backward |
 | --- | --- | --- |
 | `row_block` | one kernel over rows of `x`, then `y += x W^T` | one over rows of `g`, `gx += g W` |
 | `torch` | the factored identity as PyTorch operations | the same |
+| `plain` | the adapter as a LoRA of rank `k*d_in`, three products | PyTorch's own |
 
 `"auto"` runs `row_block` wherever the kernels can run on the device (`triton.why_unavailable`) and
 take the adapter (`why_kernels_cannot`), and `torch` otherwise. There is no silent fallback: what
 was requested by name runs or raises. Empty inputs launch no kernel and run in PyTorch.
 
-A layer with a nonlinearity between its factors always runs on PyTorch operations; `"triton"` and
-`"reference"` raise (`check_nonlinear`).
+`plain` cannot be requested. It runs where `torch.func`, `torch.jit.trace`, forward mode or an
+export have to see through a call, and for a layer with a nonlinearity between its factors, for
+which `"triton"` and `"reference"` raise (`check_nonlinear`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch.autograd import forward_ad
 
 from dcft_kernels.adapter import Adapter, Geometry
 from dcft_kernels.nonlinearity import NONLINEARITIES
@@ -38,29 +41,50 @@ _MAX_WIDTH = 64
 _MAX_COLUMNS = 128
 
 
-def select(backend: str, adapter: Adapter, dtype: torch.dtype, strategy: str = "auto") -> str:
-    """What runs a call: `"row_block"`, `"torch"` or `"reference"`.
+def select(
+    backend: str,
+    adapter: Adapter,
+    dtype: torch.dtype,
+    strategy: str = "auto",
+    nonlinearity: str | None = None,
+) -> str:
+    """What runs a call: `"row_block"`, `"torch"`, `"plain"` or `"reference"`.
 
     Args:
         backend: the name that was requested.
         adapter: the call's adapter, checked; its device is the call's.
         dtype: of the tokens, or of the result of `delta_weight`.
         strategy: the strategy that was requested.
+        nonlinearity: the name of the function between the factors, or None.
 
     Raises:
-        ValueError: an unknown backend or strategy, or two that do not go together.
-        RuntimeError: what was requested by name cannot run, or is inside a `torch.func` transform.
+        ValueError: an unknown name, or names that do not go together.
+        RuntimeError: what was requested by name cannot run.
     """
+    if nonlinearity is not None:
+        check_nonlinear(nonlinearity, backend, strategy)
+        return "plain"
     call = (backend, strategy, adapter.geometry, adapter.A.device, dtype, *_factor_dtypes(adapter))
-    if torch.compiler.is_compiling():
-        return _select(*call)
-    if backend != "reference" and torch._C._are_functorch_transforms_active():
-        one_of("backend", backend, BACKENDS)
-        raise RuntimeError(
-            f"backend={backend!r}: torch.func transforms (vmap, grad, jvp) cannot pass through "
-            "its operators; use backend='reference' inside them"
-        )
-    return _select_cached(*call)
+    compiling = torch.compiler.is_compiling()
+    runs = _select(*call) if compiling else _select_cached(*call)
+    if runs == "reference":
+        return runs
+    by_name = backend == "triton" or strategy == "row_block"
+    if torch._C._are_functorch_transforms_active() or (not compiling and _is_followed()):
+        if by_name:
+            asked = f"{backend=}" if backend == "triton" else f"{strategy=}"
+            raise RuntimeError(
+                f"{asked}: torch.func, torch.jit.trace and forward mode cannot pass through the "
+                "kernels; use backend='auto' or 'torch' with strategy='auto'"
+            )
+        return "plain"
+    # An exported program needs this package only if the kernels were requested by name.
+    return "plain" if torch.compiler.is_exporting() and not by_name else runs
+
+
+def _is_followed() -> bool:
+    """Whether `torch.jit.trace` or forward mode follows the call, operation by operation."""
+    return torch._C._is_tracing() or forward_ad._current_level >= 0
 
 
 def _select(

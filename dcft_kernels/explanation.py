@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from dcft_kernels import validation
+from dcft_kernels.adapter import dtype_of_U
 from dcft_kernels.backends import select, why_not_triton
 
 if TYPE_CHECKING:
@@ -106,8 +107,9 @@ def _adapter_work(layer: DCFTLinear, tokens: int, dtype: torch.dtype, strategy: 
         products = 3 * (tokens * (n + m) + m * n)
         return Work(dtype.itemsize * products, 6 * tokens * m * n)
     # Forward: read x, add to y. Backward: read g and x, add to gx. U is written once, read once.
-    passes = 4 * n + 3 * m + 2 * rank * inputs.width
+    passes = dtype.itemsize * (4 * n + 3 * m)
+    passes += dtype_of_U(dtype, strategy).itemsize * 2 * rank * inputs.width
     # Six sums over a window's features (U, y, Vb, gB, gA, gx), and C four times per token and rank.
     sums = 3 * rank * (n * inputs.width // inputs.stride + m * outputs.width // outputs.stride)
     mixing = 4 * rank * outputs.width * inputs.width
-    return Work(dtype.itemsize * tokens * passes, 2 * tokens * (sums + mixing))
+    return Work(tokens * passes, 2 * tokens * (sums + mixing))

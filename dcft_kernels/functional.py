@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from dcft_kernels import autocast, autograd, validation
 from dcft_kernels.adapter import Adapter, Geometry, Pair
-from dcft_kernels.backends import check_nonlinear, select
+from dcft_kernels.backends import select
 from dcft_kernels.dropout import draw_seed
 
 
@@ -63,20 +63,16 @@ def dcft_linear(
         ValueError: shapes, devices or numbers that do not fit.
         RuntimeError: a backend requested by name cannot run.
     """
-    geometry = _checked_geometry((x, weight, bias, dcft_A, dcft_B, dcft_C), stride)
+    tensors = (x, weight, bias, dcft_A, dcft_B, dcft_C)
+    geometry = _not_recorded(_checked_geometry, tensors, stride)
     adapter = _adapter(dcft_A, dcft_B, dcft_C, geometry, scaling, dropout_p)
     if autocast.dtype_for(x) is not None:
         x, weight = autocast.cast(x), autocast.cast(weight)
         bias = None if bias is None else autocast.cast(bias)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if nonlinearity is not None:
-        check_nonlinear(nonlinearity, backend, strategy)
-        adapter = _with_dropout(adapter, training, x.device, rescale=False)
-        y = autograd.nonlinear(tokens, weight, bias, None, adapter, nonlinearity)
-    else:
-        runs = select(backend, adapter, x.dtype, strategy)
-        adapter = _with_dropout(adapter, training, x.device)
-        y = autograd.linear(tokens, weight, bias, adapter, runs)
+    runs = select(backend, adapter, x.dtype, strategy, nonlinearity)
+    adapter = _with_dropout(adapter, training, x.device, runs)
+    y = autograd.linear(tokens, weight, bias, adapter, runs, nonlinearity)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -111,30 +107,15 @@ def dcft_update(  # noqa: D417 - the others are `dcft_linear`'s
         ValueError: shapes, devices or numbers that do not fit.
         RuntimeError: a backend requested by name cannot run.
     """
-    y, x = validation.tokens("y", y), validation.tokens("x", x)
-    if y.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"y: expected leading dimensions {list(x.shape[:-1])}, those of x, "
-            f"got shape {list(y.shape)}"
-        )
-    in_features, out_features = x.shape[-1], y.shape[-1]
-    geometry = validation.factors(
-        dcft_A, dcft_B, dcft_C,
-        in_features=in_features, out_features=out_features, stride=stride,
-    )  # fmt: skip
+    geometry = _not_recorded(_check_update, (y, x, dcft_A, dcft_B, dcft_C), stride)
     adapter = _adapter(dcft_A, dcft_B, dcft_C, geometry, scaling, dropout_p)
     validation.same_device("x", x, y=y, dcft_A=dcft_A)
     y, x = autocast.cast(y), autocast.cast(x)
     validation.same_dtype("x", x, y=y)
-    flat_y, flat_x = y.reshape(-1, out_features), x.reshape(-1, in_features)
-    if nonlinearity is not None:
-        check_nonlinear(nonlinearity, backend)
-        adapter = _with_dropout(adapter, training, x.device, rescale=False)
-        out = autograd.nonlinear(flat_x, None, None, flat_y, adapter, nonlinearity)
-    else:
-        runs = select(backend, adapter, x.dtype)
-        adapter = _with_dropout(adapter, training, x.device)
-        out = autograd.update(flat_y, flat_x, adapter, runs)
+    flat_y, flat_x = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+    runs = select(backend, adapter, x.dtype, nonlinearity=nonlinearity)
+    adapter = _with_dropout(adapter, training, x.device, runs)
+    out = autograd.update(flat_y, flat_x, adapter, runs, nonlinearity)
     return out.reshape(y.shape)
 
 
@@ -252,6 +233,18 @@ def _checked_geometry(tensors: Sequence[Any], stride: Any) -> Geometry:
     return geometry
 
 
+def _not_recorded(check: Callable[..., Geometry], *arguments: Any) -> Geometry:
+    """Run a check outside `torch.jit.trace`, which would make tensors of all sizes."""
+    state = torch._C._get_tracing_state()
+    if state is None:
+        return check(*arguments)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        return check(*arguments)
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
 def _signature(tensors: Sequence[Any], stride: Any) -> Any:
     """Everything that `_check_layer` depends on, hashable; None for operands it has to see.
 
@@ -294,6 +287,19 @@ def _check_layer(tensors: Sequence[Any], stride: Any) -> Geometry:
     return geometry
 
 
+def _check_update(tensors: Sequence[Any], stride: Any) -> Geometry:
+    """Check the shapes of `dcft_update`'s tensors against each other."""
+    y, x, *factors = tensors
+    y, x = validation.tokens("y", y), validation.tokens("x", x)
+    if y.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"y: expected leading dimensions {list(x.shape[:-1])}, those of x, "
+            f"got shape {list(y.shape)}"
+        )
+    sizes = {"in_features": x.shape[-1], "out_features": y.shape[-1]}
+    return validation.factors(*factors, **sizes, stride=stride)
+
+
 def _adapter(
     A: Tensor, B: Tensor, C: Tensor, geometry: Geometry, scaling: float, dropout_p: float = 0.0
 ) -> Adapter:
@@ -302,14 +308,16 @@ def _adapter(
     return Adapter(A, B, C, scaling, geometry, validation.probability("dropout_p", dropout_p))
 
 
-def _with_dropout(
-    adapter: Adapter, training: bool, device: torch.device, *, rescale: bool = True
-) -> Adapter:
+def _with_dropout(adapter: Adapter, training: bool, device: torch.device, runs: str) -> Adapter:
     """The adapter with a seed if dropout is active: drawn last, so that a failing call draws none.
 
-    With `rescale`, its scaling includes dropout's `1 / (1 - p)`: the increment is linear.
+    Its scaling includes dropout's `1 / (1 - p)`. (`plain` applies PyTorch's dropout instead.)
     """
-    if not training or adapter.dropout_p == 0.0:
+    if adapter.dropout_p == 0.0:
         return adapter
-    scaling = adapter.scaling / (1.0 - adapter.dropout_p) if rescale else adapter.scaling
+    if not training:
+        return adapter._replace(dropout_p=0.0)
+    if runs == "plain":
+        return adapter
+    scaling = adapter.scaling / (1.0 - adapter.dropout_p)
     return adapter._replace(scaling=scaling, seed=draw_seed(device))

@@ -11,8 +11,10 @@ cropped as `geometry` says) and `s` the scaling,
     gB^T = factor_grad(g, V)                     gA = factor_grad(x, Ub)
     gx = g W, then expand_(gx, Ub, A)
 
-No step touches an `[m, n]` tensor other than the base weight. The functions are built of
-differentiable operations, so autograd can run through `backward` a second time.
+No step touches an `[m, n]` tensor other than the base weight.
+
+Where autograd, a transform or a tracer follows the operations, the adapter is the LoRA of rank
+`k*d_in` that it equals (`matrices`), `y = x W^T + b + (x P^T) Q`: `plain` and `plain_backward`.
 
 The three primitives work on one side of `DW`, with `L` windows of width `w` (`adapter.Side`), a
 factor `f [k, L]` (`A` on the input side, `B^T` on the output side) and a token tensor
@@ -36,16 +38,19 @@ accumulators, and far quicker than 16-bit products on processors without the ins
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcft_kernels.adapter import Adapter, Gradients, Needs, Side, saved
+from dcft_kernels.adapter import Adapter, Gradients, Needs, Side, dtype_of_U, saved
 from dcft_kernels.dropout import drop, keep_mask
 
-# Elements of the float32 copy of a block of rows: 1 MiB, small enough to stay in a core's cache.
+# Elements of the float32 copy of a block of rows, or of its products in the batched form: 1 MiB,
+# small enough to stay in a core's cache.
 _BLOCK_ELEMENTS = 1 << 18
 
 # On a CPU, `expand_` with at most this many spread rows (k*w) is quicker than in the batched form;
@@ -95,33 +100,99 @@ def add_adapter_(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
     inputs, outputs = adapter.geometry.inputs, adapter.geometry.outputs
     U = shrink(drop(x, adapter.dropout_p, adapter.seed), adapter.A, inputs)
     expand_(y, _mix(U, adapter), adapter.B.t(), outputs)
-    return U.to(x.dtype)
+    return U.to(dtype_of_U(x.dtype, "torch"))
 
 
-def add_nonlinear_adapter_(
-    y: Tensor, dropped: Tensor, adapter: Adapter, h: Callable[[Tensor], Tensor]
+def plain(
+    y: Tensor, x: Tensor, adapter: Adapter, h: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """Add an adapter with `h` between its factors to `y [T, m]`, in place, for autograd to follow.
-
-        U = shrink(x, A)        V[t, κ, q] = s sum_p C[q, p] h(U[t, κ, p])        expand_(y, V, B^T)
-
-    With the identity for `h` it is `add_adapter_`, at the same cost.
+    """A new `y + h(dropout(x) P^T) Q` `[T, m]`, in operations for tracers and transforms.
 
     Args:
-        y: `[T, m]`, changed in place.
-        dropped: `[T, n]`, what `dropout.drop` leaves of `x`. The `1 / (1 - p)` of what is kept
-            is put on `U` here: `h` is not linear, so it cannot be part of the scaling.
-        adapter: factors and settings; its scaling is the layer's own.
-        h: an elementwise differentiable function.
+        y: `[T, m]`, the base layer's output.
+        x: `[T, n]`.
+        adapter: factors and settings; dropout is PyTorch's own, its scaling the layer's.
+        h: an elementwise function on `U`, or None for the identity.
+    """
+    dtype = compute_dtype(x)
+    P, _, Q = matrices(adapter, dtype)
+    x = x.to(dtype)
+    if adapter.dropout_p > 0.0:
+        x = F.dropout(x, adapter.dropout_p)
+    U = x @ P.t()
+    return torch.addmm(y.to(dtype), U if h is None else h(U), Q).to(y.dtype)
+
+
+def plain_backward(  # noqa: D417 - the others are `backward`'s
+    g: Tensor,
+    x: Tensor | None,
+    U: Tensor | None,
+    weight: Tensor | None,
+    adapter: Adapter,
+    needs: Needs,
+    grad_U: Tensor | None = None,
+) -> Gradients:
+    """`backward` in operations like `plain`'s, for double backward and gradients in batches.
+
+    Args:
+        g: `[T, m]`, gradient of the output; to a transform, a batch of them.
+        x: `[T, n]` or None; see `backward` for this and the arguments not listed.
+        grad_U: `[T, k, d_in]`, gradient of `U` as an output: only a double backward has one.
+    """
+    rank, outputs, inputs = adapter.geometry
+    dtype = torch.promote_types(g.dtype, torch.float32)
+    P, S, Q = matrices(adapter, dtype)
+    mask = None
+    if adapter.seed is not None and (needs.x or needs.A):
+        shape = (g.shape[0], inputs.size)
+        # In a thread of its own, since transforms allow no random numbers.
+        with ThreadPoolExecutor(1) as thread:
+            drawn = (adapter.seed, adapter.dropout_p, shape, g.dtype, g.device)
+            mask = thread.submit(keep_mask, *drawn).result()
+    grad_x = grad_A = grad_B = grad_C = None
+
+    wide = g.to(dtype)
+    v = wide @ Q.t()  # [T, k*d_in]
+    if grad_U is not None:
+        v = v + grad_U.reshape(-1, Q.shape[0])
+    if needs.x:
+        grad_x = (v @ P).to(g.dtype)
+        grad_x = grad_x if mask is None else grad_x * mask
+        if weight is not None:
+            narrow = compute_dtype(g)
+            grad_x = grad_x + (g.to(narrow) @ weight.to(narrow)).to(g.dtype)
+    if needs.A:
+        dropped = saved(x) if mask is None else saved(x) * mask
+        grad_A = collapse(v.t() @ dropped.to(dtype), inputs).to(adapter.A.dtype)
+    if needs.B or needs.C:
+        grad_Q = saved(U).to(dtype).reshape(-1, Q.shape[0]).t() @ wide
+        grad_Q = adapter.scaling * grad_Q.reshape(rank, inputs.width, outputs.size)
+        grad_S = (adapter.C.to(dtype) @ grad_Q).reshape(S.shape)
+        grad_B = collapse(grad_S, outputs).t().to(adapter.B.dtype)
+        ranks = S.reshape(rank, outputs.width, outputs.size) @ grad_Q.transpose(1, 2)
+        grad_C = ranks.sum(0).to(adapter.C.dtype)
+
+    return Gradients(
+        x=grad_x,
+        weight=g.t() @ saved(x) if needs.weight else None,
+        bias=g.sum(0) if needs.bias else None,
+        A=grad_A,
+        B=grad_B if needs.B else None,
+        C=grad_C if needs.C else None,
+    )
+
+
+def matrices(adapter: Adapter, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The adapter as a LoRA of rank `k*d_in`: `s DW = Q^T P`, where `Q` is `S` mixed by `C`.
 
     Returns:
-        `y`.
+        `P = spread(A) [k*d_in, n]`, `S = spread(B^T) [k*d_out, m]` and `Q [k*d_in, m]`.
     """
-    inputs, outputs = adapter.geometry.inputs, adapter.geometry.outputs
-    U = shrink(dropped, adapter.A, inputs)
-    if adapter.seed is not None:
-        U = U / (1.0 - adapter.dropout_p)
-    return expand_(y, _mix(h(U), adapter), adapter.B.t(), outputs)
+    rank, outputs, inputs = adapter.geometry
+    P, S = plain_spread(adapter.A.to(dtype), inputs), plain_spread(adapter.B.t().to(dtype), outputs)
+    C = _scaled(adapter.C.t(), adapter.scaling).to(dtype)
+    Q = C @ S.reshape(rank, outputs.width, outputs.size)
+    return P, S, Q.reshape(rank * inputs.width, outputs.size)
 
 
 def backward(
@@ -131,7 +202,6 @@ def backward(
     weight: Tensor | None,
     adapter: Adapter,
     needs: Needs,
-    grad_U: Tensor | None = None,
 ) -> Gradients:
     """The gradients that `needs` asks for.
 
@@ -142,7 +212,6 @@ def backward(
         weight: `[m, n]`, or None for an adapter without a base: then `gx` is the adapter's alone.
         adapter: as in the forward.
         needs: which gradients to compute.
-        grad_U: `[T, k, d_in]`, gradient of `U` as an output: only a double backward has one.
     """
     _, B, C, scaling, geometry, dropout_p, seed = adapter
     inputs, outputs = geometry.inputs, geometry.outputs
@@ -151,22 +220,20 @@ def backward(
         mask = keep_mask(seed, dropout_p, (g.shape[0], inputs.size), g.dtype, g.device)
     grad_x = grad_A = grad_B = grad_C = None
 
+    if needs.B:
+        grad_B = factor_grad(g, _mix(saved(U), adapter), outputs).t().to(B.dtype)
     if needs.x or needs.A or needs.C:
         Vb = shrink(g, _scaled(B.t(), scaling), outputs)  # [T, k, d_out]
         if needs.C:
-            flat_U = saved(U).to(Vb.dtype).flatten(0, 1)
-            grad_C = (Vb.flatten(0, 1).t() @ flat_U).to(C.dtype)
+            flat_U = saved(U).flatten(0, 1)
+            grad_C = (Vb.flatten(0, 1).t().to(flat_U.dtype) @ flat_U).to(C.dtype)
         if needs.x or needs.A:
             Ub = _on_windows(Vb, C.to(Vb.dtype))  # [T, k, d_in]
-            if grad_U is not None:
-                Ub = Ub + grad_U
             if needs.A:
                 dropped = saved(x) if mask is None else saved(x) * mask
                 grad_A = factor_grad(dropped, Ub, inputs).to(adapter.A.dtype)
             if needs.x:
                 grad_x = _grad_input(g, Ub, weight, adapter, mask)
-    if needs.B:
-        grad_B = factor_grad(g, _mix(saved(U), adapter), outputs).t().to(B.dtype)
 
     return Gradients(
         x=grad_x,
@@ -179,18 +246,9 @@ def backward(
 
 
 def delta_weight(adapter: Adapter) -> Tensor:
-    """`scaling * kron(B A, C)`, cropped to `[m, n]`, in the factors' common dtype; differentiable.
-
-    Row `r` of `DW` is what the adapter makes of the r-th output's row of `spread(B^T)`, mixed by
-    `C`: one `expand_` over a zero matrix, for any geometry.
-    """
-    geometry = adapter.geometry
-    dtype = adapter.dtype
-    rows = spread(adapter.B.t().to(dtype), geometry.outputs)  # [k*d_out, m]
-    rows = rows.unflatten(0, (geometry.rank, geometry.outputs.width)).permute(2, 0, 1)
-    mixed = adapter.scaling * (rows @ adapter.C.to(dtype))  # [m, k, d_in]
-    dense = rows.new_zeros(geometry.outputs.size, geometry.inputs.size)
-    return expand_(dense, mixed, adapter.A, geometry.inputs)
+    """`scaling * DW` `[m, n]`, in the factors' common dtype; differentiable."""
+    P, _, Q = matrices(adapter, adapter.dtype)
+    return Q.t() @ P
 
 
 def _mix(U: Tensor, adapter: Adapter) -> Tensor:
@@ -252,6 +310,24 @@ def spread(factor: Tensor, side: Side) -> Tensor:
     matrix = factor.new_zeros(rank * side.width, span)
     _entries(matrix, rank, side).copy_(factor.unsqueeze(1))
     return matrix if span == side.size else matrix[:, : side.size]
+
+
+def plain_spread(factor: Tensor, side: Side) -> Tensor:
+    """`spread` in operations like `plain`'s."""
+    rank, width, span = factor.shape[0], side.width, side.span
+    row = F.pad(factor.unsqueeze(2), (0, side.stride - 1)).reshape(rank, -1)
+    # Rows of one element more, read on as rows of `span`, are each shifted by one.
+    row = F.pad(row, (0, span + 1 - row.shape[1])).unsqueeze(1)
+    rows = row.expand(rank, width, span + 1).reshape(rank, -1)[:, : width * span]
+    return rows.reshape(rank * width, span)[:, : side.size]
+
+
+def collapse(matrix: Tensor, side: Side) -> Tensor:
+    """The adjoint of `plain_spread`: `g[κ, l] = sum_r matrix[κ*w + r, l*s + r]`."""
+    width, span = side.width, side.span
+    rows = F.pad(matrix, (0, span - side.size)).reshape(-1, width * span)
+    shifted = F.pad(rows, (0, width)).reshape(-1, width, span + 1)
+    return shifted.sum(1)[:, : (side.windows - 1) * side.stride + 1 : side.stride]
 
 
 def shrink(z: Tensor, factor: Tensor, side: Side) -> Tensor:
@@ -325,17 +401,19 @@ def factor_grad(z: Tensor, v: Tensor, side: Side) -> Tensor:
     """
     dtype = compute_dtype(z)
     length = _block_length(z, dtype)
-    blocks = list(zip(_row_blocks(z, length), _row_blocks(v.to(dtype), length), strict=True))
-    if _can_batch(z, side):
-        return _total(
-            [
-                torch.bmm(v_rows, _in_windows(rows.to(dtype), side).transpose(1, 2)).sum(0)
-                for rows, v_rows in blocks
-            ]
-        )
-    matrix = _total([v_rows.flatten(1).t() @ rows.to(dtype) for rows, v_rows in blocks])
-    matrix = F.pad(matrix, (0, side.span - side.size))
-    return _entries(matrix, v.shape[1], side).sum(1)
+    batched = _can_batch(z, side)
+    if batched:  # each token's product, [k, L], is in memory before the sum
+        length = min(length, max(1, _BLOCK_ELEMENTS // (v.shape[1] * side.windows)))
+
+    def of_block(rows: Tensor, v_rows: Tensor) -> Tensor:
+        rows = rows.to(dtype)
+        if batched:
+            return torch.bmm(v_rows, _in_windows(rows, side).transpose(1, 2)).sum(0)
+        return v_rows.flatten(1).t() @ rows
+
+    blocks = map(of_block, _row_blocks(z, length), _row_blocks(v.to(dtype), length))
+    total = functools.reduce(Tensor.add_, blocks)
+    return total if batched else collapse(total, side)
 
 
 def _entries(matrix: Tensor, rank: int, side: Side) -> Tensor:
@@ -354,11 +432,6 @@ def _can_batch(z: Tensor, side: Side) -> bool:
 def _in_windows(z: Tensor, side: Side) -> Tensor:
     """Tokens `[T, size]` viewed as `[T, L, w]`, for tiling windows."""
     return z.view(z.shape[0], side.windows, side.width)
-
-
-def _total(terms: list[Tensor]) -> Tensor:
-    """The sum of the blocks' contributions."""
-    return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
 
 def _block_length(z: Tensor, dtype: torch.dtype) -> int:

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from dcft_kernels import autocast
 from dcft_kernels.adapter import Geometry, Pair
 
+# PyTorch's sizes are of 64 bits.
+_LARGEST_SIZE = 2**63 - 1
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -25,12 +28,14 @@ def module(name: str, value: Any) -> nn.Module:
 
 
 def positive_int(name: str, value: Any) -> int:
-    """`value` as an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """`value`, an int or NumPy's, as an int of at least 1."""
+    if not _is_integer(value):
         raise TypeError(f"{name}: expected a positive int, got {_shown(value)}")
     if value < 1:
-        raise ValueError(f"{name}: expected a positive int, got {value!r}")
-    return value
+        raise ValueError(f"{name}: expected a positive int, got {_shown(value)}")
+    if value > _LARGEST_SIZE:
+        raise ValueError(f"{name}: expected at most 2^63 - 1, got {_shown(value)}")
+    return int(value)
 
 
 def pair(name: str, value: Any) -> Pair:
@@ -39,9 +44,9 @@ def pair(name: str, value: Any) -> Pair:
         if len(value) != 2:
             raise ValueError(f"{name}: expected an int or a pair (out, in), got {_shown(value)}")
         return (positive_int(f"{name}[0]", value[0]), positive_int(f"{name}[1]", value[1]))
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not _is_integer(value):
         raise TypeError(f"{name}: expected an int or a pair (out, in) of ints, got {_shown(value)}")
-    return (positive_int(name, value), value)
+    return (positive_int(name, value),) * 2
 
 
 def stride_pair(stride: Any, kernel_size: Pair) -> Pair:
@@ -76,11 +81,14 @@ def finite_number(name: str, value: Any) -> float:
     """`value` as a finite float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {_describe(value)}")
-    value = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction
+        number = math.inf
     # Comparisons, false for NaN too: the compiler does not trace math.isfinite.
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-    return value
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {_shown(value)}")
+    return number
 
 
 def probability(name: str, value: Any) -> float:
@@ -191,6 +199,10 @@ def same_dtype(name: str, tensor: Tensor, **others: Tensor | None) -> None:
             )
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def _dtype_names() -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
 
@@ -203,4 +215,7 @@ def _describe(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     """The value's repr, cut to a length that fits a line."""
-    return reprlib.repr(value)
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python prints no int of more than 4300 digits
+        return f"{type(value).__name__} of too many digits"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from dcft_kernels.adapter import Adapter, Geometry
+from dcft_kernels.adapter import Adapter, Geometry, dtype_of_U
 from dcft_kernels.triton.expand import expand, expand_backward
 from dcft_kernels.triton.row_block import backward, shrink_expand
 
@@ -23,7 +23,8 @@ class Tensors:
         n, m = geometry.inputs.size, geometry.outputs.size
         new = partial(torch.empty, dtype=DTYPES[dtype])
         self.x, self.y = new(case.tokens, n), new(case.tokens, m)
-        self.u = new(case.tokens, geometry.rank * geometry.inputs.width)
+        u_dtype = dtype_of_U(DTYPES[dtype], "row_block")
+        self.u = new(case.tokens, geometry.rank * geometry.inputs.width, dtype=u_dtype)
         self.weight, self.bias = new(m, n), new(m)
         shapes = (geometry.shape_A, geometry.shape_B, geometry.shape_C)
         A, B, C = (torch.empty(shape, dtype=DTYPES[case.adapter_dtype]) for shape in shapes)

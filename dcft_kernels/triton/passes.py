@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dcft_kernels.adapter import Adapter, Gradients, Needs, saved
+from dcft_kernels.adapter import Adapter, Gradients, Needs, dtype_of_U, saved
 from dcft_kernels.triton import row_block
 
 
@@ -24,7 +24,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The layer's `y [T, m]`, and `U [T, k, d_in]` for the backward; see `torch_backend`."""
     rank, outputs, inputs = adapter.geometry
-    u = x.new_empty(x.shape[0], rank, inputs.width)
+    dtype = dtype_of_U(x.dtype, "row_block")
+    u = x.new_empty(x.shape[0], rank, inputs.width, dtype=dtype)
     y = x.new_empty(x.shape[0], outputs.size)
     row_block.shrink_expand(x, adapter, u=u, y=y, bias=bias, base=base)
     if weight is not None:

@@ -119,7 +119,7 @@ def _shrink_expand_kernel(
     | tensor | shape | |
     | --- | --- | --- |
     | `x` | `[T, n]` | read once |
-    | `U` | `[T, K*W_IN]` | written |
+    | `U` | `[T, K*W_IN]` | written, in its own dtype |
     | `A`, `B`, `C` | `[K, I]`, `[J, K]`, `[W_OUT, W_IN]` | any float dtype |
     | `bias`, `base` | `[m]`, `[T, m]` | optional |
     | `y` | `[T, m]` | written once |
@@ -131,7 +131,7 @@ def _shrink_expand_kernel(
     t = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = t[:, None]
     inside = row < T
-    dtype: tl.constexpr = u_ptr.dtype.element_ty
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
     CONTIGUOUS: tl.constexpr = S_IN == W_IN and W_IN == WP_IN and (L_IN * WP_IN) % 4 == 0
 
     u = tl.zeros([BLOCK_T, KP * WP_IN], tl.float32)
@@ -149,7 +149,7 @@ def _shrink_expand_kernel(
         matrix = spread(values, WP_IN, KP, L_IN).to(dtype)
         u = tl.dot(x, matrix, u, input_precision=PRECISION)
     u_offsets, u_valid = rank_columns(t, stride_ut, W_IN, K, WP_IN, KP)
-    tl.store(u_ptr + u_offsets, u.to(dtype), mask=inside & u_valid)
+    tl.store(u_ptr + u_offsets, u.to(u_ptr.dtype.element_ty), mask=inside & u_valid)
 
     C = mixing_matrix(C_ptr, stride_cp, stride_cq, scaling, W_IN, W_OUT, WP_IN, WP_OUT, GROUP)
     v = mix(u, C, WP_IN, WP_OUT, KP, GROUP, BLOCK_T, PRECISION).to(dtype)
@@ -184,7 +184,7 @@ def shrink_expand(
     Args:
         x: `[T, n]`.
         adapter: its `seed`, if any, on `x`'s device.
-        u: `[T, K*d_in]` or `[T, K, d_in]`, contiguous per token; written.
+        u: `[T, K*d_in]` or `[T, K, d_in]`, any float dtype, contiguous per token; written.
         y: `[T, m]`, written.
         bias: `[m]`, added to `y`.
         base: `[T, m]`, added to `y`; may be `y` itself.
@@ -331,12 +331,13 @@ def _backward_kernel(
     | --- | --- | --- |
     | `g` | `[T, m]` | read once |
     | `x` | `[T, n]` | read once (`NEED_A`) |
-    | `U` | `[T, K*W_IN]` | read (`NEED_B` or `NEED_C`) |
+    | `U` | `[T, K*W_IN]` | `adapter.dtype_of_U`; read (`NEED_B` or `NEED_C`) |
     | `gx` | `[T, n]` | written once (`WRITE_GX`), added to what it holds (`ADD_GX`) |
     | `partial` | `[programs, ...]` | float32: of A `[K, I]`, B `[J, K]`, C `[W_OUT, W_IN]` |
 
     Grid: `(programs,)`, each owning every programs-th block of `BLOCK_T` whole rows. All sums are
-    in float32; `V`, `Vb` and `Ub` are rounded to the tokens' dtype for the matrix unit.
+    in float32; `V`, `Vb` and `Ub` are rounded to the tokens' dtype for the matrix unit, except that
+    `Vb` is multiplied with `U` in the dtype of `U`.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -382,10 +383,13 @@ def _backward_kernel(
         vb *= scaling
         if NEED_C:
             grad_C = tl.dot(
-                tl.trans(tl.reshape(vb.to(dtype), [BLOCK_T * KP // GROUP, GROUP * WP_OUT])),
+                tl.trans(tl.reshape(vb.to(u.dtype), [BLOCK_T * KP // GROUP, GROUP * WP_OUT])),
                 tl.reshape(u, [BLOCK_T * KP // GROUP, GROUP * WP_IN]),
                 grad_C,
-                input_precision=PRECISION,
+                # tf32 has float16's digits and the range that it lacks.
+                input_precision="tf32"
+                if dtype == tl.float16 and PRECISION == "tf32x3"
+                else PRECISION,
             )
         if NEED_UB:
             CT = mixing_matrix(C_ptr, stride_cq, stride_cp, 1.0, W_OUT, W_IN, WP_OUT, WP_IN, GROUP)
@@ -451,7 +455,7 @@ def backward(
     Args:
         g: `[T, m]`.
         x: `[T, n]`; read for the gradient of `A`.
-        u: `[T, K*d_in]` or `[T, K, d_in]`, from the forward; read for those of `B` and `C`.
+        u: `[T, K*d_in]` or `[T, K, d_in]`, from `shrink_expand`; read for those of `B` and `C`.
         adapter: as in the forward; its `seed`, if any, on the tokens' device.
         gx: `[T, n]`, written; None where it is not needed.
         needs: whether the gradients of `A`, `B` and `C` are.

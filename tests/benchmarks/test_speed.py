@@ -67,7 +67,7 @@ def test_every_method_passes_the_gate_and_is_timed(dtype: str) -> None:
     case, size = SMALL[dtype], DTYPES[dtype].itemsize
     x = case.T * case.n * size
     assert (saved[BASELINE], saved["full"]) == (0, x)
-    assert saved["dcft"] == x + case.T * 8 * size  # U
+    assert saved["dcft"] == x + case.T * 8 * 4  # U, in float32 on a CPU
     assert saved["published"] > x + case.n * case.m * size  # DW
 
 

@@ -51,6 +51,18 @@ def test_auto_runs_the_kernels_wherever_they_take_the_adapter(gpu) -> None:
     assert selected("reference") == "reference"
 
 
+def test_kernels_requested_by_name_refuse_transforms(gpu) -> None:
+    for asked in ((), ("torch",), ("auto", "torch"), ("reference",)):
+        with torch.autograd.forward_ad.dual_level():
+            assert selected(*asked) == ("reference" if "reference" in asked else "plain")
+    for asked in (("triton",), ("auto", "row_block")):
+        with (
+            torch.autograd.forward_ad.dual_level(),
+            pytest.raises(RuntimeError, match=rf"='{asked[-1]}': torch.func, .*backend='auto'"),
+        ):
+            selected(*asked)
+
+
 def test_auto_runs_torch_without_a_gpu(no_gpu) -> None:
     assert selected() == "torch"
     assert selected("reference") == "reference"
@@ -129,6 +141,8 @@ def test_explain_on_a_gpu(gpu) -> None:
     T, n, m, U = 100, 64, 96, 8
     assert told.frozen == (2 * 2 * (T * (n + m) + n * m), 4 * T * n * m)
     assert told.adapter.bytes == 2 * T * (4 * n + 3 * m + 2 * U)
+    half = explain(layer, tokens=100, dtype=torch.float16)  # U is float32
+    assert half.adapter.bytes == 2 * T * (4 * n + 3 * m + 4 * U)
     assert "float64" in explain(layer, tokens=1, dtype=torch.float64).reason
 
 

@@ -65,6 +65,9 @@ def test_good_calls_are_good():
     assert linear().shape == update().shape == (5, M)
     assert torch.equal(linear(stride=[8, 8]), linear())
     assert torch.equal(linear(training=[], dropout_p=0.5), linear())
+    assert torch.equal(linear(stride=(np.int64(8), np.int32(8))), linear())
+    sizes = vars(layer(in_features=np.int64(N), rank=np.int64(2), kernel_size=np.int32(8)).options)
+    assert type(sizes["rank"]) is type(sizes["kernel_size"][0]) is int
     assert linear(nonlinearity="gelu").shape == (5, M)
     assert delta().shape == add().shape == (M, N)
     assert layer()(X).shape == adapt()(X).shape == (5, M)
@@ -133,8 +136,11 @@ CALLS = [
     (linear, {"stride": 0}, ValueError, rf"^stride: {POSITIVE} 0"),
     (update, {"stride": (-1, 8)}, ValueError, rf"^stride\[0\]: {POSITIVE} -1"),
     (linear, {"stride": 2.0}, TypeError, rf"^stride: expected {TWO_SIDES} of ints, got 2\.0"),
-    (linear, {"stride": (np.int64(8), 8)}, TypeError, rf"^stride\[0\]: {POSITIVE} "),
+    (linear, {"stride": (np.bool_(True), 8)}, TypeError, rf"^stride\[0\]: {POSITIVE} "),
     (linear, {"stride": (2, 2, 2)}, ValueError, rf"^stride: expected {TWO_SIDES}, got \(2, 2, 2\)"),
+    (layer, {"rank": 10**400}, ValueError, r"^rank: expected at most 2\^63 - 1, got 100+\.\.\.0+$"),
+    (layer, {"rank": -(10**5000)}, ValueError, rf"^rank: {POSITIVE} int of too many digits$"),
+    (layer, {"alpha": 10**400}, ValueError, r"^alpha: expected a finite number, got 10+\.\.\.0+$"),
     (linear, {"scaling": math.nan}, ValueError, r"^scaling: expected a finite number, got nan"),
     (delta, {"scaling": "2"}, TypeError, r"^scaling: expected a number, got str '2'"),
     (linear, {"scaling": torch.ones(2)}, TypeError,

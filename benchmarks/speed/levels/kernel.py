@@ -18,7 +18,7 @@ from benchmarks.speed import gate
 from benchmarks.speed.cases import DTYPES, Case, Scope
 from benchmarks.speed.provider import BASELINE, Provider, UnavailableError, Workload
 from dcft_kernels import triton
-from dcft_kernels.adapter import Adapter, Geometry
+from dcft_kernels.adapter import Adapter, Geometry, dtype_of_U
 
 Outputs = Mapping[str, Tensor | None]
 
@@ -53,7 +53,7 @@ class KernelProblem:
         self.weight = self._draw(self.m, self.n) * self.n**-0.5
         self.bias = self._draw(self.m)
         self._expected: dict[torch.dtype, dict[str, Tensor]] = {}
-        self.u = self.expected(torch.float64)["U"].to(self.dtype)
+        self.u = self.expected(torch.float64)["U"].to(dtype_of_U(self.dtype, "row_block"))
 
     def _draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(
@@ -106,7 +106,7 @@ class KernelCall(NamedTuple):
 def _shrink_expand(p: KernelProblem) -> KernelCall:
     from dcft_kernels.triton.row_block import shrink_expand
 
-    y, u = p.empty(p.T, p.m), p.empty(p.T, p.rank * p.width)
+    y, u = p.empty(p.T, p.m), torch.empty_like(p.u)
 
     def launch() -> Outputs:
         shrink_expand(p.x, p.adapter, u=u, bias=p.bias, y=y)
@@ -221,8 +221,8 @@ def _workload(problem: KernelProblem, name: str) -> Workload:
         raise UnavailableError(reason)
     call = (KERNELS | _OF_TORCH)[name](p)
     step = LaunchStep(p, call)
-    sizes = {"x": p.T * p.n, "y": p.T * p.m, "W": p.n * p.m, "U": p.T * p.rank * p.width}
-    moved = sum(sizes[tensor] for tensor in call.moved.split()) * p.dtype.itemsize
+    sizes = {"x": p.x.nbytes, "y": p.g.nbytes, "W": p.weight.nbytes, "U": p.u.nbytes}
+    moved = sum(sizes[tensor] for tensor in call.moved.split())
     return Workload(step, step.check, moved_bytes=moved, flops=2 * call.products)
 
 
