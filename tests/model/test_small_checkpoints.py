@@ -37,12 +37,12 @@ def base() -> nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
-class Parallel(nn.Module):
-    """Calls what it wraps as DDP does."""
+class Task(nn.Module):
+    """Holds a model under a name of its own, as Lightning modules do."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.module = module
+        self.net = model
 
 
 def _adapted(base: nn.Module) -> nn.Module:
@@ -118,7 +118,7 @@ def test_accelerate_saves_and_loads_small_states(base, tmp_path):
     assert _equal(other.state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize("wrap", [Parallel, checkpoint_wrapper, torch.compile])
+@pytest.mark.parametrize("wrap", [Task, checkpoint_wrapper, torch.compile])
 def test_wrappers_around_and_inside(base, wrap):
     model = _adapted(base)
     kept = _kept(model)
@@ -132,7 +132,7 @@ def test_wrappers_around_and_inside(base, wrap):
         with pytest.raises(RuntimeError, match=r'Missing key\(s\) .*dcft_A"\.'):
             outer.load_state_dict({name: small[name] for name in small if name != factor})
     assert small.keys() <= state.keys()
-    assert {re.sub(r"module\.|_orig_mod\.", "", name) for name in small} == kept
+    assert {re.sub(r"net\.|_orig_mod\.", "", name) for name in small} == kept
     assert _equal(outer.state_dict(), state)
 
 
