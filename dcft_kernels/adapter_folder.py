@@ -19,7 +19,8 @@ A load takes no lock. If the weights are missing, it starts again; if the config
 then, they were not deleted by a save. On POSIX systems, an open file stays readable when deleted.
 
 Where there are no locks (Windows, some network file systems), a save deletes only the weights that
-the config named before its own, which no save can be about to name.
+the config named before its own, which no save can be about to name. Where locks are not shared by
+machines (`local_lock` of NFS, `localflock` of Lustre), only one machine at a time may save.
 """
 
 from __future__ import annotations
@@ -70,12 +71,12 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> N
         "weights": {"file": weights_file, "sha256": hashlib.sha256(weights).hexdigest()},
     } | config
     config["sha256"] = _checksum(config)
+    content = (json.dumps(config, indent=1) + "\n").encode()
     folder.mkdir(parents=True, exist_ok=True)
+    replaced = _WEIGHTS.findall(_config_text(folder))
     try:
         with contextlib.ExitStack() as locks:
             _write_file(folder / weights_file, weights, locks)
-            replaced = _WEIGHTS.findall(_config_text(folder))
-            content = (json.dumps(config, indent=1) + "\n").encode()
             _write_file(folder / CONFIG_FILE, content, locks)
     except BaseException:
         _delete_unnamed(folder / weights_file)

@@ -317,6 +317,13 @@ def test_a_folder_that_is_a_file(base, adapted, tmp_path):
     _load_fails(base, path, FileNotFoundError, r"^folder: .*adapter' is not a directory")
 
 
+def test_a_config_that_cannot_be_read_or_replaced(adapted, tmp_path):
+    (tmp_path / CONFIG).mkdir()
+    with pytest.raises(OSError, match=CONFIG):
+        save_adapter(adapted, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [CONFIG]
+
+
 def _config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         config = json.loads((folder / CONFIG).read_text())
