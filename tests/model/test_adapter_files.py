@@ -1,4 +1,4 @@
-"""Adapters on disk: contents, crash safety, and errors for bad files."""
+"""Saved adapters: contents, failing saves, and errors for damaged files and other models."""
 
 from __future__ import annotations
 
@@ -82,13 +82,6 @@ def _listing(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
-def _contents(folder: Path) -> tuple[bytes, dict[str, Any]]:
-    """What a save determines: all but the weights file's random name, and so the checksum."""
-    config = json.loads((folder / CONFIG).read_text())
-    del config["weights"]["file"], config["sha256"]
-    return _weights_file(folder).read_bytes(), config
-
-
 def _records(folder: Path) -> dict[str, Any]:
     return json.loads((folder / CONFIG).read_text())["layers"]
 
@@ -138,9 +131,8 @@ def test_files_are_those_of_an_earlier_version(tmp_path):
     assert written == former.removesuffix("\n}\n") + f',\n "sha256": "{checksum}"\n}}\n'
 
 
-@pytest.mark.parametrize("kind", [str, Path], ids=["str", "Path"])
-def test_round_trip_into_a_base_and_into_a_swapped_model(base, adapted, tmp_path, kind):
-    folder, other = kind(tmp_path / "some" / "new folder"), copy.deepcopy(base)
+def test_round_trip_into_a_base_and_into_a_swapped_model(base, adapted, tmp_path):
+    folder, other = str(tmp_path / "some" / "new folder"), copy.deepcopy(base)
     assert save_adapter(adapted, folder) is None
     assert load_adapter(base, folder) == LAYERS
     assert torch.equal(base(X), adapted(X))
@@ -176,12 +168,11 @@ def test_each_factor_keeps_its_dtype_in_a_base_model(base, adapted, tmp_path):
             assert loaded.requires_grad
 
 
-@pytest.mark.parametrize("options", [{}, {"rank": 3, "stride": (3, 5)}], ids=["default", "overlap"])
-def test_a_derived_scaling_is_a_number_in_the_file(base, tmp_path, options):
+def test_a_derived_scaling_is_a_number_in_the_file(base, tmp_path):
     """What a saved adapter computes does not depend on how a later version derives it."""
     model, swapped = copy.deepcopy(base), copy.deepcopy(base)
-    swap_linear(model, **options)
-    swap_linear(swapped, **options)
+    swap_linear(model, rank=3, stride=(3, 5))
+    swap_linear(swapped, rank=3, stride=(3, 5))
     save_adapter(_randomize(model), tmp_path)
     record, query = _records(tmp_path)["block.query"], model.block["query"]
     assert record["alpha"] / query.rank == query.scaling
@@ -189,7 +180,7 @@ def test_a_derived_scaling_is_a_number_in_the_file(base, tmp_path, options):
         load_adapter(target, tmp_path)
         assert torch.equal(target(X), model(X))
         save_adapter(target, tmp_path / again)
-        assert _contents(tmp_path / again) == _contents(tmp_path)
+        assert _records(tmp_path / again) == _records(tmp_path)
     # Nor on `init`, which is for the next draw.
     query.init = "zero"
     save_adapter(model, tmp_path)
@@ -286,12 +277,6 @@ def test_a_failing_save_leaves_the_former_adapter(
     assert len(_listing(folder)) == 2
     load_adapter(base, folder)
     assert torch.equal(base(X), adapted(X))
-
-
-def test_a_model_without_values_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match=r"dcft_A.*meta"):
-        save_adapter(DCFTLinear(16, 16, device="meta"), tmp_path / "adapter")
-    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_folder_that_is_a_file(base, adapted, tmp_path):
