@@ -36,7 +36,7 @@ from dcft_kernels.wrappers import (
     whole,
 )
 
-_COMPUTED = "is computed from other tensors (pruned or parametrised): make it a parameter again to"
+_NO_TENSOR = "no parameter or persistent buffer of the model; if pruned or parametrised, undo that"
 _SIZES = ("in_features", "out_features")
 _SETTINGS = ("rank", "kernel_size", "stride", "alpha", "dropout", "init")
 
@@ -148,7 +148,7 @@ def _tensors_to_save(
         if isinstance(module, DCFTLinear) and name in layers:
             for factor, shape in _factor_shapes(module.geometry).items():
                 if factor not in tensors:
-                    raise ValueError(f"model: {name}.{factor} {_COMPUTED} save it")
+                    raise ValueError(f"model: {name}.{factor}: {_NO_TENSOR}")
                 key = f"{name}.{factor}"
                 factors[key] = _copied(key, tensors[factor], shape)
         for own, tensor in tensors.items():
@@ -229,12 +229,14 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     records, tensors = _as_named_in(names, records, tensors)
     # A wrapper comes before what it wraps.
     actual = {canonical: name for name, canonical in names.items()}
-    differences = (
-        _differences_of_swapped(swapped, records)
-        if swapped
-        else _differences_of_base(model, actual, records)
-    )
-    differences = differences or _differences_of_values(model, records, tensors, bool(swapped))
+    if swapped:
+        differences = _differences_of_swapped(swapped, records)
+        compared = tensors
+    else:
+        differences = _differences_of_base(model, actual, records)
+        factors = {join(name, factor) for name in records for factor in FACTORS}
+        compared = {key: tensor for key, tensor in tensors.items() if key not in factors}
+    differences = differences or _differences_of_values(model, compared)
     if differences:
         shown = "\n  ".join(differences[:20])
         more = f"\n  and {len(differences) - 20} more" if len(differences) > 20 else ""
@@ -340,10 +342,8 @@ def _differences_of_swapped(
     return sorted(differences)
 
 
-def _differences_of_values(
-    model: nn.Module, layers: Collection[str], tensors: dict[str, Tensor], swapped: bool
-) -> list[str]:
-    """Why the model's parameters and buffers cannot hold the values."""
+def _differences_of_values(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Why the model's parameters and buffers cannot hold `tensors`."""
     differences: list[str] = []
     missing = set(tensors)
     first: dict[Tensor, str] = {}
@@ -351,8 +351,8 @@ def _differences_of_values(
     def compare(name: str, module: nn.Module) -> None:
         for own, here in own_tensors(module).items():
             key = join(name, own)
-            if key in missing:
-                missing.remove(key)
+            if key in tensors:
+                missing.discard(key)
                 difference = _difference_of_value(here, tensors[key])
                 other = first.setdefault(here, key)
                 if (
@@ -364,13 +364,7 @@ def _differences_of_values(
                 differences.extend([f"{key}: {difference}"] if difference else [])
 
     visit(model, compare)
-    factors = {join(name, factor) for name in layers for factor in FACTORS}
-    for key in missing:
-        if key not in factors:
-            differences.append(f"{key}: neither a parameter nor a persistent buffer of the model")
-        elif swapped:
-            differences.append(f"{key} {_COMPUTED} load it")
-    return sorted(differences)
+    return sorted(differences + [f"{key}: {_NO_TENSOR}" for key in missing])
 
 
 def _difference_of_value(here: Tensor, there: Tensor) -> str | None:
@@ -395,26 +389,25 @@ def _differences_of_base(
     """Why the layers of a base model cannot be swapped as the file says."""
     if "" in records:
         check_holds_its_layers(model)
-    modules = {name: model.get_submodule(actual[name]) for name in records.keys() & actual.keys()}
-    differences = []
-    for name, record in records.items():
-        if name not in modules:
-            differences.append(f"{name}: not in the model")
-            continue
-        reason = why_not_adaptable(modules[name])
-        if reason is not None:
-            differences.append(f"{name}: {reason}")
-            continue
-        if modules[name].weight.is_meta:
-            differences.append(f"{name}: on the meta device; load the base model's weights first")
-            continue
-        sizes = linear_sizes(modules[name])
-        if sizes != (record.in_features, record.out_features):
-            differences.append(
-                f"{name}: (in_features, out_features) is {sizes} in the model, "
-                f"{(record.in_features, record.out_features)} in the file"
-            )
-    return differences
+    differences = {
+        name: _difference_of_base(model.get_submodule(actual[name]), record)
+        if name in actual
+        else "not in the model"
+        for name, record in records.items()
+    }
+    return [f"{name}: {difference}" for name, difference in differences.items() if difference]
+
+
+def _difference_of_base(layer: nn.Module, record: _LayerRecord) -> str | None:
+    reason = why_not_adaptable(layer)
+    if reason is not None:
+        return reason
+    if layer.weight.is_meta:
+        return "on the meta device; load the base model's weights first"
+    here, there = linear_sizes(layer), (record.in_features, record.out_features)
+    if here != there:
+        return f"(in_features, out_features) is {here} in the model, {there} in the file"
+    return None
 
 
 def _as_path(folder: Any) -> Path:
