@@ -90,19 +90,19 @@ def save_adapter(
 ) -> None:
     """Write the adapters of `model`, merged or not, to `folder`, which is created if needed.
 
-    By default, whatever else training changes is saved too, such as a classification head:
+    By default, everything else that training changes is saved too, such as a classification head:
     parameters that require a gradient, the persistent buffers of the modules that hold them, and
     the running statistics of normalization layers.
 
-    Of a sharded model (FSDP, tensor parallelism), call this on all ranks; rank 0 writes. Of any
-    other model, also with DDP, call it on one rank.
+    For a sharded model (FSDP, tensor parallelism), call this on all ranks; rank 0 writes. For any
+    other model, including DDP, one rank is enough.
 
     Args:
         model: a model with `DCFTLinear` layers, possibly wrapped (`torch.compile`, DDP, EMA).
         folder: directory; an adapter saved there before is replaced, other files are left alone.
-        modules_to_save: what to save beside the adapters instead: modules or parameters, trainable
-            or not, as `freeze_base` takes them; `()` is nothing. A warning names what is trainable
-            and left out.
+        modules_to_save: what to save with the adapters instead: modules, parameters or buffers,
+            trainable or not, named as for `freeze_base`; `()` for none. A warning names trainable
+            parameters that are left out.
 
     Raises:
         TypeError: `folder` or `modules_to_save` of the wrong type.
@@ -124,7 +124,7 @@ def save_adapter(
         more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
         warnings.warn(
             f"save_adapter: trainable but not saved: {', '.join(left_out[:8])}{more}; add them to "
-            "modules_to_save, or leave that out to save all that is trainable",
+            "modules_to_save, or omit that argument to save everything trainable",
             stacklevel=2,
         )
 
@@ -198,13 +198,13 @@ def _factor_shapes(geometry: Geometry) -> dict[str, tuple[int, int]]:
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     """Load what `save_adapter` wrote into `model`, in place, all or nothing.
 
-    Which parameters require a gradient does not change, except in layers that are swapped. Of a
-    sharded model, call this on all ranks; rank 0 reads.
+    `requires_grad` changes only in layers that are swapped. For a sharded model, call this on all
+    ranks; rank 0 reads.
 
     Args:
         model: either a base model without adapters, whose layers are then swapped as the config
             says, or one with the same layers swapped with the same settings. Both may be wrapped,
-            whether the saved model was or not; only the latter may be sharded.
+            whether or not the saved model was; only the latter may be sharded.
         folder: the directory given to `save_adapter`.
 
     Returns:
@@ -361,7 +361,8 @@ def _differences_of_values(model: nn.Module, tensors: dict[str, Tensor]) -> list
                     and not torch.equal(tensors[other], tensors[key].to(tensors[other].dtype))
                 ):
                     difference = f"tied to {other} in the model, not in the file"
-                differences.extend([f"{key}: {difference}"] if difference else [])
+                if difference:
+                    differences.append(f"{key}: {difference}")
 
     visit(model, compare)
     return sorted(differences + [f"{key}: {_NO_TENSOR}" for key in missing])

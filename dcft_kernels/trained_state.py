@@ -20,7 +20,7 @@ _small: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of `module` itself; of a merged layer, the base's."""
+    """The module's own parameters and persistent buffers; of a merged layer, its base weight."""
     tensors: dict[str, Tensor | None] = {**module._parameters, **module._buffers}
     for name in module._non_persistent_buffers_set:
         tensors.pop(name, None)

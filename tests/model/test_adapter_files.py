@@ -150,7 +150,7 @@ def test_round_trip_into_a_base_and_into_a_swapped_model(base, adapted, tmp_path
 
 
 def test_each_factor_keeps_its_dtype_in_a_base_model(base, adapted, tmp_path):
-    """Of one layer too. A model that is swapped already keeps its own dtypes."""
+    """Also where those of one layer differ. A model that is swapped already keeps its own."""
     wide, layer = copy.deepcopy(base), adapted.block["query"]
     layer.dcft_A = nn.Parameter(layer.dcft_A.detach().half())
     layer.dcft_B = nn.Parameter(layer.dcft_B.detach().bfloat16())

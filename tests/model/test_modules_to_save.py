@@ -1,4 +1,4 @@
-"""What `save_adapter` takes along beside the adapters, and what `load_adapter` restores."""
+"""Heads, norms and buffers that `save_adapter` saves with the adapters."""
 
 from __future__ import annotations
 

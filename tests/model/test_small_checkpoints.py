@@ -119,7 +119,7 @@ def test_accelerate_saves_and_loads_small_states(base, tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [Task, checkpoint_wrapper, torch.compile])
-def test_wrappers_around_and_inside(base, wrap):
+def test_wrapped_models_and_layers(base, wrap):
     model = _adapted(base)
     kept = _kept(model)
     model.bert.encoder.layer[0] = wrap(model.bert.encoder.layer[0])
@@ -136,7 +136,7 @@ def test_wrappers_around_and_inside(base, wrap):
     assert _equal(outer.state_dict(), state)
 
 
-def test_whole_outside_in_copies_and_in_files(base, tmp_path):
+def test_state_dicts_are_whole_outside_the_context_and_in_copies(base, tmp_path):
     """A state dict without its base is for resuming only."""
     model = _adapted(base)
     names = model.state_dict().keys()
@@ -153,7 +153,7 @@ def test_whole_outside_in_copies_and_in_files(base, tmp_path):
         model.load_state_dict({})
 
 
-def test_statistics_of_frozen_layers_and_the_base_of_merged_ones():
+def test_frozen_batch_norms_and_merged_layers():
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
     swap_linear(model)
     freeze_base(model)
