@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import ParametrizationList
 
 from dcft_kernels import validation
 from dcft_kernels.linear import DCFTLinear
@@ -26,6 +27,9 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
         tensors.pop(name, None)
     if isinstance(module, DCFTLinear) and module.merged:
         tensors["weight"] = module._base_while_merged[0]
+    if isinstance(module, ParametrizationList):
+        # As of spectral_norm, whose modules hold no parameters.
+        tensors |= dict(module.named_buffers())
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
@@ -39,7 +43,7 @@ def trained_names(module: nn.Module) -> set[str]:
     names = {name for name, tensor in tensors.items() if tensor.requires_grad}
     factors = {name for name in tensors if isinstance(module, DCFTLinear) and name in FACTORS}
     if names - factors or isinstance(module, _NormBase):
-        names |= tensors.keys() & module._buffers.keys()
+        names |= tensors.keys() - module._parameters.keys()
     return names | factors
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm
 
 from dcft_kernels import (
     adapter_folder,
@@ -121,6 +122,16 @@ def test_what_is_saved(base, trained, tmp_path, modules_to_save, names, warning)
     load_adapter(base, tmp_path)
     state, expected = base.state_dict(), trained.state_dict()
     assert all(torch.equal(state[name], expected[name]) for name in names | FACTORS)
+
+
+def test_buffers_of_a_parametrized_head_come_back(base, tmp_path):
+    spectral_norm(base.head[1])
+    model = _adapted(base)
+    nn.init.normal_(model.head[1].parametrizations.weight.original)
+    model.train()(X)  # a step of the power iteration
+    save_adapter(model.eval(), tmp_path)
+    load_adapter(base, tmp_path)
+    assert torch.equal(base(X), model(X))
 
 
 def test_shared_parameters_are_saved_once(base, trained, tmp_path):
