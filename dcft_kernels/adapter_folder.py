@@ -184,9 +184,7 @@ def _checksum(config: dict[str, Any]) -> str:
 def _read_bytes(path: Path, origin: str) -> bytes:
     try:
         return path.read_bytes()
-    except OSError:
-        if path.is_file():
-            raise
+    except (FileNotFoundError, NotADirectoryError):
         if not path.parent.is_dir():
             raise FileNotFoundError(
                 f"folder: {os.fspath(path.parent)!r} is not a directory"

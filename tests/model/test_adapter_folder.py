@@ -141,9 +141,8 @@ def test_other_tensors_need_a_checksum(tmp_path):
 
 VALUES = {
     "400-digits": "1" + "0" * 400,
-    "5000-digits": "7" * 5000,
     "infinite": "1e400",
-    **{f"nested-{depth}": "[" * depth + "]" * depth for depth in (99, 900, 100_000)},
+    **{f"nested-{depth}": "[" * depth + "]" * depth for depth in (900, 100_000)},
 }
 PLACES = {
     "setting": lambda config, value: config["layers"]["query"].update(alpha=value),

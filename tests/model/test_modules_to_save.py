@@ -102,7 +102,6 @@ DEFAULT = {*HEAD, "head.1.temperature", *(f"norm.{name}" for name in STATISTICS)
 CHOICES = [
     (None, DEFAULT, ""),
     ((), set(), "head.0.weight, head.0.bias, head.1.weight, head.1.bias; add them to modules_to"),
-    (["head"], {*HEAD, "head.1.temperature", "head.kept"}, ""),
     (r"head\.1", {"head.1.weight", "head.1.bias", "head.1.temperature"}, "head.0.weight, head.0.b"),
     (["head", "norm.weight"], {*HEAD, "head.1.temperature", "head.kept", "norm.weight"}, ""),
     (["encoder.0", "head"],
