@@ -1,8 +1,8 @@
-"""Adapters of a model to and from disk: what of a model is saved, and into which models it fits.
+"""A model's adapters to and from disk: which tensors are saved, and which models they fit.
 
 The weights file holds `<layer>.dcft_A`, `.dcft_B` and `.dcft_C`, the config the layers' settings.
 In version 2, the weights file also holds the tensors that the config's "modules_to_save" names.
-All names are those of the model without wrappers (see `wrappers`).
+Names are those of the model without wrappers (see `wrappers`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import os
 import reprlib
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,13 @@ from dcft_kernels.wrappers import (
     copy_whole,
     is_sharded,
     join,
-    on_rank_0,
+    once,
     strip,
     visit,
     whole,
 )
 
-_COMPUTED = "is computed from other tensors (pruned or parametrised): make it a parameter again to"
-_UNKNOWN_SHARDS = (
-    "is it sharded by DeepSpeed ZeRO-3? Save and load within deepspeed.zero.GatheredParameters, or "
-    "save a model that holds the whole parameters"
-)
+_NO_TENSOR = "no parameter or persistent buffer of the model; if pruned or parametrised, undo that"
 _SIZES = ("in_features", "out_features")
 _SETTINGS = ("rank", "kernel_size", "stride", "alpha", "dropout", "init")
 
@@ -94,19 +90,19 @@ def save_adapter(
 ) -> None:
     """Write the adapters of `model`, merged or not, to `folder`, which is created if needed.
 
-    By default, whatever else training changes is saved too, such as a classification head:
+    By default, everything else that training changes is saved too, such as a classification head:
     parameters that require a gradient, the persistent buffers of the modules that hold them, and
     the running statistics of normalization layers.
 
-    Of a sharded model (FSDP, tensor parallelism), call this on all ranks; rank 0 writes. Of any
-    other model, also with DDP, call it on one rank.
+    For a sharded model (FSDP, tensor parallelism), call this on all ranks; rank 0 writes. For any
+    other model, including DDP, one rank is enough.
 
     Args:
         model: a model with `DCFTLinear` layers, possibly wrapped (`torch.compile`, DDP, EMA).
         folder: directory; an adapter saved there before is replaced, other files are left alone.
-        modules_to_save: what to save beside the adapters instead: modules or parameters, trainable
-            or not, as `freeze_base` takes them; `()` is nothing. A warning names what is trainable
-            and left out.
+        modules_to_save: what to save with the adapters instead: modules, parameters or buffers,
+            trainable or not, named as for `freeze_base`; `()` for none. A warning names trainable
+            parameters that are left out.
 
     Raises:
         TypeError: `folder` or `modules_to_save` of the wrong type.
@@ -123,16 +119,12 @@ def save_adapter(
     factors, others, left_out = _tensors_to_save(model, records.keys(), modules_to_save)
     config: dict[str, Any] = {"format_version": 2 if others else 1, "layers": records}
     config |= {"modules_to_save": sorted(others)} if others else {}
-
-    def write() -> None:
-        adapter_folder.write(folder, config, factors | others)
-
-    on_rank_0(write) if is_sharded(model) else write()
+    once(model, lambda: adapter_folder.write(folder, config, factors | others))
     if left_out:
         more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
         warnings.warn(
             f"save_adapter: trainable but not saved: {', '.join(left_out[:8])}{more}; add them to "
-            "modules_to_save, or leave that out to save all that is trainable",
+            "modules_to_save, or omit that argument to save everything trainable",
             stacklevel=2,
         )
 
@@ -154,7 +146,11 @@ def _tensors_to_save(
     def take(name: str, module: nn.Module) -> None:
         tensors, trained = own_tensors(module), trained_names(module)
         if isinstance(module, DCFTLinear) and name in layers:
-            factors.update(_copied_factors(name, module, tensors))
+            for factor, shape in _factor_shapes(module.geometry).items():
+                if factor not in tensors:
+                    raise ValueError(f"model: {name}.{factor}: {_NO_TENSOR}")
+                key = f"{name}.{factor}"
+                factors[key] = _copied(key, tensors[factor], shape)
         for own, tensor in tensors.items():
             path = join(name, own)
             meant = [entry for entry in entries if is_or_is_inside(path, entry)]
@@ -165,55 +161,50 @@ def _tensors_to_save(
                 trainable.setdefault(tensor, path)
             if (own in trained if modules_to_save is None else meant) and tensor not in taken:
                 taken.add(tensor)
-                others[path] = _copied(path, tensor)
+                others[path] = _copied(path, tensor, getattr(tensor, "ds_shape", tensor.shape))
 
     visit(model, take)
     for entry in entries:
         if entry not in matched:
             raise ValueError(
-                f"modules_to_save: {entry!r} matches no parameter or buffer of the model"
+                f"modules_to_save: {entry if isinstance(entry, str) else entry[0]!r} matches no "
+                "parameter or buffer of the model; names are those without wrappers (module., "
+                "_orig_mod.)"
             )
     return factors, others, [path for tensor, path in trainable.items() if tensor not in taken]
 
 
-def _copied_factors(name: str, layer: DCFTLinear, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    geometry, factors = layer.geometry, {}
-    shapes = (geometry.shape_A, geometry.shape_B, geometry.shape_C)
-    for factor, shape in zip(FACTORS, shapes, strict=True):
-        if factor not in tensors:
-            raise ValueError(f"model: {name}.{factor} {_COMPUTED} save it")
-        values = factors[f"{name}.{factor}"] = _copied(f"{name}.{factor}", tensors[factor])
-        if tuple(values.shape) != shape:
-            raise ValueError(
-                f"model: {name}.{factor}: expected shape {list(shape)}, got {list(values.shape)}: "
-                f"{_UNKNOWN_SHARDS}"
-            )
-    return factors
-
-
-def _copied(name: str, tensor: Tensor) -> Tensor:
+def _copied(name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """All values of a tensor of the model, on the CPU."""
     if tensor.is_meta:
-        hint = "" if name.endswith(FACTORS) else "; freeze it, or leave it out of modules_to_save"
-        raise ValueError(f"model: {name} is on the meta device: there is nothing to save{hint}")
-    if getattr(tensor, "ds_shape", tensor.shape) != tensor.shape:
         raise ValueError(
-            f"model: {name}: expected shape {list(tensor.ds_shape)}, got {list(tensor.shape)}: "  # type: ignore[attr-defined]
-            f"{_UNKNOWN_SHARDS}"
+            f"model: {name} is on the meta device; load its values, or leave it out of "
+            "modules_to_save"
         )
-    return whole(tensor).detach().cpu().clone(memory_format=torch.contiguous_format)
+    values = whole(tensor).detach()
+    if tuple(values.shape) != tuple(shape):
+        raise ValueError(
+            f"model: {name}: expected shape {list(shape)}, got {list(values.shape)}: is it sharded "
+            "by DeepSpeed ZeRO-3? Save and load within deepspeed.zero.GatheredParameters"
+        )
+    return values.cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _factor_shapes(geometry: Geometry) -> dict[str, tuple[int, int]]:
+    shapes = (geometry.shape_A, geometry.shape_B, geometry.shape_C)
+    return dict(zip(FACTORS, shapes, strict=True))
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     """Load what `save_adapter` wrote into `model`, in place, all or nothing.
 
-    Which parameters require a gradient does not change, except in layers that are swapped. Of a
-    sharded model, call this on all ranks; rank 0 reads.
+    `requires_grad` changes only in layers that are swapped. For a sharded model, call this on all
+    ranks; rank 0 reads.
 
     Args:
         model: either a base model without adapters, whose layers are then swapped as the config
             says, or one with the same layers swapped with the same settings. Both may be wrapped,
-            whether the saved model was or not; only the latter may be sharded.
+            whether or not the saved model was; only the latter may be sharded.
         folder: the directory given to `save_adapter`.
 
     Returns:
@@ -226,29 +217,32 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         RuntimeError: a layer is merged.
     """
     validation.module("model", model)
-    path, sharded = _as_path(folder), is_sharded(model)
-    records, tensors = on_rank_0(lambda: _read(path)) if sharded else _read(path)
+    path = _as_path(folder)
+    records, tensors = once(model, lambda: _read(path))
     names = canonical_names(model)
     swapped = {names[name]: layer for name, layer in find_dcft_layers(model).items()}
     merged = [name for name, layer in swapped.items() if layer.merged]
     if merged:
         raise RuntimeError(f"model: {merged[0]!r} is merged; call unmerge_model(model) first")
-    if sharded and not swapped:
+    if is_sharded(model) and not swapped:
         raise ValueError("model: is sharded already; load the adapter before sharding the model")
     records, tensors = _as_named_in(names, records, tensors)
     # A wrapper comes before what it wraps.
     actual = {canonical: name for name, canonical in names.items()}
-    differences = (
-        _differences_of_swapped(swapped, records)
-        if swapped
-        else _differences_of_base(model, actual, records)
-    )
-    differences = differences or _differences_of_values(model, records, tensors, bool(swapped))
+    if swapped:
+        differences = _differences_of_swapped(swapped, records)
+        compared = tensors
+    else:
+        differences = _differences_of_base(model, actual, records)
+        factors = {join(name, factor) for name in records for factor in FACTORS}
+        compared = {key: tensor for key, tensor in tensors.items() if key not in factors}
+    differences = differences or _differences_of_values(model, compared)
     if differences:
         shown = "\n  ".join(differences[:20])
         more = f"\n  and {len(differences) - 20} more" if len(differences) > 20 else ""
         raise ValueError(
-            f"model: does not fit the adapter in {os.fspath(folder)!r} "
+            f"model: does not fit the adapter in {os.fspath(folder)!r}; build it like the saved "
+            "model, or save that without what differs (modules_to_save) "
             f"({len(differences)} differences; nothing was loaded):\n  {shown}{more}"
         )
     if not swapped:
@@ -256,9 +250,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
         for name in records:
             layer = model.get_submodule(actual[name])
             for factor in FACTORS:
-                dtype = tensors[join(name, factor)].dtype
-                if getattr(layer, factor).dtype != dtype:
-                    setattr(layer, factor, nn.Parameter(getattr(layer, factor).detach().to(dtype)))
+                parameter = getattr(layer, factor)
+                parameter.data = parameter.data.to(tensors[join(name, factor)].dtype)
 
     def fill(name: str, module: nn.Module) -> None:
         for own, tensor in own_tensors(module).items():
@@ -273,47 +266,39 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
 def _read(folder: Path) -> tuple[dict[str, _LayerRecord], dict[str, Tensor]]:
     """Read and check both files, without a model."""
     config, tensors = adapter_folder.read(folder)
-    config_path = folder / CONFIG_FILE
-    records = {
-        name: _checked_record(config_path, name, record, tensors)
-        for name, record in config["layers"].items()
-    }
-    weights_path, others = folder / config["weights"]["file"], config.get("modules_to_save", [])
-    named = {f"{name}.{factor}" for name in records for factor in FACTORS} | set(others)
+    layers, others = config["layers"], config.get("modules_to_save", [])
+    named = {f"{name}.{factor}" for name in layers for factor in FACTORS} | set(others)
     if tensors.keys() != named:
         unknown, missing = sorted(tensors.keys() - named), sorted(named - tensors.keys())
         raise ValueError(
-            f"{weights_path}: holds tensors that {CONFIG_FILE} does not: {', '.join(unknown)}"
-            if unknown
-            else f"{weights_path}: has no tensor {', '.join(missing)}, which {CONFIG_FILE} names"
-        )
-    return records, tensors
+            f"{folder / config['weights']['file']}: "
+            + (f"has no tensor {', '.join(missing)}, which {CONFIG_FILE} names" if missing else
+               f"holds tensors that {CONFIG_FILE} does not name: {', '.join(unknown)}")
+        )  # fmt: skip
+    path = folder / CONFIG_FILE
+    return {n: _checked_record(path, n, record, tensors) for n, record in layers.items()}, tensors
 
 
 def _as_named_in(
     names: dict[str, str], records: dict[str, _LayerRecord], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, _LayerRecord], dict[str, Tensor]]:
-    """What a file holds by the model's names, since earlier versions saved wrappers' parts."""
+    """Rename layers as in the model: earlier versions saved names with wrappers."""
     known = set(names.values())
-    owners = [*records, *(key.rpartition(".")[0] for key in tensors)]
     renamed = {
-        owner: next((n for n in (owner, names.get(owner), strip(owner)) if n in known), owner)
-        for owner in owners
+        layer: next((n for n in (layer, names.get(layer), strip(layer)) if n in known), layer)
+        for layer in records
     }
     if len(set(renamed.values())) < len(renamed):
-        renamed = {owner: owner for owner in owners}
-    return {renamed[name]: record for name, record in records.items()}, {
-        join(renamed[owner], own): tensor
-        for key, tensor in tensors.items()
-        for owner, _, own in [key.rpartition(".")]
-    }
+        renamed = {}
+    split = {key: key.rpartition(".") for key in tensors}
+    return (
+        {renamed.get(layer, layer): record for layer, record in records.items()},
+        {join(renamed.get(o, o), own): tensors[key] for key, (o, _, own) in split.items()},
+    )
 
 
 def _checked_record(path: Path, name: str, record: Any, tensors: dict[str, Tensor]) -> _LayerRecord:
     """One layer of the config, checked against its tensors."""
-    missing = [f"{name}.{factor}" for factor in FACTORS if f"{name}.{factor}" not in tensors]
-    if missing:
-        raise ValueError(f"{path}: layer {name!r} has no tensor {', '.join(missing)}")
     try:
         checked = _LayerRecord.from_json(record, tensors[f"{name}.dcft_A"].dtype)
         n, m, options = checked.in_features, checked.out_features, checked.options
@@ -322,15 +307,13 @@ def _checked_record(path: Path, name: str, record: Any, tensors: dict[str, Tenso
         geometry = Geometry.build(n, m, options.rank, kernel_size, stride)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: layer {name!r}: {error}") from None
-    shapes = (geometry.shape_A, geometry.shape_B, geometry.shape_C)
-    for factor, shape in zip(FACTORS, shapes, strict=True):
+    for factor, shape in _factor_shapes(geometry).items():
         tensor = tensors[f"{name}.{factor}"]
         if tensor.dtype not in validation.FLOAT_DTYPES:
             raise ValueError(f"{path}: {name}.{factor}: expected a float dtype, got {tensor.dtype}")
-        found = tuple(tensor.shape)
-        if found != shape:
+        if tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{path}: {name}.{factor}: expected shape {list(shape)}, got {list(found)}"
+                f"{path}: {name}.{factor}: expected shape {list(shape)}, got {list(tensor.shape)}"
             )
     return checked
 
@@ -359,28 +342,30 @@ def _differences_of_swapped(
     return sorted(differences)
 
 
-def _differences_of_values(
-    model: nn.Module, layers: Collection[str], tensors: dict[str, Tensor], swapped: bool
-) -> list[str]:
-    """Why the model's parameters and buffers cannot hold the values."""
-    differences, found = [], set()
+def _differences_of_values(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Why the model's parameters and buffers cannot hold `tensors`."""
+    differences: list[str] = []
+    missing = set(tensors)
+    first: dict[Tensor, str] = {}
 
     def compare(name: str, module: nn.Module) -> None:
         for own, here in own_tensors(module).items():
             key = join(name, own)
-            if key in tensors and key not in found:
-                found.add(key)
+            if key in tensors:
+                missing.discard(key)
                 difference = _difference_of_value(here, tensors[key])
-                differences.extend([f"{key}: {difference}"] if difference else [])
+                other = first.setdefault(here, key)
+                if (
+                    not difference
+                    and other != key
+                    and not torch.equal(tensors[other], tensors[key].to(tensors[other].dtype))
+                ):
+                    difference = f"tied to {other} in the model, not in the file"
+                if difference:
+                    differences.append(f"{key}: {difference}")
 
     visit(model, compare)
-    factors = {join(name, factor) for name in layers for factor in FACTORS}
-    for key in tensors.keys() - found:
-        if key not in factors:
-            differences.append(f"{key}: neither a parameter nor a persistent buffer of the model")
-        elif swapped:
-            differences.append(f"{key} {_COMPUTED} load it")
-    return sorted(differences)
+    return sorted(differences + [f"{key}: {_NO_TENSOR}" for key in missing])
 
 
 def _difference_of_value(here: Tensor, there: Tensor) -> str | None:
@@ -405,26 +390,25 @@ def _differences_of_base(
     """Why the layers of a base model cannot be swapped as the file says."""
     if "" in records:
         check_holds_its_layers(model)
-    modules = {name: model.get_submodule(actual[name]) for name in records.keys() & actual.keys()}
-    differences = []
-    for name, record in records.items():
-        if name not in modules:
-            differences.append(f"{name}: not in the model")
-            continue
-        reason = why_not_adaptable(modules[name])
-        if reason is not None:
-            differences.append(f"{name}: {reason}")
-            continue
-        if modules[name].weight.is_meta:
-            differences.append(f"{name}: on the meta device; load the base model's weights first")
-            continue
-        sizes = linear_sizes(modules[name])
-        if sizes != (record.in_features, record.out_features):
-            differences.append(
-                f"{name}: (in_features, out_features) is {sizes} in the model, "
-                f"{(record.in_features, record.out_features)} in the file"
-            )
-    return differences
+    differences = {
+        name: _difference_of_base(model.get_submodule(actual[name]), record)
+        if name in actual
+        else "not in the model"
+        for name, record in records.items()
+    }
+    return [f"{name}: {difference}" for name, difference in differences.items() if difference]
+
+
+def _difference_of_base(layer: nn.Module, record: _LayerRecord) -> str | None:
+    reason = why_not_adaptable(layer)
+    if reason is not None:
+        return reason
+    if layer.weight.is_meta:
+        return "on the meta device; load the base model's weights first"
+    here, there = linear_sizes(layer), (record.in_features, record.out_features)
+    if here != there:
+        return f"(in_features, out_features) is {here} in the model, {there} in the file"
+    return None
 
 
 def _as_path(folder: Any) -> Path:

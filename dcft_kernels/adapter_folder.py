@@ -1,25 +1,27 @@
 """The folder of a saved adapter: any number of processes may save to it and load from it at once.
 
-    folder/dcft_config.json                   settings, weights file, checksum
+    folder/dcft_config.json                   settings, name of the weights file, checksum
     folder/dcft_adapter-<random>.safetensors  the tensors
 
-Each save writes weights under a new random name, then a config that names them, both flushed under
-temporary names and renamed. Renaming the config is the moment at which a save takes effect. A crash
-before it leaves the former adapter; of several saves, the last one to rename its config wins.
+A save writes its weights under a new random name, then a config that names them. Each is written
+under a temporary name, flushed and renamed. A save takes effect when its config is renamed: a crash
+before that leaves the former adapter, and of several saves the last to rename its config wins.
 
 A save locks its files from their creation until it ends (`flock`, which the system releases if the
-process is killed). Only the save that has a weights file locked puts its name into a config. So
-weights that are not locked, and not named by the config after that, will never be named again. A
-save deletes such files, and temporary files that are not locked, once it has taken effect and has
-released its own locks: whichever of two saves is the last to look finds the other's unlocked. Its
-own locks for this are shared ones, so that two that look at once do not mistake each other for the
-owner. A temporary file may be deleted before its owner locks it, who then creates another one.
+process is killed). Only the owner of a weights file writes its name into a config. So weights that
+are not locked, and not named by the config read after that, will never be named again. Once it has
+taken effect and released its locks, a save deletes such weights, and temporary files that are not
+locked; of two overlapping saves, the last to do so finds the other's files unlocked. It takes
+shared locks for this, so that two saves do not take each other for the owner. A temporary file may
+be deleted before its owner locks it; the owner then creates another one.
 
-A load takes no lock. If the weights are missing, it starts again; if the config is still the same
-then, they were not deleted by a save. On POSIX systems, an open file stays readable when deleted.
+A load takes no lock. If the weights are missing, it starts again, unless the config is still the
+same: then it was not a save that deleted them. On POSIX systems, an open file stays readable when
+it is deleted.
 
 Where there are no locks (Windows, some network file systems), a save deletes only the weights that
-the config named before its own, which no save can be about to name.
+the config named before its own, which no save can be about to name. Where locks are not shared by
+machines (`local_lock` of NFS, `localflock` of Lustre), only one machine at a time may save.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> N
 
     Args:
         folder: other files in it are left alone.
-        config: "format_version", "layers" and, in version 2, "modules_to_save".
+        config: "format_version", "layers" and, in version 2, "modules_to_save"; "format", "weights"
+            and "sha256" are added.
         tensors: contiguous, on the CPU, sharing no memory.
 
     Raises:
@@ -70,12 +73,12 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> N
         "weights": {"file": weights_file, "sha256": hashlib.sha256(weights).hexdigest()},
     } | config
     config["sha256"] = _checksum(config)
+    content = (json.dumps(config, indent=1) + "\n").encode()
     folder.mkdir(parents=True, exist_ok=True)
+    replaced = _WEIGHTS.findall(_config_text(folder))
     try:
         with contextlib.ExitStack() as locks:
             _write_file(folder / weights_file, weights, locks)
-            replaced = _WEIGHTS.findall(_config_text(folder))
-            content = (json.dumps(config, indent=1) + "\n").encode()
             _write_file(folder / CONFIG_FILE, content, locks)
     except BaseException:
         _delete_unnamed(folder / weights_file)
@@ -86,12 +89,11 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> N
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `write` saved to `folder`, whole, also while other processes save to it.
+    """What one call of `write` saved to `folder`, also while other processes save to it.
 
     Returns:
-        The config: "format_version" is 1 or 2, "layers" a non-empty object, "modules_to_save" a
-        list of strings if present, and the checksum right if present; it is optional in version 1.
-        And the tensors.
+        The config and the tensors. "format_version" is 1 or 2, "layers" a non-empty object, and
+        "modules_to_save", if present, a list of strings. The checksum may be missing in version 1.
 
     Raises:
         FileNotFoundError: the folder or a file in it is missing.
@@ -137,7 +139,7 @@ def _parse_config(path: Path, content: bytes) -> dict[str, Any]:
             f"{path}: expected format_version 1 or 2, got {reprlib.repr(version)}; "
             "it needs another version of dcft_kernels"
         )
-    # Without this, a changed bit in the name of the checksum would make it an unsigned file.
+    # Otherwise a changed bit in the name "sha256" would switch off the check.
     unknown = sorted(config.keys() - _ENTRIES)
     if unknown or config.get("sha256", checksum if version == 1 else None) != checksum:
         what = f"unknown entry {reprlib.repr(unknown[0])}" if unknown else "wrong SHA-256"
@@ -166,14 +168,14 @@ def _parse_config(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def _parse_int(text: str) -> int:
-    """An integer, which is a size; a longer one would end in a shape or a message."""
+    """Limits integers, which are sizes, so that they fit into shapes and messages."""
     if len(text) > 18:
         raise ValueError(f"expected integers of at most 18 digits, got {text[:20]}...")
     return int(text)
 
 
 def _checksum(config: dict[str, Any]) -> str:
-    """SHA-256 of the config without its checksum, whatever its formatting; covers the weights'."""
+    """SHA-256 of the config's content, the digest of the weights included, whatever its format."""
     content = {name: value for name, value in config.items() if name != "sha256"}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -182,9 +184,7 @@ def _checksum(config: dict[str, Any]) -> str:
 def _read_bytes(path: Path, origin: str) -> bytes:
     try:
         return path.read_bytes()
-    except OSError:
-        if path.is_file():
-            raise
+    except (FileNotFoundError, NotADirectoryError):
         if not path.parent.is_dir():
             raise FileNotFoundError(
                 f"folder: {os.fspath(path.parent)!r} is not a directory"
@@ -208,7 +208,7 @@ def _write_file(path: Path, content: bytes, locks: contextlib.ExitStack) -> None
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            file.close()  # which tries again to write what it has not
+            file.close()  # flushes again, and fails again
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
@@ -216,7 +216,7 @@ def _write_file(path: Path, content: bytes, locks: contextlib.ExitStack) -> None
 
 
 def _lock(file: BinaryIO, *, shared: bool = False) -> bool:
-    """Lock a file until it is closed. False: no locks here, or, if `shared`, a save has it."""
+    """Lock a file until it is closed. False: there are no locks, or `shared` and a save has it."""
     if sys.platform == "win32":
         return False
     try:
@@ -237,14 +237,14 @@ def _sweep(folder: Path) -> None:
 
 
 def _delete_unnamed(path: Path) -> None:
-    """Delete a file that no save will name any more, unless the config does."""
+    """Delete a file that no save is about to name, unless the config names it."""
     with contextlib.suppress(OSError):
         if path.name not in _config_text(path.parent):
             os.unlink(path)
 
 
 def _config_text(folder: Path) -> str:
-    """The config as it is; empty if there is none."""
+    """The config, unchecked; empty if there is none."""
     try:
         return (folder / CONFIG_FILE).read_text("utf-8", errors="replace")
     except FileNotFoundError:

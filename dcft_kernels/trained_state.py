@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import ParametrizationList
 
 from dcft_kernels import validation
 from dcft_kernels.linear import DCFTLinear
-from dcft_kernels.wrappers import is_sharded, join, strip
+from dcft_kernels.wrappers import is_sharded, join
 
 FACTORS = ("dcft_A", "dcft_B", "dcft_C")
 
@@ -20,12 +21,15 @@ _small: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of `module` itself; of a merged layer, the base's."""
+    """The module's own parameters and persistent buffers; of a merged layer, its base weight."""
     tensors: dict[str, Tensor | None] = {**module._parameters, **module._buffers}
     for name in module._non_persistent_buffers_set:
         tensors.pop(name, None)
     if isinstance(module, DCFTLinear) and module.merged:
         tensors["weight"] = module._base_while_merged[0]
+    if isinstance(module, ParametrizationList):
+        # As of spectral_norm, whose modules hold no parameters.
+        tensors |= dict(module.named_buffers())
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
@@ -39,24 +43,23 @@ def trained_names(module: nn.Module) -> set[str]:
     names = {name for name, tensor in tensors.items() if tensor.requires_grad}
     factors = {name for name in tensors if isinstance(module, DCFTLinear) and name in FACTORS}
     if names - factors or isinstance(module, _NormBase):
-        names |= tensors.keys() & module._buffers.keys()
+        names |= tensors.keys() - module._parameters.keys()
     return names | factors
 
 
 @contextlib.contextmanager
 def small_checkpoints(model: nn.Module) -> Iterator[None]:
-    """Within, `model.state_dict()` leaves out the frozen parameters, and `load_state_dict` may.
+    """While active, `model.state_dict()` has no frozen parameters, and none need to be loaded.
 
-    What is left resumes training exactly: adapters, what else requires a gradient, and buffers.
+    What remains resumes training exactly: adapters, other trainable parameters, and buffers.
 
         with dcft_kernels.small_checkpoints(model):
             trainer.train(resume_from_checkpoint=...)
 
-    This also holds for state dicts of modules that contain `model`, as of DDP. Those of sharded
-    models stay whole.
+    State dicts of modules that contain `model`, such as DDP, are reduced too. Those of sharded
+    models are not.
 
-    Do not export within: `model.save_pretrained` would write a model without its base. That is why
-    this is a context and not a setting.
+    Do not export the model in this context: `model.save_pretrained` would leave out the base.
 
     Args:
         model: the model whose checkpoints are written, with its base weights loaded.
@@ -64,7 +67,7 @@ def small_checkpoints(model: nn.Module) -> Iterator[None]:
     validation.module("model", model)
     hooks = (
         model.register_state_dict_post_hook(_drop_frozen),
-        model.register_load_state_dict_post_hook(_do_not_miss_frozen),
+        model.register_load_state_dict_pre_hook(_add_frozen),
     )
     _small.add(model)
     try:
@@ -78,24 +81,24 @@ def small_checkpoints(model: nn.Module) -> Iterator[None]:
 def _drop_frozen(
     model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
 ) -> None:
-    frozen = _frozen_names(model)
-    for key in list(state_dict):
-        if key.startswith(prefix) and strip(key[len(prefix) :]) in frozen:
-            del state_dict[key]
+    for key in _frozen(model):
+        state_dict.pop(prefix + key, None)
 
 
-def _do_not_miss_frozen(model: nn.Module, incompatible_keys: Any) -> None:
-    frozen = _frozen_names(model)
-    missing = incompatible_keys.missing_keys
-    missing[:] = [key for key in missing if strip(key) not in frozen]
+def _add_frozen(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Add the model's own parameters, which are then copied to themselves: no key is missing."""
+    for key, parameter in _frozen(model).items():
+        state_dict.setdefault(prefix + key, parameter)
 
 
-def _frozen_names(model: nn.Module) -> set[str]:
-    """What state dicts of `model` leave out; nothing if it is a copy made within the context."""
+def _frozen(model: nn.Module) -> dict[str, Tensor]:
+    """The frozen parameters by state dict key; none if `model` is a copy made in the context."""
     if model not in _small or is_sharded(model):
-        return set()
+        return {}
     return {
-        strip(join(name, own))
+        # Which checkpoint_wrapper keeps out of state dicts.
+        join(name, own).replace("_checkpoint_wrapped_module.", ""): parameter
         for name, module in model.named_modules(remove_duplicate=False)
-        for own in module._parameters.keys() - trained_names(module)
+        for own, parameter in module._parameters.items()
+        if parameter is not None and own not in trained_names(module)
     }

@@ -1,4 +1,4 @@
-"""A model's names and tensors as they are without wrappers: compile, DDP, EMA, FSDP and others."""
+"""Names and whole tensors of a model in wrappers: `torch.compile`, DDP, EMA, FSDP and others."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 _Result = TypeVar("_Result")
 
-# What torch.compile, checkpoint_wrapper and FSDP1 call the module that they wrap.
+# The child's name in torch.compile, checkpoint_wrapper and FSDP1.
 _INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
-    """The name of every module of `model`, in each place, with its name without wrappers.
+    """Maps the names of all modules of `model` to their names without wrappers.
 
-    A wrapper has the name of what it wraps and comes before it.
+    Shared modules have all their names. A wrapper comes before what it wraps, with the same name.
     """
     canonical = {"": ""}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -30,7 +30,7 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
 
 
 def strip(name: str) -> str:
-    """`name` without what looks like a wrapper's part, where there is no model to ask."""
+    """`name` without the names of wrappers, for a model that is not at hand."""
     parts = [part for part in name.split(".") if part not in _INNER]
     while parts and parts[0] == "module":
         del parts[0]
@@ -49,10 +49,10 @@ def visit(
     write: bool = False,
     name: str = "",
 ) -> None:
-    """Call `action(name without wrappers, module)` for every module in each place, parents first.
+    """Call `action(name without wrappers, module)` for every module, parents first.
 
-    The module's own parameters have all their elements then, except for those that are DTensors;
-    `write` keeps what the action writes to them. Of a sharded model, all ranks must call this.
+    Shared modules are visited under each name. FSDP1's parameters are gathered meanwhile; with
+    `write`, changes to them are kept. For a sharded model, all ranks must call this.
     """
     with _unsharded(model, write):
         if not _is_wrapper(model):
@@ -63,7 +63,7 @@ def visit(
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ranks hold parts of the parameters, as FSDP and tensor parallelism have it."""
+    """Whether each rank holds a part of the parameters: FSDP, tensor parallelism."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     units = (fsdp.FullyShardedDataParallel, fsdp.FSDPModule) if fsdp else ()
     return any(isinstance(module, units) for module in model.modules()) or any(
@@ -72,16 +72,16 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All elements of `tensor`; of a DTensor, all ranks must call this."""
+    """`tensor`, gathered if it is a DTensor; then all ranks must call this."""
     if _is_dtensor(tensor):
-        # Offloaded to the CPU, where there may be no means to communicate.
+        # It may be offloaded to the CPU, for which the mesh has no communication backend.
         dtensor: Any = tensor.to(tensor.device_mesh.device_type)  # type: ignore[attr-defined]
         return dtensor.full_tensor()
     return tensor
 
 
 def copy_whole(tensor: Tensor, values: Tensor) -> None:
-    """Copy `values`, all of them, into `tensor`; into a DTensor, this rank's part of them."""
+    """Copy `values` into `tensor`; into a DTensor, this rank's part of them."""
     if _is_dtensor(tensor):
         from torch.distributed.tensor import distribute_tensor
 
@@ -90,8 +90,10 @@ def copy_whole(tensor: Tensor, values: Tensor) -> None:
     tensor.copy_(values)
 
 
-def on_rank_0(action: Callable[[], _Result]) -> _Result:
-    """The result of `action`, run on rank 0 alone, on all ranks; they raise its error alike."""
+def once(model: nn.Module, action: Callable[[], _Result]) -> _Result:
+    """The result of `action`; for a sharded model, all ranks get the result or error of rank 0."""
+    if not is_sharded(model):
+        return action()
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -109,7 +111,7 @@ def _child(name: str, module: nn.Module, child_name: str) -> str:
 
 
 def _is_wrapper(module: nn.Module) -> bool:
-    """Whether `module` only wraps another; DDP, DeepSpeed and EMA models name it `module`."""
+    """Whether `module` only wraps another. DDP, DeepSpeed and EMA call it `module`."""
     if len(module._modules) != 1 or module._parameters:
         return False
     (child_name,) = module._modules
@@ -117,19 +119,18 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def _unsharded(module: nn.Module, write: bool) -> contextlib.AbstractContextManager[Any]:
-    """Within, the parameters of a module of FSDP have all their elements, or are DTensors."""
+    """Gathers the parameters of a module of FSDP1; makes those of FSDP2 DTensors."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp and isinstance(module, fsdp.FullyShardedDataParallel):
-        # One at a time, not the whole model.
+        # Not of the whole model at once.
         return fsdp.FullyShardedDataParallel.summon_full_params(
             module, recurse=False, writeback=write
         )
     if fsdp and isinstance(module, fsdp.FSDPModule):
-        # After a forward pass they may be copies in the dtype that is computed in.
+        # After a forward pass they may be gathered, in the compute dtype.
         module.reshard()
     return contextlib.nullcontext()
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
-    dtensor: Any = sys.modules.get("torch.distributed.tensor")
-    return dtensor is not None and isinstance(tensor, dtensor.DTensor)
+    return hasattr(tensor, "full_tensor")

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = make_trainer(model, tokenizer, *data, learning_rate=5e-3, num_train_epochs=3)
     trainer.train()
     print(f"accuracy {trainer.evaluate()['eval_accuracy']:.3f}; saving to {args.output}")
-    dcft.save_adapter(model, args.output)  # and the head, which is trained too
+    dcft.save_adapter(model, args.output)  # with the head, which is trained too
 
     dcft.load_adapter(base, args.output)
     score = make_trainer(base, tokenizer, *data).evaluate()["eval_accuracy"]

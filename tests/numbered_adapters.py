@@ -1,4 +1,4 @@
-"""Saved adapters with one number for all values and for the scaling: a mixture of two shows."""
+"""Adapters in which all values and the scaling are one number, so that a mix of two is detected."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def save(number: int, folder: Path) -> None:
 
 
 def load(folder: Path) -> tuple[int, list[Any]]:
-    """The adapter's number, after a look at all its values, and its settings."""
+    """The adapter's number, checked in all its values, and its settings."""
     model = base_model()
     load_adapter(model, folder)
     tensors = [factor.flatten() for layer in model for factor in layer.adapter[:3]]

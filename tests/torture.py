@@ -5,7 +5,7 @@
     crowd      eight processes save to a folder while eight load from it
     mutations  changed copies of the files load the values that were saved, or are refused
 
-Fails at the first thing that is wrong.
+Stops at the first failure.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import torch
 from benchmarks import environment
 from tests.numbered_adapters import check_folder, load, save
 
-# Children inherit what is imported: importing torch would take longer than all they do.
+# Forked children need not import torch, which would take longer than their work.
 CONTEXT = multiprocessing.get_context("fork")
 CROWD = 8
 

@@ -1,4 +1,4 @@
-"""The folder of an adapter: saves and loads at once, what killed saves leave, damaged configs."""
+"""The folder of an adapter: concurrent saves and loads, damaged configs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG = "dcft_config.json"
 
 @pytest.fixture
 def paused_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """Saves 9 over 1, in a thread that waits before it renames its config; a call lets it end."""
+    """A thread saves 9 over 1 and waits before it renames its config; a call lets it finish."""
     reached, go_on, replace = threading.Event(), threading.Event(), os.replace
     thread = threading.Thread(target=save, args=(9, tmp_path))
 
@@ -70,7 +70,7 @@ def test_a_save_that_is_overtaken_deletes_its_own_weights(tmp_path, paused_save,
     check_folder(tmp_path, [9])
 
 
-def test_a_temporary_file_that_is_swept_before_it_is_locked(tmp_path, monkeypatch):
+def test_a_temporary_file_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
     lock, swept = adapter_folder._lock, []
 
     def too_late(file: Any, **options: Any) -> bool:
@@ -141,9 +141,8 @@ def test_other_tensors_need_a_checksum(tmp_path):
 
 VALUES = {
     "400-digits": "1" + "0" * 400,
-    "5000-digits": "7" * 5000,
     "infinite": "1e400",
-    **{f"nested-{depth}": "[" * depth + "]" * depth for depth in (99, 900, 100_000)},
+    **{f"nested-{depth}": "[" * depth + "]" * depth for depth in (900, 100_000)},
 }
 PLACES = {
     "setting": lambda config, value: config["layers"]["query"].update(alpha=value),
@@ -155,7 +154,7 @@ PLACES = {
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("put", PLACES.values(), ids=PLACES)
-def test_numbers_and_nesting_beyond_reason(tmp_path, put, value):
+def test_long_numbers_and_deep_nesting_are_refused(tmp_path, put, value):
     """In a file of an earlier version, where no checksum finds them."""
     folder = shutil.copytree(DATA / "adapter_5f5390c", tmp_path / "adapter")
     config = json.loads((folder / CONFIG).read_text())

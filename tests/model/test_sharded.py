@@ -137,5 +137,5 @@ def _check_ddp(folder: Path) -> None:
         assert torch.equal(base(X), trained(X))
 
 
-def test_whole_values_are_saved_once_and_loaded_in_parts(tmp_path):
+def test_sharded_models_save_and_load_whole_values(tmp_path):
     torch.multiprocessing.spawn(_in_process, (tmp_path,), WORLD)

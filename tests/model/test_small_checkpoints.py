@@ -37,12 +37,12 @@ def base() -> nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
-class Parallel(nn.Module):
-    """Calls what it wraps as DDP does."""
+class Task(nn.Module):
+    """Holds a model under a name of its own, as Lightning modules do."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.module = module
+        self.net = model
 
 
 def _adapted(base: nn.Module) -> nn.Module:
@@ -118,8 +118,8 @@ def test_accelerate_saves_and_loads_small_states(base, tmp_path):
     assert _equal(other.state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize("wrap", [Parallel, checkpoint_wrapper, torch.compile])
-def test_wrappers_around_and_inside(base, wrap):
+@pytest.mark.parametrize("wrap", [Task, checkpoint_wrapper, torch.compile])
+def test_wrapped_models_and_layers(base, wrap):
     model = _adapted(base)
     kept = _kept(model)
     model.bert.encoder.layer[0] = wrap(model.bert.encoder.layer[0])
@@ -132,11 +132,11 @@ def test_wrappers_around_and_inside(base, wrap):
         with pytest.raises(RuntimeError, match=r'Missing key\(s\) .*dcft_A"\.'):
             outer.load_state_dict({name: small[name] for name in small if name != factor})
     assert small.keys() <= state.keys()
-    assert {re.sub(r"module\.|_orig_mod\.", "", name) for name in small} == kept
+    assert {re.sub(r"net\.|_orig_mod\.", "", name) for name in small} == kept
     assert _equal(outer.state_dict(), state)
 
 
-def test_whole_outside_in_copies_and_in_files(base, tmp_path):
+def test_state_dicts_are_whole_outside_the_context_and_in_copies(base, tmp_path):
     """A state dict without its base is for resuming only."""
     model = _adapted(base)
     names = model.state_dict().keys()
@@ -153,7 +153,7 @@ def test_whole_outside_in_copies_and_in_files(base, tmp_path):
         model.load_state_dict({})
 
 
-def test_statistics_of_frozen_layers_and_the_base_of_merged_ones():
+def test_frozen_batch_norms_and_merged_layers():
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
     swap_linear(model)
     freeze_base(model)

@@ -27,7 +27,7 @@ LAYERS = ["blocks.0.query", "blocks.0.module", "blocks.1.query", "blocks.1.modul
 
 
 class Block(nn.Module):
-    """With a child of its own that is called as DDP calls the model that it wraps."""
+    """Has a child with the name that DDP gives to the model that it wraps."""
 
     def __init__(self) -> None:
         super().__init__()
