@@ -243,7 +243,9 @@ def test_all_linear_leaves_other_adapters_alone(kind):
 def test_a_target_that_belongs_to_another_adapter_is_refused(targets):
     model = _with_peft("lora")
     snapshot = ModelSnapshot(model)
-    text = r"^targets: '.*(query|value).*' belongs to another adapter: '.*' is a peft\..*exclude="
+    text = (
+        r"^targets: '.*(query|value).*' belongs to another adapter: '.*' is a peft\..*with exclude="
+    )
     with pytest.raises(TypeError, match=text):
         swap_linear(model, targets)
     snapshot.assert_unchanged()
