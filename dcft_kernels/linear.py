@@ -20,7 +20,7 @@ from dcft_kernels.initialization import INITS, default_alpha, initialize
 from dcft_kernels.nonlinearity import NONLINEARITIES, not_mergeable
 
 SETTINGS = "dcft_settings"
-# State dicts hold indices into this.
+# State dicts hold the position.
 _NONLINEARITIES = (None, *NONLINEARITIES)
 _UNDO = (
     "undo its pruning or parametrization (torch.nn.utils.prune.remove, remove_weight_norm, "
@@ -115,9 +115,9 @@ class DCFTLinear(nn.Linear):
         init: `"balanced"`, `"zero"`: the layer starts at its base; `"paper"`: near it. See
             `dcft_kernels.initialization`.
         backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`, see `dcft_kernels.backends`.
-        device: of all parameters. Without it, under `torch.device("meta")` or accelerate's
-            `init_empty_weights`, the base is on the meta device and the adapter on the CPU: the
-            checkpoint of a base brings no values for it.
+        device: of all parameters. Where the default is the meta device (`torch.device("meta")`,
+            accelerate's `init_empty_weights`), the adapter is created on the CPU: checkpoints of a
+            base have no values for it.
         dtype: of `weight` and `bias`.
         adapter_dtype: of the adapter; None gives float32 over a 16-bit base, where 16-bit
             parameters would lose small optimizer steps, else `dtype`.
@@ -180,10 +180,10 @@ class DCFTLinear(nn.Linear):
         fan_in_fan_out: bool,
         device: torch.device | str | int | None = None,
     ) -> None:
-        """Use these parameters, not copies, as the base and create the adapter on `device`.
+        """Use these parameters, not copies, as the base, and create the adapter on `device`.
 
-        The default is the weight's device, or the CPU for a weight on the meta device: the
-        checkpoint of a base brings no values for an adapter.
+        The default is the weight's device, or the CPU if that is the meta device: checkpoints of a
+        base have no values for the adapter.
         """
         if device is None:
             device = torch.device("cpu") if weight.is_meta else weight.device
@@ -275,8 +275,8 @@ class DCFTLinear(nn.Linear):
     @property
     def merged(self) -> bool:
         """Whether `weight` currently holds base plus increment."""
-        kept = self._base_while_merged
-        return bool(kept) and self.weight is not kept[0]
+        weight, base = self._weight_and_base()
+        return weight is not base
 
     def _weight_and_base(self) -> tuple[Tensor, Tensor]:
         """`weight` and the base weight, at one moment; they are one object unless merged.
@@ -307,17 +307,9 @@ class DCFTLinear(nn.Linear):
     def options(self) -> DCFTOptions:
         """The adapter's settings as one value."""
         return DCFTOptions(
-            self.rank,
-            self.kernel_size,
-            self.stride,
-            self.alpha,
-            self.dropout,
-            self.init,
-            self.backend,
-            self.dcft_A.dtype,
-            self.strategy,
-            self.nonlinearity,
-        )
+            self.rank, self.kernel_size, self.stride, self.alpha, self.dropout, self.init,
+            self.backend, self.dcft_A.dtype, self.strategy, self.nonlinearity,
+        )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear has
         """`input W^T + bias + scaling * dropout(input) DW^T`; `[..., n]` to `[..., m]`."""
@@ -367,8 +359,8 @@ class DCFTLinear(nn.Linear):
         computed in float32 or wider and rounded once to the base's dtype; in 16 bits, increments
         below half a unit in the last place vanish.
 
-        Other threads may use the layer meanwhile, in eager mode: each of their calls is computed
-        either unmerged or merged. One thread at a time may merge and unmerge.
+        In eager mode, other threads may use the layer meanwhile: each call is computed either
+        unmerged or merged. Only one thread at a time may merge and unmerge.
 
         Raises:
             RuntimeError: the layer is merged already, or has a nonlinearity.
@@ -532,9 +524,9 @@ class DCFTLinear(nn.Linear):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Of this moment: `alpha` may have changed since the buffer was made.
+        # Not the buffer's: `alpha` may have changed since it was created.
         destination[prefix + SETTINGS] = self._settings().to(self.dcft_settings.device)
-        if prefix + "weight" not in destination:  # computed from other parameters
+        if prefix + "weight" not in destination:  # pruned or parametrized
             return
         weight, base = self._weight_and_base()
         destination[prefix + "weight"] = base if keep_vars else base.detach()
@@ -557,7 +549,7 @@ class DCFTLinear(nn.Linear):
         key = prefix + SETTINGS
         settings, found = self._settings(), state_dict.get(key)
         comparable = isinstance(found, Tensor) and found.shape == settings.shape
-        # Within 1%, since they may have been cast to 16 bits, or averaged with rounding errors.
+        # Within 1%: they may have been cast to 16 bits or averaged.
         if comparable and not (
             found.is_meta or torch.allclose(found.to(settings), settings, rtol=0.01, atol=0.0)
         ):
@@ -567,20 +559,18 @@ class DCFTLinear(nn.Linear):
                 f"those settings, or delete {key!r} from the state dict to load it all the same"
             )
             return
-        if comparable or found is None:  # a base's state dict is complete without them
+        if comparable or found is None:  # those of a base and of earlier versions have none
             weight = state_dict.get(prefix + "weight", self.dcft_settings)
             state_dict = {**state_dict, key: settings.to(weight.device)}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
     def _settings(self) -> Tensor:
-        """What the factors' shapes do not show of what they compute.
+        """Scaling, stride and nonlinearity, which the factors' shapes do not show.
 
-        In float32, since every tool for state dicts can save, cast and average that.
+        In float32, since tools that cast or average state dicts can handle that.
         """
-        function = _NONLINEARITIES.index(self.nonlinearity)
-        return torch.tensor(
-            [self.scaling, *self.stride, function], dtype=torch.float32, device="cpu"
-        )
+        settings = [self.scaling, *self.stride, _NONLINEARITIES.index(self.nonlinearity)]
+        return torch.tensor(settings, dtype=torch.float32, device="cpu")
 
 
 def _describe_settings(settings: Tensor) -> str:
