@@ -422,7 +422,10 @@ class DCFTLinear(nn.Linear):
     def _merged_weight(self, base: Tensor) -> Tensor:
         """Base plus increment, as `weight` is stored, rounded once to its dtype."""
         if base.is_meta:
-            raise ValueError("merge: the weight is on the meta device; load its values first")
+            raise ValueError(
+                "merge: the weight is on the meta device; load its values first, or undo "
+                "offloading (accelerate.hooks.remove_hook_from_submodules)"
+            )
         turned = base.t() if self.fan_in_fan_out else base
         merged = merged_weight(turned, self.adapter, self.backend)
         if self.fan_in_fan_out:
@@ -599,7 +602,10 @@ def why_not_adaptable(module: nn.Module) -> str | None:
             "for other base layers add the adapter with dcft_update"
         )
     if "forward" in module.__dict__:
-        return "expected the forward of its class, got another one set on the instance"
+        return (
+            "expected the forward of its class, got another one set on the instance; swap before "
+            "that, as before accelerate dispatches or offloads the model"
+        )
     for name in ("weight", "bias"):
         if getattr(module, name) is not None and name not in module._parameters:
             return f"expected {name} to be an nn.Parameter, got a computed one; {_UNDO}"

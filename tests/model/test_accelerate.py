@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+from accelerate import cpu_offload, init_empty_weights, load_checkpoint_and_dispatch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dcft_kernels import DCFTLinear, freeze_base, load_adapter, save_adapter, swap_linear
+from dcft_kernels import (
+    DCFTLinear,
+    freeze_base,
+    load_adapter,
+    merge_model,
+    save_adapter,
+    swap_linear,
+)
 from tests.small_models import build_small_model, logits, randomize_adapters, small_inputs
 
 NAME = "roberta"
@@ -91,3 +98,15 @@ def test_layers_that_a_model_constructs_itself(context, tmp_path):
         model = nn.Sequential(DCFTLinear(20, 13))
     base, x = nn.Sequential(nn.Linear(20, 13)), torch.randn(3, 20)
     assert torch.equal(_load(model, base, {"": "cpu"}, tmp_path)(x), base(x))
+
+
+def test_an_offloaded_model_is_neither_swapped_nor_merged():
+    model, adapted = nn.Sequential(nn.Linear(20, 13)), nn.Sequential(DCFTLinear(20, 13))
+    for offloaded in (model, adapted):
+        cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    with pytest.raises(TypeError, match=r"^targets: '0' cannot be adapted: .*; swap before that"):
+        swap_linear(model)
+    with pytest.raises(
+        ValueError, match=r"^0: merge: the weight is on the meta .*remove_hook_from"
+    ):
+        merge_model(adapted)
