@@ -157,7 +157,7 @@ def test_a_computed_or_sharded_weight_is_not_merged(layer, change, action):
     snapshot.assert_unchanged()
 
 
-def test_a_pruned_bias_is_only_in_the_way_of_to_linear(layer):
+def test_a_pruned_bias_is_refused_by_to_linear_only(layer):
     prune.l1_unstructured(layer, "bias", 0.3)
     with pytest.raises(ValueError, match=r"^to_linear: expected bias to be .* of shape \[13\]"):
         layer.to_linear()

@@ -34,7 +34,7 @@ def _equal(model: nn.Module, twin: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("keep_vars", [False, True])
-def test_it_does_not_depend_on_merging(layer, keep_vars):
+def test_state_dict_does_not_depend_on_merging(layer, keep_vars):
     model = nn.Sequential(layer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Models that are built without values, swapped, and filled and placed by accelerate."""
+"""Models created without values, swapped, then loaded and dispatched by accelerate."""
 
 from __future__ import annotations
 
