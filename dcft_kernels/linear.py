@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,9 +17,15 @@ from dcft_kernels.adapter import Adapter, Geometry, Pair
 from dcft_kernels.backends import BACKENDS, STRATEGIES, check_nonlinear
 from dcft_kernels.functional import dcft_linear, delta_weight, merged_weight
 from dcft_kernels.initialization import INITS, default_alpha, initialize
-from dcft_kernels.nonlinearity import not_mergeable
+from dcft_kernels.nonlinearity import NONLINEARITIES, not_mergeable
 
 SETTINGS = "dcft_settings"
+# State dicts hold the position.
+_NONLINEARITIES = (None, *NONLINEARITIES)
+_UNDO = (
+    "undo its pruning or parametrization (torch.nn.utils.prune.remove, remove_weight_norm, "
+    "parametrize.remove_parametrizations)"
+)
 _HOOK_TABLES = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -95,9 +99,9 @@ class DCFTLinear(nn.Linear):
     | `dcft_C` | `[d_out, d_in]` | the transposed-convolution kernel |
 
     The state dict never depends on `merged`: it always holds the base weight and the adapter, and
-    says so with a warning while merged. Its `dcft_settings`, JSON in bytes, are what the factors'
-    shapes do not show: scaling, stride and nonlinearity. Loading a state dict with others is an
-    error; one without any, as of the base, is taken as it is.
+    says so with a warning while merged. Its `dcft_settings` are what the factors' shapes do not
+    show: scaling, stride and nonlinearity. Loading a state dict with other settings is an error; a
+    state dict without them, such as the base's, loads as usual.
 
     Args:
         in_features: `n`.
@@ -111,7 +115,9 @@ class DCFTLinear(nn.Linear):
         init: `"balanced"`, `"zero"`: the layer starts at its base; `"paper"`: near it. See
             `dcft_kernels.initialization`.
         backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`, see `dcft_kernels.backends`.
-        device: of all parameters.
+        device: of all parameters. Where the default is the meta device (`torch.device("meta")`,
+            accelerate's `init_empty_weights`), the adapter is created on the CPU: checkpoints of a
+            base have no values for it.
         dtype: of `weight` and `bias`.
         adapter_dtype: of the adapter; None gives float32 over a 16-bit base, where 16-bit
             parameters would lose small optimizer steps, else `dtype`.
@@ -162,9 +168,7 @@ class DCFTLinear(nn.Linear):
         if dtype is not None:
             validation.float_dtype("dtype", dtype)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._adopt_base(
-            self.weight, self.bias, options, fan_in_fan_out=False, device=self.weight.device
-        )
+        self._adopt_base(self.weight, self.bias, options, fan_in_fan_out=False, device=device)
         self.freeze_base()
 
     def _adopt_base(
@@ -174,9 +178,15 @@ class DCFTLinear(nn.Linear):
         options: DCFTOptions,
         *,
         fan_in_fan_out: bool,
-        device: torch.device,
+        device: torch.device | str | int | None = None,
     ) -> None:
-        """Use these parameters, not copies, as the base and create the adapter on `device`."""
+        """Use these parameters, not copies, as the base, and create the adapter on `device`.
+
+        The default is the weight's device, or the CPU if that is the meta device: checkpoints of a
+        base have no values for the adapter.
+        """
+        if device is None:
+            device = torch.device("cpu") if weight.is_meta else weight.device
         self.rank = options.rank
         self.kernel_size: Pair = options.kernel_size  # type: ignore[assignment]
         self.stride: Pair = options.stride  # type: ignore[assignment]
@@ -200,18 +210,16 @@ class DCFTLinear(nn.Linear):
             nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             for shape in (geometry.shape_A, geometry.shape_B, geometry.shape_C)
         )
-        # Not by register_parameter, which accelerate's init_empty_weights replaces: it would move
-        # the factors to the meta device, and no checkpoint of a base brings their values.
+        # Not by register_parameter: under accelerate's init_empty_weights it moves to meta.
         self._parameters.update(weight=weight, bias=bias, dcft_A=A, dcft_B=B, dcft_C=C)
-        self._buffers[SETTINGS] = self._encoded_settings(device)
+        self._buffers[SETTINGS] = self._settings().to(device)
         self.reset_dcft_parameters()
 
     @classmethod
     def from_linear(cls, linear: nn.Module, **dcft_options: Any) -> DCFTLinear:
         """Adapt an existing layer; the result shares its weight and bias, which become frozen.
 
-        The adapter is created where the weight is; for a weight on the meta device on the CPU,
-        since a base's checkpoint brings no values for it.
+        The adapter is created on the weight's device, or on the CPU if that is the meta device.
 
         Args:
             linear: an `nn.Linear`, or a `Conv1D` of transformers (GPT-2), whose weight is stored
@@ -240,13 +248,11 @@ class DCFTLinear(nn.Linear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear_sizes(linear)
-        weight: Any = linear.weight
         layer._adopt_base(
-            weight,
+            linear.weight,  # type: ignore[arg-type]
             linear.bias,  # type: ignore[arg-type]
             options,
             fan_in_fan_out=is_conv1d(linear),
-            device=torch.device("cpu") if weight.is_meta else weight.device,
         )
         # The tables themselves, so that handles that users hold can remove their hooks.
         for table in _HOOK_TABLES:
@@ -269,15 +275,15 @@ class DCFTLinear(nn.Linear):
     @property
     def merged(self) -> bool:
         """Whether `weight` currently holds base plus increment."""
-        kept = self._base_while_merged
-        return bool(kept) and self.weight is not kept[0]
+        weight, base = self._weight_and_base()
+        return weight is not base
 
     def _weight_and_base(self) -> tuple[Tensor, Tensor]:
         """`weight` and the base weight, at one moment; they are one object unless merged.
 
-        `merge` and `unmerge` of other threads put a new list in `_base_while_merged`, and replace
-        `weight` only while it holds the base. So if the list is the same before and after `weight`
-        is read, an empty one means the base, and otherwise the weight itself tells.
+        Another thread may merge or unmerge meanwhile. Each assigns a new `_base_while_merged` list,
+        and `weight` changes only while that list holds the base. So if the list is the same before
+        and after reading `weight`, the two belong together.
         """
         while True:
             kept = self._base_while_merged
@@ -301,25 +307,15 @@ class DCFTLinear(nn.Linear):
     def options(self) -> DCFTOptions:
         """The adapter's settings as one value."""
         return DCFTOptions(
-            self.rank,
-            self.kernel_size,
-            self.stride,
-            self.alpha,
-            self.dropout,
-            self.init,
-            self.backend,
-            self.dcft_A.dtype,
-            self.strategy,
-            self.nonlinearity,
-        )
+            self.rank, self.kernel_size, self.stride, self.alpha, self.dropout, self.init,
+            self.backend, self.dcft_A.dtype, self.strategy, self.nonlinearity,
+        )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear has
         """`input W^T + bias + scaling * dropout(input) DW^T`; `[..., n]` to `[..., m]`."""
-        weight, base = self._weight_and_base()
-        merged = weight is not base
-        if self.fan_in_fan_out:
-            weight = weight.t()
-        if merged:
+        stored, base = self._weight_and_base()
+        weight = stored.t() if self.fan_in_fan_out else stored
+        if stored is not base:
             return F.linear(validation.tokens("x", input, self.in_features), weight, self.bias)
         return dcft_linear(
             input,
@@ -363,8 +359,8 @@ class DCFTLinear(nn.Linear):
         computed in float32 or wider and rounded once to the base's dtype; in 16 bits, increments
         below half a unit in the last place vanish.
 
-        Other threads may use the layer meanwhile, in eager mode: each of their calls is computed
-        either unmerged or merged. One thread at a time may merge and unmerge.
+        In eager mode, other threads may use the layer meanwhile: each call is computed either
+        unmerged or merged. Only one thread at a time may merge and unmerge.
 
         Raises:
             RuntimeError: the layer is merged already, or has a nonlinearity.
@@ -391,14 +387,10 @@ class DCFTLinear(nn.Linear):
         """
         if not self.merged:
             raise RuntimeError("unmerge: this DCFTLinear is not merged; call merge() first")
-        self.check_unmerge()
+        self._refuse_unless_plain("unmerge", "weight")
         # In this order, see _weight_and_base.
         (self.weight,) = self._base_while_merged
         self._base_while_merged = []
-
-    def check_unmerge(self) -> None:
-        """Raise the ValueError that `unmerge` of a merged layer would raise, if any."""
-        self._refuse_unless_plain("unmerge", "weight")
 
     def to_linear(self) -> nn.Module:
         """A plain layer with base plus increment as its weight, of the kind that was adapted.
@@ -430,7 +422,10 @@ class DCFTLinear(nn.Linear):
     def _merged_weight(self, base: Tensor) -> Tensor:
         """Base plus increment, as `weight` is stored, rounded once to its dtype."""
         if base.is_meta:
-            raise ValueError("merge: the weight is on the meta device; load its values first")
+            raise ValueError(
+                "merge: the weight is on the meta device; load its values first, or undo "
+                "offloading (accelerate.hooks.remove_hook_from_submodules)"
+            )
         turned = base.t() if self.fan_in_fan_out else base
         merged = merged_weight(turned, self.adapter, self.backend)
         if self.fan_in_fan_out:
@@ -478,17 +473,15 @@ class DCFTLinear(nn.Linear):
         shapes = {"weight": [n, m] if self.fan_in_fan_out else [m, n], "bias": [m]}
         for name in names:
             found = getattr(self, name)
-            # A DTensor's shape is that of the whole.
-            whole = found is None or (
-                list(found.shape) == shapes[name] and not hasattr(found, "full_tensor")
-            )
-            if name not in self._parameters or not whole:
+            if found is None:
+                continue
+            # A DTensor has full_tensor, and the shape of the whole.
+            sharded = list(found.shape) != shapes[name] or hasattr(found, "full_tensor")
+            if name not in self._parameters or sharded:
                 raise ValueError(
                     f"{action}: expected {name} to be an nn.Parameter of shape {shapes[name]}, got "
-                    f"a {type(found).__name__} of shape {list(found.shape)}: it is pruned, "
-                    "reparametrized or sharded; undo that (torch.nn.utils.prune.remove, "
-                    "remove_weight_norm, parametrize.remove_parametrizations), or load the saved "
-                    "adapter into a plain model and merge there"
+                    f"a {type(found).__name__} of shape {list(found.shape)}, computed or sharded; "
+                    f"{_UNDO}, or load the saved adapter into a plain model and merge there"
                 )
 
     def _refuse_if_merged(self, action: str) -> None:
@@ -534,9 +527,9 @@ class DCFTLinear(nn.Linear):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Of this moment: `alpha` may have changed since the buffer was made.
-        destination[prefix + SETTINGS] = self._encoded_settings(self.dcft_settings.device)
-        if prefix + "weight" not in destination:  # computed from other parameters
+        # Not the buffer's: `alpha` may have changed since it was created.
+        destination[prefix + SETTINGS] = self._settings().to(self.dcft_settings.device)
+        if prefix + "weight" not in destination:  # pruned or parametrized
             return
         weight, base = self._weight_and_base()
         destination[prefix + "weight"] = base if keep_vars else base.detach()
@@ -557,55 +550,36 @@ class DCFTLinear(nn.Linear):
             error_messages.append(f"{name} is merged: call unmerge() before loading")
             return
         key = prefix + SETTINGS
-        differences = self._differences_of_settings(state_dict[key]) if key in state_dict else []
-        if differences:
+        settings, found = self._settings(), state_dict.get(key)
+        comparable = isinstance(found, Tensor) and found.shape == settings.shape
+        # Within 1%: they may have been cast to 16 bits or averaged.
+        if comparable and not (
+            found.is_meta or torch.allclose(found.to(settings), settings, rtol=0.01, atol=0.0)
+        ):
             error_messages.append(
-                f"{name}: {', '.join(differences)}; swap the model's layers with the state dict's "
-                f"settings, or delete {key!r} from it to load its values all the same"
+                f"{name}: {_describe_settings(settings)} in the model, but "
+                f"{_describe_settings(found)} in the state dict; swap the model's layers with "
+                f"those settings, or delete {key!r} from the state dict to load it all the same"
             )
             return
-        # The model's own: state dicts without settings are complete too.
-        device = getattr(state_dict.get(prefix + "weight"), "device", self.dcft_settings.device)
-        state_dict = {**state_dict, key: self._encoded_settings(device)}
+        if comparable or found is None:  # those of a base and of earlier versions have none
+            weight = state_dict.get(prefix + "weight", self.dcft_settings)
+            state_dict = {**state_dict, key: settings.to(weight.device)}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
-    def _settings(self) -> dict[str, Any]:
-        """What the factors' shapes do not show of what they compute."""
-        return {
-            "scaling": float(self.scaling),
-            "stride": list(self.stride),
-            "nonlinearity": self.nonlinearity,
-        }
+    def _settings(self) -> Tensor:
+        """Scaling, stride and nonlinearity, which the factors' shapes do not show.
 
-    def _encoded_settings(self, device: torch.device) -> Tensor:
-        """The settings as bytes of JSON; a tensor, which every tool for state dicts can handle.
-
-        Of one length, since torch.distributed.checkpoint loads into tensors that exist.
+        In float32, since tools that cast or average state dicts can handle that.
         """
-        text = json.dumps(self._settings()).ljust(128)
-        return torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-
-    def _differences_of_settings(self, encoded: Any) -> list[str]:
-        """How a state dict's settings, perhaps cast to another dtype, differ from this layer's."""
-        if getattr(encoded, "is_meta", False):
-            return []
-        try:
-            there = json.loads(bytes(round(byte) for byte in encoded.tolist()))
-        except (AttributeError, OverflowError, RecursionError, TypeError, ValueError):
-            there = None
-        if not isinstance(there, dict):
-            return [f"{SETTINGS} in the state dict are unreadable"]
-        here = self._settings()
-        return [
-            f"{name} is {here.get(name)} in the model, {there.get(name)} in the state dict"
-            for name in here | there
-            if not _equal(here.get(name), there.get(name))
-        ]
+        settings = [self.scaling, *self.stride, _NONLINEARITIES.index(self.nonlinearity)]
+        return torch.tensor(settings, dtype=torch.float32, device="cpu")
 
 
-def _equal(a: Any, b: Any) -> bool:
-    both_floats = isinstance(a, float) and isinstance(b, float)
-    return math.isclose(a, b, rel_tol=1e-6) if both_floats else a == b
+def _describe_settings(settings: Tensor) -> str:
+    scaling, s_out, s_in, function = settings.tolist()
+    nonlinearity = dict(enumerate(_NONLINEARITIES)).get(function, "unknown")
+    return f"scaling={scaling:g}, stride=({s_out:g}, {s_in:g}), nonlinearity={nonlinearity}"
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -628,12 +602,14 @@ def why_not_adaptable(module: nn.Module) -> str | None:
             "for other base layers add the adapter with dcft_update"
         )
     if "forward" in module.__dict__:
-        return "expected the forward of its class, got another one set on the instance"
-    weight = module.weight
-    if not isinstance(weight, nn.Parameter):
         return (
-            "expected a weight that is an nn.Parameter, got one that is computed (reparametrized)"
+            "expected the forward of its class, got another one set on the instance; swap before "
+            "that, as before accelerate dispatches or offloads the model"
         )
+    for name in ("weight", "bias"):
+        if getattr(module, name) is not None and name not in module._parameters:
+            return f"expected {name} to be an nn.Parameter, got a computed one; {_UNDO}"
+    weight: Any = module.weight
     if weight.dtype not in validation.FLOAT_DTYPES:
         return f"expected a float weight, got {weight.dtype}"
     if weight.dim() != 2:

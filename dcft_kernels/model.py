@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 from torch import nn
@@ -11,11 +11,17 @@ from torch import nn
 from dcft_kernels import validation
 from dcft_kernels.linear import SETTINGS, DCFTLinear, DCFTOptions
 from dcft_kernels.nonlinearity import not_mergeable
-from dcft_kernels.targets import ALL_LINEAR, Targets, check_patterns, matches, select_layers
+from dcft_kernels.targets import (
+    ALL_LINEAR,
+    Targets,
+    ancestry,
+    check_patterns,
+    matches,
+    select_layers,
+)
+from dcft_kernels.wrappers import is_sharded
 
 _ADAPTER_PREFIX = "dcft_"
-# Recognised by name: importing them takes long.
-_FSDP = {"FullyShardedDataParallel", "FSDPModule"}
 
 
 def swap_linear(
@@ -96,10 +102,12 @@ def _leave_fused_paths(model: nn.Module) -> None:
 
 
 def _keep_settings_out_of_ddp(model: nn.Module) -> None:
-    """Spare DistributedDataParallel a broadcast of these constants in every forward pass."""
-    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
+    """Keep DistributedDataParallel from broadcasting these constants in every forward pass.
+
+    A forward pass on rank 0 alone, such as an evaluation, would wait for the other ranks.
+    """
     ignored: Any = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
-    ignored = {*ignored, *(name for name in buffers if name.endswith(f".{SETTINGS}"))}
+    ignored = {*ignored, *(f"{name}.{SETTINGS}" for name in find_dcft_layers(model))}
     model._ddp_params_and_buffers_to_ignore = ignored
 
 
@@ -120,8 +128,8 @@ def find_dcft_layers(model: nn.Module) -> dict[str, DCFTLinear]:
 def merge_model(model: nn.Module, *, unload: bool = False) -> None:
     """Merge every adapted layer, all or none.
 
-    The state dict still holds base weights and adapters, as `save_pretrained` and `torch.save` of
-    it then do. To save what the merged model computes, as a plain model, use `unload`.
+    The state dict of a merged model, and so what `save_pretrained` writes, still holds the base
+    weights and the adapters. To save the merged weights, as a plain model, use `unload`.
 
     Args:
         model: a model with `DCFTLinear` layers, none of them merged.
@@ -131,21 +139,19 @@ def merge_model(model: nn.Module, *, unload: bool = False) -> None:
 
     Raises:
         RuntimeError: some layers are merged already, or have a nonlinearity.
-        ValueError: no adapted layers, a weight that `DCFTLinear.merge` refuses (pruned, weight-
-            normed, parametrized, sharded), or a merged weight that is not finite.
+        ValueError: no adapted layers, a sharded model, or a weight that `DCFTLinear.merge` refuses.
         The model is untouched then.
     """
     layers = dcft_layers(model)
     for name, layer in layers.items():
         if layer.nonlinearity is not None:
             raise not_mergeable(f"model: {name!r}: this DCFTLinear", layer.nonlinearity)
-    for name, module in model.named_modules():
-        # Between passes, a weight of such a module may look like any other until FSDP resets it.
-        if _FSDP & {cls.__name__ for cls in type(module).__mro__}:
-            raise ValueError(
-                f"model: {name!r} is sharded by FSDP ({type(module).__name__}); load the saved "
-                "adapter into a plain model and merge there"
-            )
+    # Asked of the model: after a forward pass, FSDP's weights look like any others.
+    if is_sharded(model):
+        raise ValueError(
+            "model: is sharded (FSDP or tensor parallelism); load the saved adapter into a plain "
+            "model and merge there"
+        )
     if unload:
         if isinstance(model, DCFTLinear):
             raise ValueError(
@@ -185,7 +191,7 @@ def unmerge_model(model: nn.Module) -> None:
     if not merged:
         raise RuntimeError("model: no layer is merged; call merge_model(model) first")
     for name, layer in merged.items():
-        _naming(name, layer.check_unmerge)
+        _naming(name, functools.partial(layer._refuse_unless_plain, "unmerge", "weight"))
     for layer in merged.values():
         layer.unmerge()
 
@@ -255,13 +261,7 @@ def _is_adapter(parameter_name: str) -> bool:
 
 def is_or_is_inside(parameter_name: str, patterns: Targets) -> bool:
     """Whether the parameter, or a module it lies in, is meant by `patterns`."""
-    return any(matches(ancestor, patterns) for ancestor in _ancestry(parameter_name))
-
-
-def _ancestry(name: str) -> Iterator[str]:
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
+    return any(matches(ancestor, patterns) for ancestor in ancestry(parameter_name))
 
 
 def _naming(name: str, action: Any) -> Any:

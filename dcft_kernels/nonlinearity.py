@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dcft_kernels.validation import one_of
 
+# New ones go last: state dicts hold their positions.
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 
 from torch import nn
 
@@ -15,6 +14,7 @@ ALL_LINEAR = "all-linear"
 
 Targets = str | Sequence[str]
 
+# PEFT's layers of all kinds have it, and its wrappers of trained modules (modules_to_save).
 _OF_PEFT = "adapter_layer_names"
 
 # Common names of output heads, for models that do not declare theirs.
@@ -62,8 +62,8 @@ def select_layers(model: nn.Module, targets: Targets, exclude: Targets) -> list[
     selected = [name for name in names if not matches(name, exclude)]
     if not selected:
         raise ValueError(
-            f"targets: {targets!r} without exclude={exclude!r} leaves no layer; "
-            + _available(modules)
+            f"targets: {targets!r}{f' without exclude={exclude!r}' if exclude else ''} leaves no "
+            f"layer; {_available(modules)}"
         )
     swapped = [name for name in selected if _is_swapped(modules[name])]
     if swapped:
@@ -78,7 +78,7 @@ def select_layers(model: nn.Module, targets: Targets, exclude: Targets) -> list[
             kind = f"{type(modules[owner]).__module__}.{type(modules[owner]).__qualname__}"
             raise TypeError(
                 f"targets: {name!r} belongs to another adapter: {owner!r} is a {kind}; leave it "
-                "out (exclude=), or merge and unload that adapter first"
+                "out with exclude=, or merge and unload that adapter first"
             )
         reason = why_not_adaptable(modules[name])
         if reason is not None:
@@ -125,7 +125,7 @@ def check_patterns(argument: str, patterns: object) -> None:
 
 
 def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
-    """Names of plain linear layers and of layers adapted already, by DCFT only."""
+    """Names of plain linear layers and of those that DCFT has adapted, without PEFT's."""
     return [
         name
         for name, module in modules.items()
@@ -135,14 +135,20 @@ def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _owner(name: str, modules: dict[str, nn.Module]) -> str | None:
-    """The layer of another adapter that has this name or holds it, or None.
+    """The PEFT layer that has this name or holds it, or None.
 
-    Its base layer counts too: what LoRA adds does not depend on it, but IA3, DoRA and others scale
-    or turn the base weight alone when they are merged.
+    Its base layer counts too: IA3, DoRA and others scale or rotate the base weight alone when they
+    are merged, not what DCFT adds to it.
     """
-    holders = accumulate(name.split("."), lambda path, part: f"{path}.{part}")
-    # PEFT's layers of all kinds have it, and its copies of trained modules.
-    return next((h for h in ("", *holders) if hasattr(type(modules[h]), _OF_PEFT)), None)
+    holders = (*ancestry(name), "")
+    return next((holder for holder in holders if hasattr(type(modules[holder]), _OF_PEFT)), None)
+
+
+def ancestry(name: str) -> Iterator[str]:
+    """`name`, and the names of the modules that hold it, inside out."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def _head_and_tied_names(model: nn.Module) -> set[str]:

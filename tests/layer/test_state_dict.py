@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dcft_kernels import DCFTLinear
@@ -36,7 +34,7 @@ def _equal(model: nn.Module, twin: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("keep_vars", [False, True])
-def test_it_does_not_depend_on_merging(layer, keep_vars):
+def test_state_dict_does_not_depend_on_merging(layer, keep_vars):
     model = nn.Sequential(layer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -65,23 +63,27 @@ def test_loading_into_a_merged_layer_is_an_error(layer, strict):
     assert torch.equal(layer.dcft_A, saved["query.dcft_A"])
 
 
+HERE = r"scaling=1\.5, stride=\(4, 8\), nonlinearity=None"
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize(
-    ("changes", "text"),
+    ("changes", "there"),
     [
         # The shapes are the same in each pair.
-        ({"alpha": 4.0}, r"scaling is 1\.5 in the model, 2\.0 in the state dict;"),
-        ({"stride": (3, 6)}, r"stride is \[4, 8\] in the model, \[3, 6\] in the state dict;"),
-        ({"nonlinearity": "relu"}, "nonlinearity is None in the model, relu in the state dict;"),
+        ({"alpha": 4.0}, r"scaling=2, stride=\(4, 8\), nonlinearity=None"),
+        ({"stride": (3, 6)}, r"scaling=1\.5, stride=\(3, 6\), nonlinearity=None"),
+        ({"nonlinearity": "relu"}, r"scaling=1\.5, stride=\(4, 8\), nonlinearity=relu"),
     ],
     ids=["scaling", "stride", "nonlinearity"],
 )
-def test_other_settings_are_an_error(layer, changes, text, strict):
+def test_other_settings_are_an_error(layer, changes, there, strict):
     """They loaded with "All keys matched", and the layer computed something else."""
     model = nn.ModuleDict({"query": layer})
     saved = nn.ModuleDict({"query": _layer(**changes)}).state_dict()
     snapshot = ModelSnapshot(model)
-    with pytest.raises(RuntimeError, match=rf"query: {text} .*delete 'query\.dcft_settings'"):
+    text = rf"query: {HERE} in the model, but {there} in .* delete 'query\.dcft_settings'"
+    with pytest.raises(RuntimeError, match=text):
         model.load_state_dict(saved, strict=strict)
     snapshot.assert_unchanged()
     del saved["query.dcft_settings"]
@@ -89,7 +91,13 @@ def test_other_settings_are_an_error(layer, changes, text, strict):
     assert torch.equal(layer.dcft_C, saved["query.dcft_C"])
 
 
-def test_settings_are_those_of_the_moment(layer):
+def test_format_of_settings():
+    for position, nonlinearity in enumerate([None, "relu", "gelu", "silu", "tanh"]):
+        saved = _layer(nonlinearity=nonlinearity).state_dict()["dcft_settings"]
+        assert saved.tolist() == [1.5, 4, 8, position]
+
+
+def test_settings_are_current(layer):
     layer.alpha, layer.nonlinearity = 8, "tanh"
     twin = _layer(alpha=8, nonlinearity="tanh")
     assert str(twin.load_state_dict(layer.state_dict())) == "<All keys matched successfully>"
@@ -97,7 +105,8 @@ def test_settings_are_those_of_the_moment(layer):
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_base_or_an_earlier_version_has_no_settings(layer, assign):
+def test_settings_are_optional(layer, assign):
+    """State dicts of a base and of earlier versions have none."""
     earlier = _layer().state_dict()
     del earlier["dcft_settings"]
     assert str(layer.load_state_dict(earlier, assign=assign)) == "<All keys matched successfully>"
@@ -106,48 +115,33 @@ def test_a_base_or_an_earlier_version_has_no_settings(layer, assign):
     assert {n for n, p in layer.named_parameters() if p.requires_grad} == set(FACTORS)
 
 
+def _running_average(tensor: torch.Tensor) -> torch.Tensor:
+    average = tensor.clone()
+    for _ in range(10000):
+        average = 0.999 * average + 0.001 * tensor
+    return average
+
+
 @pytest.mark.parametrize(
     "change",
     [
         torch.Tensor.bfloat16,
-        torch.Tensor.half,
         torch.Tensor.double,
-        lambda tensor: tensor.double() - 1e-3,  # averages of several state dicts
+        lambda tensor: (tensor + tensor + tensor) / 3,
+        lambda tensor: torch.lerp(tensor, tensor, 0.3),
+        _running_average,
         lambda tensor: tensor.to("meta"),  # without values there is nothing to compare
     ],
-    ids=["bf16", "fp16", "fp64", "averaged", "meta"],
+    ids=["bf16", "fp64", "mean", "lerp", "ema", "meta"],
 )
 @pytest.mark.filterwarnings("ignore:for dcft_settings.*no-op")
-def test_settings_survive_what_is_done_to_tensors(layer, change):
+def test_settings_may_be_cast_or_averaged(layer, change):
     saved = layer.state_dict()
     saved["dcft_settings"] = change(saved["dcft_settings"])
     twin = _layer()
     twin.load_state_dict(saved)
-    assert twin.dcft_settings.dtype == torch.uint8
+    assert torch.equal(twin.state_dict()["dcft_settings"], layer.state_dict()["dcft_settings"])
     assert _equal(twin, layer)
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        torch.ones_like,
-        lambda tensor: tensor[:20],
-        lambda tensor: tensor[None],
-        lambda tensor: tensor.double() * torch.nan,
-        lambda tensor: tensor.double() + 1000,
-        lambda tensor: torch.tensor(list(b"[" * 10000), dtype=torch.uint8),
-        lambda tensor: torch.tensor(list(b"[]")),
-        lambda tensor: "settings",
-    ],
-    ids=["ones", "cut", "2-D", "nan", "large", "deep", "no-object", "no-tensor"],
-)
-def test_unreadable_settings_are_an_error(layer, spoil):
-    saved = _layer().state_dict()
-    saved["dcft_settings"] = spoil(saved["dcft_settings"])
-    snapshot = ModelSnapshot(layer)
-    with pytest.raises(RuntimeError, match="DCFTLinear: dcft_settings in the state dict are unr"):
-        layer.load_state_dict(saved)
-    snapshot.assert_unchanged()
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -160,26 +154,11 @@ def test_loading_by_assignment(layer, device):
     assert torch.equal(twin.state_dict()["dcft_settings"], saved["dcft_settings"])
 
 
-def test_safetensors_round_trip(layer, tmp_path):
-    save_file(nn.Sequential(layer, copy.deepcopy(layer)).state_dict(), tmp_path / "model")
-    twin = nn.Sequential(_layer(), _layer())
-    twin.load_state_dict(load_file(tmp_path / "model"))
-    assert _equal(twin[1], layer)
-
-
 @pytest.mark.parametrize(
-    "change",
-    [
-        nn.Module.half,
-        nn.Module.double,
-        copy.deepcopy,
-        lambda layer: pickle.loads(pickle.dumps(layer)),
-        lambda layer: layer.to_empty(device="cpu"),
-    ],
-    ids=["half", "double", "deepcopy", "pickle", "to_empty"],
+    "change", [nn.Module.half, copy.deepcopy, lambda layer: layer.to_empty(device="cpu")]
 )
-def test_settings_survive_what_is_done_to_modules(layer, change):
+def test_settings_do_not_depend_on_the_buffer(layer, change):
     expected = layer.state_dict()["dcft_settings"]
     found = change(layer).state_dict()["dcft_settings"]
-    assert found.dtype == torch.uint8
+    assert found.dtype == torch.float32
     assert torch.equal(found, expected)

@@ -1,4 +1,4 @@
-"""Models that are built without values, swapped, and filled and placed by accelerate."""
+"""Models created without values, swapped, then loaded and dispatched by accelerate."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import init_empty_weights, load_checkpoint_and_dispatch
-from accelerate.utils import offload_state_dict
+from accelerate import cpu_offload, init_empty_weights, load_checkpoint_and_dispatch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dcft_kernels import freeze_base, load_adapter, save_adapter, swap_linear
+from dcft_kernels import (
+    DCFTLinear,
+    freeze_base,
+    load_adapter,
+    merge_model,
+    save_adapter,
+    swap_linear,
+)
 from tests.small_models import build_small_model, logits, randomize_adapters, small_inputs
 
 NAME = "roberta"
@@ -23,9 +29,6 @@ DISK = {
     "roberta.encoder.layer.1": "cpu",
     "classifier": "cpu",
 }
-device_maps = pytest.mark.parametrize(
-    "device_map", [None, {"": "cpu"}, "auto", DISK], ids=["none", "cpu", "auto", "disk"]
-)
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def _logits(model: nn.Module) -> Tensor:
     return logits(model, small_inputs(NAME))
 
 
-def _swapped_without_values(inside: bool) -> nn.Module:
+def _swapped_without_values(*, inside: bool = True) -> nn.Module:
     with init_empty_weights():
         model = build_small_model(NAME)
         if inside:
@@ -64,32 +67,46 @@ def _load(model: nn.Module, source: nn.Module, device_map: Any, folder: Path) ->
     return load_checkpoint_and_dispatch(model, file, **places, offload_folder=folder / "offload")
 
 
-@device_maps
 @pytest.mark.parametrize("inside", [False, True], ids=["swapped outside", "swapped inside"])
+@pytest.mark.parametrize("device_map", [None, "auto"])
 def test_a_base_checkpoint(plain, device_map, inside, tmp_path):
-    model = _swapped_without_values(inside)
-    if device_map == DISK:
-        # accelerate fetches what it offloads from this folder, and the checkpoint has no adapters.
-        adapters = {n: p.detach() for n, p in model.named_parameters() if ".dcft_" in n}
-        offload_state_dict(tmp_path / "offload", adapters)
-    model = _load(model, plain, device_map, tmp_path)
+    model = _load(_swapped_without_values(inside=inside), plain, device_map, tmp_path)
     assert torch.equal(_logits(model), _logits(plain))
 
 
-@device_maps
-@pytest.mark.parametrize("inside", [False, True], ids=["swapped outside", "swapped inside"])
-def test_a_checkpoint_with_adapters(trained, device_map, inside, tmp_path):
-    model = _load(_swapped_without_values(inside), trained, device_map, tmp_path)
+@pytest.mark.parametrize("device_map", [None, "auto", DISK], ids=["none", "auto", "disk"])
+def test_a_checkpoint_with_adapters(trained, device_map, tmp_path):
+    model = _load(_swapped_without_values(), trained, device_map, tmp_path)
     assert torch.equal(_logits(model), _logits(trained))
 
 
 @pytest.mark.parametrize("first", ["adapter", "base"])
 def test_an_adapter_loads_before_the_base_or_after(plain, trained, first, tmp_path):
     save_adapter(trained, tmp_path)
-    model = _swapped_without_values(inside=True)
+    model = _swapped_without_values()
     if first == "adapter":
         load_adapter(model, tmp_path)
     model = _load(model, plain, {"": "cpu"}, tmp_path)
     if first == "base":
         load_adapter(model, tmp_path)
     assert torch.equal(_logits(model), _logits(trained))
+
+
+@pytest.mark.parametrize("context", [init_empty_weights, lambda: torch.device("meta")])
+def test_layers_that_a_model_constructs_itself(context, tmp_path):
+    with context():
+        model = nn.Sequential(DCFTLinear(20, 13))
+    base, x = nn.Sequential(nn.Linear(20, 13)), torch.randn(3, 20)
+    assert torch.equal(_load(model, base, {"": "cpu"}, tmp_path)(x), base(x))
+
+
+def test_an_offloaded_model_is_neither_swapped_nor_merged():
+    model, adapted = nn.Sequential(nn.Linear(20, 13)), nn.Sequential(DCFTLinear(20, 13))
+    for offloaded in (model, adapted):
+        cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    with pytest.raises(TypeError, match=r"^targets: '0' cannot be adapted: .*; swap before that"):
+        swap_linear(model)
+    with pytest.raises(
+        ValueError, match=r"^0: merge: the weight is on the meta .*remove_hook_from"
+    ):
+        merge_model(adapted)
