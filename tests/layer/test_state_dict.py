@@ -72,10 +72,11 @@ HERE = r"scaling=1\.5, stride=\(4, 8\), nonlinearity=None"
     [
         # The shapes are the same in each pair.
         ({"alpha": 4.0}, r"scaling=2, stride=\(4, 8\), nonlinearity=None"),
+        ({"alpha": 3.01}, r"scaling=1\.505, stride=\(4, 8\), nonlinearity=None"),
         ({"stride": (3, 6)}, r"scaling=1\.5, stride=\(3, 6\), nonlinearity=None"),
         ({"nonlinearity": "relu"}, r"scaling=1\.5, stride=\(4, 8\), nonlinearity=relu"),
     ],
-    ids=["scaling", "stride", "nonlinearity"],
+    ids=["scaling", "slightly other scaling", "stride", "nonlinearity"],
 )
 def test_other_settings_are_an_error(layer, changes, there, strict):
     """They loaded with "All keys matched", and the layer computed something else."""
