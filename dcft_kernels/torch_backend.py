@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +55,11 @@ _BLOCK_ELEMENTS = 1 << 18
 # On a CPU, `expand_` with at most this many spread rows (k*w) is quicker than in the batched form;
 # `shrink` and `factor_grad` never are.
 _EXPAND_SPREAD_ROWS = 8
+
+# Modes of `torch.func.vmap` and of `is_grads_batched`, which refuse all random numbers.
+_VMAP_MODES = torch._C.DispatchKeySet(
+    torch._C._dispatch_key_parse("FuncTorchVmapMode")
+) | torch._C.DispatchKeySet(torch._C._dispatch_key_parse("VmapMode"))
 
 # Elements of the float32 copy of a block of weight rows: 4 MiB.
 _WEIGHT_BLOCK_ELEMENTS = 1 << 20
@@ -145,10 +149,8 @@ def plain_backward(  # noqa: D417 - the others are `backward`'s
     mask = None
     if adapter.seed is not None and (needs.x or needs.A):
         shape = (g.shape[0], inputs.size)
-        # In a thread of its own, since transforms allow no random numbers.
-        with ThreadPoolExecutor(1) as thread:
-            drawn = (adapter.seed, adapter.dropout_p, shape, g.dtype, g.device)
-            mask = thread.submit(keep_mask, *drawn).result()
+        with torch._C._ExcludeDispatchKeyGuard(_VMAP_MODES):
+            mask = keep_mask(adapter.seed, adapter.dropout_p, shape, g.dtype, g.device)
     grad_x = grad_A = grad_B = grad_C = None
 
     wide = g.to(dtype)
