@@ -136,7 +136,7 @@ def plain_backward(  # noqa: D417 - the others are `backward`'s
     needs: Needs,
     grad_U: Tensor | None = None,
 ) -> Gradients:
-    """`backward` in operations like `plain`'s, for double backward and gradients in batches.
+    """`backward` in operations that autograd and transforms follow, like those of `plain`.
 
     Args:
         g: `[T, m]`, gradient of the output; to a transform, a batch of them.
@@ -315,10 +315,10 @@ def spread(factor: Tensor, side: Side) -> Tensor:
 
 
 def plain_spread(factor: Tensor, side: Side) -> Tensor:
-    """`spread` in operations like `plain`'s."""
+    """`spread` in operations that autograd, transforms and tracers follow."""
     rank, width, span = factor.shape[0], side.width, side.span
     row = F.pad(factor.unsqueeze(2), (0, side.stride - 1)).reshape(rank, -1)
-    # Rows of one element more, read on as rows of `span`, are each shifted by one.
+    # Equal rows of `span + 1` elements, reread as rows of `span`, are each shifted by one.
     row = F.pad(row, (0, span + 1 - row.shape[1])).unsqueeze(1)
     rows = row.expand(rank, width, span + 1).reshape(rank, -1)[:, : width * span]
     return rows.reshape(rank * width, span)[:, : side.size]
