@@ -15,9 +15,10 @@ increment is added. `U [T, k, d_in]` is an output only because the backward pass
 backward are `x` as passed, `U`, the parameters and, with dropout, the 8-byte seed; and of these
 only what the requested gradients read.
 
-With `create_graph=True`, and for gradients in batches (`is_grads_batched=True`), the backward pass
-runs as plain PyTorch operations on the same saved tensors. The strategy `plain` has no operators at
-all: `torch.func`, `torch.jit.trace`, forward mode and exported programs see through it.
+With `create_graph=True`, for gradients in batches (`is_grads_batched=True`) and under forward mode,
+the backward pass runs as plain PyTorch operations on the same saved tensors. The strategy `plain`
+has no operators at all: `torch.func`, `torch.jit.trace`, forward mode and exported programs see
+through it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from dcft_kernels import autocast, rounding, torch_backend
@@ -227,16 +229,17 @@ def _gradients(
     *values, strategy = adapter
     with autocast.suspended(g):
         # Only a double backward has a gradient of U, or records its own operations.
-        if grad_u is not None or torch.is_grad_enabled() or _is_batched(g):
+        if grad_u is not None or torch.is_grad_enabled() or _is_followed(g):
             return torch_backend.plain_backward(g, x, u, weight, _unflatten(*values), needs, grad_u)
         module = _module(strategy, g.shape[0])
         return module.backward(g, x, u, weight, _unflatten(*values), needs)
 
 
-def _is_batched(g: Tensor) -> bool:
-    """Whether a transform runs the backward pass, for many gradients at once."""
+def _is_followed(g: Tensor) -> bool:
+    """Whether a transform or forward mode follows the backward pass, operation by operation."""
     functorch = torch._C._are_functorch_transforms_active()
-    return functorch or torch._C._functorch.is_legacy_batchedtensor(g)
+    batched = functorch or torch._C._functorch.is_legacy_batchedtensor(g)
+    return batched or forward_ad._current_level >= 0
 
 
 @torch.library.impl(LIBRARY, "backward", "CompositeExplicitAutograd")
@@ -384,11 +387,12 @@ def _delta_weight_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _delta_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     factors, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
     gradients: list[Tensor | None]
-    if torch.is_grad_enabled():
-        # A double backward: the same values as differentiable operations.
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        # A double backward, or forward mode: the same values as differentiable operations.
         wanted = [factor for factor, needed in zip(factors, needs, strict=True) if needed]
-        dense = torch_backend.delta_weight(_dense(*factors, *ctx.numbers))
-        computed = iter(torch.autograd.grad(dense, wanted, grad, create_graph=True))
+        with torch.enable_grad():
+            dense = torch_backend.delta_weight(_dense(*factors, *ctx.numbers))
+            computed = iter(torch.autograd.grad(dense, wanted, grad, create_graph=True))
         gradients = [next(computed) if needed else None for needed in needs]
     else:
         operator = torch.ops.dcft_kernels.delta_weight_backward

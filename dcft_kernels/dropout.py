@@ -1,9 +1,10 @@
 """Dropout on the adapter's input that is recomputed in the backward pass instead of stored.
 
 A mask is a pure function of a seed, a probability and a shape, the same for every backend and
-strategy; the backward pass stores the 8-byte seed instead of a mask as large as `x`. Seeds come
-from the generator of `x`'s device, so `torch.manual_seed`, activation checkpointing (which rewinds
-it) and CUDA graphs (which advance it at every replay) work as with PyTorch's own dropout.
+strategy (but `plain`, which applies PyTorch's own dropout); the backward pass stores the 8-byte
+seed instead of a mask as large as `x`. Seeds come from the generator of `x`'s device, so
+`torch.manual_seed`, activation checkpointing (which rewinds it) and CUDA graphs (which advance it
+at every replay) work as with PyTorch's own dropout.
 
 Masks are of zeros and ones: the `1 / (1 - p)` of what is kept is part of the adapter's scaling
 (`functional`). On a GPU they are drawn by a counter-based generator, which kernels evaluate where

@@ -145,8 +145,8 @@ def delta_weight(  # noqa: D417 - the others are `dcft_linear`'s
         ValueError: shapes, devices or numbers that do not fit.
         RuntimeError: a backend requested by name cannot run.
     """
-    geometry = validation.factors(
-        dcft_A, dcft_B, dcft_C,
+    geometry = _not_recorded(
+        validation.factors, dcft_A, dcft_B, dcft_C,
         in_features=validation.positive_int("in_features", in_features),
         out_features=validation.positive_int("out_features", out_features),
         stride=stride,
@@ -233,14 +233,14 @@ def _checked_geometry(tensors: Sequence[Any], stride: Any) -> Geometry:
     return geometry
 
 
-def _not_recorded(check: Callable[..., Geometry], *arguments: Any) -> Geometry:
-    """Run a check outside `torch.jit.trace`, which would make tensors of all sizes."""
+def _not_recorded(check: Callable[..., Geometry], *arguments: Any, **named: Any) -> Geometry:
+    """Run a check unseen by `torch.jit.trace`, which would turn all sizes into tensors."""
     state = torch._C._get_tracing_state()
     if state is None:
-        return check(*arguments)
+        return check(*arguments, **named)
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
-        return check(*arguments)
+        return check(*arguments, **named)
     finally:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 

@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +55,11 @@ _BLOCK_ELEMENTS = 1 << 18
 # On a CPU, `expand_` with at most this many spread rows (k*w) is quicker than in the batched form;
 # `shrink` and `factor_grad` never are.
 _EXPAND_SPREAD_ROWS = 8
+
+# Modes of `torch.func.vmap` and of `is_grads_batched`, which refuse all random numbers.
+_VMAP_MODES = torch._C.DispatchKeySet(
+    torch._C._dispatch_key_parse("FuncTorchVmapMode")
+) | torch._C.DispatchKeySet(torch._C._dispatch_key_parse("VmapMode"))
 
 # Elements of the float32 copy of a block of weight rows: 4 MiB.
 _WEIGHT_BLOCK_ELEMENTS = 1 << 20
@@ -132,7 +136,7 @@ def plain_backward(  # noqa: D417 - the others are `backward`'s
     needs: Needs,
     grad_U: Tensor | None = None,
 ) -> Gradients:
-    """`backward` in operations like `plain`'s, for double backward and gradients in batches.
+    """`backward` in operations that autograd and transforms follow, like those of `plain`.
 
     Args:
         g: `[T, m]`, gradient of the output; to a transform, a batch of them.
@@ -145,10 +149,8 @@ def plain_backward(  # noqa: D417 - the others are `backward`'s
     mask = None
     if adapter.seed is not None and (needs.x or needs.A):
         shape = (g.shape[0], inputs.size)
-        # In a thread of its own, since transforms allow no random numbers.
-        with ThreadPoolExecutor(1) as thread:
-            drawn = (adapter.seed, adapter.dropout_p, shape, g.dtype, g.device)
-            mask = thread.submit(keep_mask, *drawn).result()
+        with torch._C._ExcludeDispatchKeyGuard(_VMAP_MODES):
+            mask = keep_mask(adapter.seed, adapter.dropout_p, shape, g.dtype, g.device)
     grad_x = grad_A = grad_B = grad_C = None
 
     wide = g.to(dtype)
@@ -313,10 +315,10 @@ def spread(factor: Tensor, side: Side) -> Tensor:
 
 
 def plain_spread(factor: Tensor, side: Side) -> Tensor:
-    """`spread` in operations like `plain`'s."""
+    """`spread` in operations that autograd, transforms and tracers follow."""
     rank, width, span = factor.shape[0], side.width, side.span
     row = F.pad(factor.unsqueeze(2), (0, side.stride - 1)).reshape(rank, -1)
-    # Rows of one element more, read on as rows of `span`, are each shifted by one.
+    # Equal rows of `span + 1` elements, reread as rows of `span`, are each shifted by one.
     row = F.pad(row, (0, span + 1 - row.shape[1])).unsqueeze(1)
     rows = row.expand(rank, width, span + 1).reshape(rank, -1)[:, : width * span]
     return rows.reshape(rank * width, span)[:, : side.size]

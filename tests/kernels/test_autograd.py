@@ -26,6 +26,7 @@ from tests.layer.test_autograd import (  # noqa: F401 - tests, with this folder'
     test_every_subset_of_gradients,
     test_fake_tensors_see_the_operator,
     test_float16_gradients_are_finite_where_the_output_is,
+    test_forward_mode_through_a_backward_pass,
     test_never_allocates_as_much_as_the_weight,
     test_new_token_counts_do_not_recompile,
     test_no_graph_is_recorded_without_gradients,

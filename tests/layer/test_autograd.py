@@ -16,7 +16,7 @@ import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -181,6 +181,22 @@ def test_double_backward_of_delta_weight(case: AdapterShape, backend, device) ->
         results.append([dense, *first, *torch.autograd.grad(penalty, factors)])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_mode_through_a_backward_pass(backend, device) -> None:
+    """Gradients are linear in `g`: their tangents are the gradients for its tangent."""
+    inputs = drawn(SMALL[0], 3, device, backend).requiring()
+    factors = (inputs.A, inputs.B, inputs.C)
+    y = dcft_linear(*inputs.operands, dropout_p=0.3, backend=backend)
+    dense = delta_weight(*factors, in_features=8, out_features=12, backend=backend)
+    for output, operands in ((y, inputs.operands), (dense, factors)):
+        g = torch.randn_like(output)
+        expected = torch.autograd.grad(output, operands, g, retain_graph=True)
+        with forward_ad.dual_level():
+            dual = torch.autograd.grad(output, operands, forward_ad.make_dual(0 * g, g))
+            for each, gradient in zip(dual, expected, strict=True):
+                tangent = forward_ad.unpack_dual(each).tangent
+                torch.testing.assert_close(tangent, gradient, rtol=1e-4, atol=1e-4)
 
 
 # Operators

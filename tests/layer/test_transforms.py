@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,11 +58,10 @@ def assert_same(actual: Any, expected: Any) -> None:
 
 @every_layer
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
 def test_traced_module_takes_other_sizes(options: dict[str, Any]) -> None:
     layer = layer_with(options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", torch.jit.TracerWarning)
-        traced = torch.jit.trace(layer, torch.randn(3, N).double())
+    traced = torch.jit.trace(layer, torch.randn(3, N).double())
     stored = io.BytesIO()
     torch.jit.save(traced, stored)
     stored.seek(0)
@@ -74,6 +72,14 @@ def test_traced_module_takes_other_sizes(options: dict[str, Any]) -> None:
         factors = [p for name, p in run.named_parameters() if name in FACTORS]
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *factors])])
     assert_same(*results)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+def test_traced_delta_weight() -> None:
+    layer = layer_with(OPTIONS["overlap"])
+    traced = torch.jit.trace_module(layer, {"delta_weight": ()})
+    assert_same(traced.delta_weight(), layer.delta_weight())
 
 
 @every_layer
