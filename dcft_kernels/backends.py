@@ -78,8 +78,9 @@ def select(
                 "kernels; use backend='auto' or 'torch' with strategy='auto'"
             )
         return "plain"
-    # An exported program needs this package only if the kernels were requested by name.
-    return "plain" if torch.compiler.is_exporting() and not by_name else runs
+    # An exported program needs this package only if the kernels were requested by name. (The flag:
+    # under torch.compile, torch 2.11 takes is_exporting() to be true.)
+    return "plain" if torch.compiler._is_exporting_flag and not by_name else runs
 
 
 def _is_followed() -> bool:
