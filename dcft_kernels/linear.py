@@ -606,8 +606,8 @@ def why_not_adaptable(module: nn.Module) -> str | None:
         )
     if "forward" in module.__dict__:
         return (
-            "expected the forward of its class, got another one set on the instance; swap before "
-            "that, as before accelerate dispatches or offloads the model"
+            "expected the forward of its class, got another one set on the instance; swap it "
+            "first, for example before accelerate dispatches or offloads the model"
         )
     for name in ("weight", "bias"):
         if getattr(module, name) is not None and name not in module._parameters:

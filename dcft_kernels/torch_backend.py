@@ -86,25 +86,14 @@ def forward(
         adapter: factors and settings.
     """
     # The base first, on its own: an adapter whose increment is zero changes no bit of it.
-    y = base_output(x, weight, bias, base)
-    return y, add_adapter_(y, x, adapter)
-
-
-def base_output(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None
-) -> Tensor:
-    """A new tensor `[T, m]` with the base layer's output; arguments as `forward`."""
     if weight is None:
-        return saved(base).clone(memory_format=torch.contiguous_format)
-    return F.linear(x, weight, bias)
-
-
-def add_adapter_(y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
-    """Add `dropout(x) DW^T` to `y [T, m]` in place and return `U [T, k, d_in]` for the backward."""
+        y = saved(base).clone(memory_format=torch.contiguous_format)
+    else:
+        y = F.linear(x, weight, bias)
     inputs, outputs = adapter.geometry.inputs, adapter.geometry.outputs
     U = shrink(drop(x, adapter.dropout_p, adapter.seed), adapter.A, inputs)
     expand_(y, _mix(U, adapter), adapter.B.t(), outputs)
-    return U.to(dtype_of_U(x.dtype, "torch"))
+    return y, U.to(dtype_of_U(x.dtype, "torch"))
 
 
 def plain(
@@ -210,7 +199,7 @@ def backward(
     Args:
         g: `[T, m]`, gradient of the output.
         x: `[T, n]`, the forward's input; may be None unless `needs.A` or `needs.weight`.
-        U: `[T, k, d_in]`, what `add_adapter_` returned; may be None unless `needs.B` or `needs.C`.
+        U: `[T, k, d_in]`, what `forward` returned; may be None unless `needs.B` or `needs.C`.
         weight: `[m, n]`, or None for an adapter without a base: then `gx` is the adapter's alone.
         adapter: as in the forward.
         needs: which gradients to compute.

@@ -28,7 +28,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     if isinstance(module, DCFTLinear) and module.merged:
         tensors["weight"] = module._base_while_merged[0]
     if isinstance(module, ParametrizationList):
-        # As of spectral_norm, whose modules hold no parameters.
+        # The buffers of spectral_norm are in a submodule that has no parameters.
         tensors |= dict(module.named_buffers())
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -36,8 +36,8 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 def trained_names(module: nn.Module) -> set[str]:
     """Which of `own_tensors(module)` training changes, the factors included.
 
-    These are the parameters that require a gradient, the buffers beside them, and the running
-    statistics of normalization layers, whose parameters may be frozen.
+    Parameters that require a gradient, the buffers of the same module, and the running statistics
+    of normalization layers, even if the parameters of those are frozen.
     """
     tensors = own_tensors(module)
     names = {name for name, tensor in tensors.items() if tensor.requires_grad}
@@ -96,7 +96,7 @@ def _frozen(model: nn.Module) -> dict[str, Tensor]:
     if model not in _small or is_sharded(model):
         return {}
     return {
-        # Which checkpoint_wrapper keeps out of state dicts.
+        # checkpoint_wrapper removes its own name from state dicts.
         join(name, own).replace("_checkpoint_wrapped_module.", ""): parameter
         for name, module in model.named_modules(remove_duplicate=False)
         for own, parameter in module._parameters.items()

@@ -30,7 +30,7 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
 
 
 def strip(name: str) -> str:
-    """`name` without the names of wrappers, for a model that is not at hand."""
+    """Remove the names of wrappers from `name`, by the text alone."""
     parts = [part for part in name.split(".") if part not in _INNER]
     while parts and parts[0] == "module":
         del parts[0]
@@ -122,7 +122,7 @@ def _unsharded(module: nn.Module, write: bool) -> contextlib.AbstractContextMana
     """Gathers the parameters of a module of FSDP1; makes those of FSDP2 DTensors."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp and isinstance(module, fsdp.FullyShardedDataParallel):
-        # Not of the whole model at once.
+        # One module at a time: the whole model may not fit in memory.
         return fsdp.FullyShardedDataParallel.summon_full_params(
             module, recurse=False, writeback=write
         )

@@ -104,7 +104,7 @@ def test_an_offloaded_model_is_neither_swapped_nor_merged():
     model, adapted = nn.Sequential(nn.Linear(20, 13)), nn.Sequential(DCFTLinear(20, 13))
     for offloaded in (model, adapted):
         cpu_offload(offloaded, execution_device=torch.device("cpu"))
-    with pytest.raises(TypeError, match=r"^targets: '0' cannot be adapted: .*; swap before that"):
+    with pytest.raises(TypeError, match=r"^targets: '0' cannot be adapted: .*; swap it first"):
         swap_linear(model)
     with pytest.raises(
         ValueError, match=r"^0: merge: the weight is on the meta .*remove_hook_from"

@@ -38,7 +38,7 @@ def base() -> nn.Module:
 
 
 class Task(nn.Module):
-    """Holds a model under a name of its own, as Lightning modules do."""
+    """Holds the model as an attribute, as a LightningModule does."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
