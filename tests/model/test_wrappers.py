@@ -149,3 +149,17 @@ def test_names_that_only_look_wrapped_are_not_taken_for_another_layer(tmp_path):
     save_adapter(model, tmp_path)
     with pytest.raises(ValueError, match=r"module\.a: not in the model"):
         load_adapter(nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}), tmp_path)
+
+
+def test_a_module_with_parameters_of_its_own_is_no_wrapper(tmp_path):
+    class Scaled(Residual):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(12, 12, bias=False))
+            self.weight = nn.Parameter(torch.ones(12))
+
+    model = nn.ModuleDict({"query": nn.Linear(12, 12), "scaled": Scaled()})
+    swap_linear(model, "query")
+    freeze_base(model, trainable="scaled")
+    save_adapter(model, tmp_path)
+    config, _ = adapter_folder.read(tmp_path)
+    assert config["modules_to_save"] == ["scaled.module.weight", "scaled.weight"]
