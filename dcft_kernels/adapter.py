@@ -126,15 +126,12 @@ class Gradients(NamedTuple):
     C: Tensor | None = None
 
 
-def dtype_of_U(tokens: torch.dtype, strategy: str) -> torch.dtype:
-    """The dtype in which `U` is kept for the backward pass of tokens in dtype `tokens`.
+def dtype_of_U(tokens: torch.dtype) -> torch.dtype:
+    """The dtype in which kernels keep `U` for the backward pass of tokens in dtype `tokens`.
 
-    At least float32: float16 overflows where the layer's output need not. Only the kernels keep
-    bfloat16, to which they round the operands of all products.
+    Not float16, which overflows where the layer's output need not.
     """
-    if strategy == "row_block" and tokens == torch.bfloat16:
-        return tokens
-    return torch.promote_types(tokens, torch.float32)
+    return tokens if tokens == torch.bfloat16 else torch.float32
 
 
 def saved(tensor: Tensor | None) -> Tensor:

@@ -3,28 +3,27 @@
 | `backend` | runs |
 | --- | --- |
 | `"auto"` | the Triton kernels on a GPU that can run them, `torch` everywhere else |
-| `"torch"` | the factored identity as PyTorch operations, on any device |
+| `"torch"` | PyTorch operations, on any device |
 | `"reference"` | the paper's equation, materialised: the oracle |
 | `"triton"` | the Triton kernels; raises, and says why, where they cannot run |
 
 | `strategy` | forward | backward |
 | --- | --- | --- |
 | `row_block` | one kernel over rows of `x`, then `y += x W^T` | one over rows of `g`, `gx += g W` |
-| `torch` | the factored identity as PyTorch operations | the same |
-| `plain` | the adapter as a LoRA of rank `k*d_in`, three products | PyTorch's own |
+| `torch` | the adapter as a LoRA of rank `k*d_in`: products, in place where possible | the same |
+| `composite` | the same as operations that PyTorch sees and differentiates | PyTorch's own |
 
 `"auto"` runs `row_block` wherever the kernels can run on the device (`triton.why_unavailable`) and
 take the adapter (`why_kernels_cannot`), and `torch` otherwise. There is no silent fallback: what
 was requested by name runs or raises. Empty inputs launch no kernel and run in PyTorch.
 
-`plain` cannot be requested. It runs where `torch.func`, `torch.jit.trace`, forward mode or an
-export have to see through a call, and for a layer with a nonlinearity between its factors, for
-which `"triton"` and `"reference"` raise (`check_nonlinear`).
+`composite` cannot be requested. It runs in place of `torch` where a compiler, a tensor subclass,
+`torch.func`, `torch.jit.trace`, forward mode or an export has to see through a call (all but
+compilers and subclasses in place of `row_block` too), and for a layer with a nonlinearity between
+its factors, for which `"triton"` and `"reference"` raise (`check_nonlinear`).
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch.autograd import forward_ad
@@ -48,7 +47,7 @@ def select(
     strategy: str = "auto",
     nonlinearity: str | None = None,
 ) -> str:
-    """What runs a call: `"row_block"`, `"torch"`, `"plain"` or `"reference"`.
+    """What runs calls of a kind: `"row_block"`, `"torch"`, `"composite"` or `"reference"`.
 
     Args:
         backend: the name that was requested.
@@ -63,40 +62,7 @@ def select(
     """
     if nonlinearity is not None:
         check_nonlinear(nonlinearity, backend, strategy)
-        return "plain"
-    call = (backend, strategy, adapter.geometry, adapter.A.device, dtype, *_factor_dtypes(adapter))
-    compiling = torch.compiler.is_compiling()
-    runs = _select(*call) if compiling else _select_cached(*call)
-    if runs == "reference":
-        return runs
-    by_name = backend == "triton" or strategy == "row_block"
-    if torch._C._are_functorch_transforms_active() or (not compiling and _is_followed()):
-        if by_name:
-            asked = f"{backend=}" if backend == "triton" else f"{strategy=}"
-            raise RuntimeError(
-                f"{asked}: torch.func, torch.jit.trace and forward mode cannot pass through the "
-                "kernels; use backend='auto' or 'torch' with strategy='auto'"
-            )
-        return "plain"
-    # An exported program needs this package only if the kernels were requested by name. (The flag:
-    # under torch.compile, torch 2.11 takes is_exporting() to be true.)
-    return "plain" if torch.compiler._is_exporting_flag and not by_name else runs
-
-
-def _is_followed() -> bool:
-    """Whether `torch.jit.trace` or forward mode follows the call, operation by operation."""
-    return torch._C._is_tracing() or forward_ad._current_level >= 0
-
-
-def _select(
-    backend: str,
-    strategy: str,
-    geometry: Geometry,
-    device: torch.device,
-    dtype: torch.dtype,
-    *factors: torch.dtype,
-) -> str:
-    """`select`, given all that it depends on."""
+        return "composite"
     one_of("backend", backend, BACKENDS)
     one_of("strategy", strategy, STRATEGIES)
     if backend in ("torch", "reference") and strategy not in ("auto", "torch"):
@@ -110,7 +76,7 @@ def _select(
         return "reference"
     if "torch" in (backend, strategy):
         return "torch"
-    reason = _why_not_triton(geometry, device, dtype, *factors)
+    reason = why_not_triton(adapter, dtype)
     if reason is None:
         return "row_block"
     if strategy != "auto":
@@ -122,8 +88,43 @@ def _select(
     return "torch"
 
 
-# A training step asks the same over and over. (A compiler traces the function itself.)
-_select_cached = functools.lru_cache(maxsize=4096)(_select)
+def see_through(selected: str, backend: str, strategy: str = "auto", *, traced: bool) -> str:
+    """What runs this very call: `composite` in place of `selected` where its operations are seen.
+
+    Args:
+        selected: what `select` returned.
+        backend: the name that was requested, like `strategy`.
+        strategy: the strategy that was requested.
+        traced: whether a compiler or a tensor subclass has to see the operations.
+
+    Raises:
+        RuntimeError: kernels were requested by name for a transform.
+    """
+    if selected in ("reference", "composite"):
+        return selected
+    by_name = backend == "triton" or strategy == "row_block"
+    if is_transformed():
+        if by_name:
+            asked = f"{backend=}" if backend == "triton" else f"{strategy=}"
+            raise RuntimeError(
+                f"{asked}: torch.func, torch.jit.trace and forward mode cannot pass through the "
+                "kernels; use backend='auto' or 'torch' with strategy='auto'"
+            )
+        return "composite"
+    # An exported program needs this package only if the kernels were requested by name. (The flag:
+    # under torch.compile, torch 2.11 takes is_exporting() to be true.)
+    if torch.compiler._is_exporting_flag and not by_name:
+        return "composite"
+    return "composite" if traced and selected == "torch" else selected
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func`, `torch.jit.trace` or forward mode follows the operations."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._is_tracing() or forward_ad._current_level >= 0
 
 
 def check_nonlinear(nonlinearity: str, backend: str, strategy: str = "auto") -> None:
@@ -149,17 +150,11 @@ def check_nonlinear(nonlinearity: str, backend: str, strategy: str = "auto") -> 
 
 def why_not_triton(adapter: Adapter, dtype: torch.dtype) -> str | None:
     """The reason why `"auto"` runs PyTorch for this call, or None if it runs the kernels."""
-    return _why_not_triton(adapter.geometry, adapter.A.device, dtype, *_factor_dtypes(adapter))
-
-
-def _why_not_triton(
-    geometry: Geometry, device: torch.device, dtype: torch.dtype, *factors: torch.dtype
-) -> str | None:
     from dcft_kernels.triton import why_unavailable
 
-    reason = why_unavailable(device)
-    for factor in factors:
-        reason = reason or why_kernels_cannot(geometry, dtype, factor)
+    reason = why_unavailable(adapter.A.device)
+    for factor in adapter[:3]:
+        reason = reason or why_kernels_cannot(adapter.geometry, dtype, factor.dtype)
     return reason
 
 
@@ -180,7 +175,3 @@ def why_kernels_cannot(
             f"not {geometry.rank} * {width} = {geometry.rank * width}"
         )
     return None
-
-
-def _factor_dtypes(adapter: Adapter) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
-    return adapter.A.dtype, adapter.B.dtype, adapter.C.dtype

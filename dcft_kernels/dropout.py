@@ -1,7 +1,7 @@
 """Dropout on the adapter's input that is recomputed in the backward pass instead of stored.
 
 A mask is a pure function of a seed, a probability and a shape, the same for every backend and
-strategy (but `plain`, which applies PyTorch's own dropout); the backward pass stores the 8-byte
+strategy (but `composite`, which applies PyTorch's own dropout); the backward pass stores the 8-byte
 seed instead of a mask as large as `x`. Seeds come from the generator of `x`'s device, so
 `torch.manual_seed`, activation checkpointing (which rewinds it) and CUDA graphs (which advance it
 at every replay) work as with PyTorch's own dropout.

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from dcft_kernels import autocast, autograd, validation
 from dcft_kernels.adapter import Adapter, Geometry, Pair
-from dcft_kernels.backends import select
+from dcft_kernels.backends import see_through, select
 from dcft_kernels.dropout import draw_seed
 
 
@@ -63,16 +63,19 @@ def dcft_linear(
         ValueError: shapes, devices or numbers that do not fit.
         RuntimeError: a backend requested by name cannot run.
     """
-    tensors = (x, weight, bias, dcft_A, dcft_B, dcft_C)
-    geometry = _not_recorded(_checked_geometry, tensors, stride)
-    adapter = _adapter(dcft_A, dcft_B, dcft_C, geometry, scaling, dropout_p)
+    geometry, runs = _checked(
+        _check_layer, (x, weight, bias, dcft_A, dcft_B, dcft_C),
+        stride, scaling, dropout_p, backend, strategy, nonlinearity,
+    )  # fmt: skip
+    runs = see_through(runs, backend, strategy, traced=autograd.is_traced(x))
     if autocast.dtype_for(x) is not None:
         x, weight = autocast.cast(x), autocast.cast(weight)
         bias = None if bias is None else autocast.cast(bias)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    runs = select(backend, adapter, x.dtype, strategy, nonlinearity)
-    adapter = _with_dropout(adapter, training, x.device, runs)
-    y = autograd.linear(tokens, weight, bias, adapter, runs, nonlinearity)
+    adapter = Adapter(dcft_A, dcft_B, dcft_C, float(scaling), geometry, float(dropout_p))
+    if dropout_p != 0.0:
+        adapter = _with_dropout(adapter, training, x.device, runs)
+    y = autograd.linear(tokens, weight, bias, None, adapter, runs, nonlinearity)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -107,15 +110,17 @@ def dcft_update(  # noqa: D417 - the others are `dcft_linear`'s
         ValueError: shapes, devices or numbers that do not fit.
         RuntimeError: a backend requested by name cannot run.
     """
-    geometry = _not_recorded(_check_update, (y, x, dcft_A, dcft_B, dcft_C), stride)
-    adapter = _adapter(dcft_A, dcft_B, dcft_C, geometry, scaling, dropout_p)
-    validation.same_device("x", x, y=y, dcft_A=dcft_A)
+    geometry, runs = _checked(
+        _check_update, (x, y, dcft_A, dcft_B, dcft_C),
+        stride, scaling, dropout_p, backend, "auto", nonlinearity,
+    )  # fmt: skip
+    runs = see_through(runs, backend, traced=autograd.is_traced(x))
     y, x = autocast.cast(y), autocast.cast(x)
-    validation.same_dtype("x", x, y=y)
     flat_y, flat_x = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-    runs = select(backend, adapter, x.dtype, nonlinearity=nonlinearity)
-    adapter = _with_dropout(adapter, training, x.device, runs)
-    out = autograd.update(flat_y, flat_x, adapter, runs, nonlinearity)
+    adapter = Adapter(dcft_A, dcft_B, dcft_C, float(scaling), geometry, float(dropout_p))
+    if dropout_p != 0.0:
+        adapter = _with_dropout(adapter, training, x.device, runs)
+    out = autograd.linear(flat_x, None, None, flat_y, adapter, runs, nonlinearity)
     return out.reshape(y.shape)
 
 
@@ -153,7 +158,8 @@ def delta_weight(  # noqa: D417 - the others are `dcft_linear`'s
     )  # fmt: skip
     adapter = _adapter(dcft_A, dcft_B, dcft_C, geometry, scaling)
     with autocast.suspended(adapter.A):
-        return autograd.delta_weight(adapter, select(backend, adapter, dcft_A.dtype))
+        runs = see_through(select(backend, adapter, dcft_A.dtype), backend, traced=False)
+        return autograd.delta_weight(adapter, runs)
 
 
 @torch.no_grad()
@@ -214,23 +220,33 @@ def merged_weight(weight: Tensor, adapter: Adapter, backend: str) -> Tensor:
         return autograd.merge(weight, adapter, None, select(backend, adapter, weight.dtype))
 
 
-# Geometries of operands that have passed `_check_layer`, by signature: training steps repeat the
-# same calls, and the checks take as long as a small product.
-_checked: dict[Any, Geometry] = {}
-_MAX_CHECKED = 4096
+def _checked(
+    check: Callable[..., Geometry], tensors: Sequence[Any], stride: Any, *settings: Any
+) -> tuple[Geometry, str]:
+    """The geometry of a call's operands and what runs it, all arguments checked.
 
-
-def _checked_geometry(tensors: Sequence[Any], stride: Any) -> Geometry:
-    """The geometry of `x`, weight, bias, `A`, `B` and `C`, checked against each other."""
-    key = _signature(tensors, stride)
-    geometry = None if key is None else _checked.get(key)
-    if geometry is None:
-        geometry = _check_layer(tensors, stride)
+    Args:
+        check: checks the tensors, given the stride.
+        tensors: `x` first, the factors last.
+        stride: as passed.
+        settings: as passed: scaling, dropout_p, backend, strategy, nonlinearity.
+    """
+    key = _signature(check, tensors, stride, settings)
+    found = None if key is None else _found.get(key)
+    if found is None:
+        geometry = _not_recorded(check, tensors, stride)
+        scaling, dropout_p, backend, *names = settings
+        validation.finite_number("scaling", scaling)
+        validation.probability("dropout_p", dropout_p)
+        x, *_, A, B, C = tensors
+        adapter = Adapter(A, B, C, scaling, geometry)
+        dtype = autocast.dtype_after(x, autocast.dtype_for(x))
+        found = geometry, select(backend, adapter, dtype, *names)
         if key is not None:
-            if len(_checked) >= _MAX_CHECKED:
-                _checked.clear()
-            _checked[key] = geometry
-    return geometry
+            if len(_found) >= _MAX_FOUND:
+                _found.clear()
+            _found[key] = found
+    return found
 
 
 def _not_recorded(check: Callable[..., Geometry], *arguments: Any, **named: Any) -> Geometry:
@@ -245,28 +261,40 @@ def _not_recorded(check: Callable[..., Geometry], *arguments: Any, **named: Any)
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
-def _signature(tensors: Sequence[Any], stride: Any) -> Any:
-    """Everything that `_check_layer` depends on, hashable; None for operands it has to see.
+# What the checks found, by signature: training steps and inference repeat the same calls, and the
+# checks take as long as a small product.
+_found: dict[Any, tuple[Geometry, str]] = {}
+_MAX_FOUND = 4096
+# Of these types alone: True equals 1 and 2.0 equals 2 as keys, but they are refused.
+_STEP_TYPES = frozenset((int, type(None)))
+_SETTING_TYPES = frozenset((int, float, str, type(None)))
 
-    Those are tensor subclasses, non-tensors, and whatever a compiler traces.
+
+def _signature(check: Any, tensors: Sequence[Any], stride: Any, settings: tuple[Any, ...]) -> Any:
+    """Everything that the checks depend on, hashable; None for arguments they have to see.
+
+    Those are tensor subclasses, arguments of unusual types, and whatever a compiler traces.
     """
     if torch.compiler.is_compiling():
         return None
+    steps = stride if type(stride) is tuple else (stride,)
+    if not _STEP_TYPES.issuperset(map(type, steps)):
+        return None
+    if not _SETTING_TYPES.issuperset(map(type, settings)):
+        return None
     signature: list[Any] = []
     for tensor in tensors:
-        if tensor is None:
-            signature.append(None)
-        elif type(tensor) is Tensor or type(tensor) is Parameter:
+        if type(tensor) is Tensor or type(tensor) is Parameter:
             signature += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+        elif tensor is None:
+            signature.append(None)
         else:
             return None
-    shape = signature[0]
-    steps = stride if type(stride) is tuple else (1 if stride is None else stride,)
-    # True equals 1 and 2.0 equals 2 as keys, but they are refused.
-    if not shape or not all(type(step) is int for step in steps):
+    if signature[0] is None:
         return None
-    signature[0] = shape[-1]  # any number of tokens
-    return (*signature, autocast.dtype_for(tensors[0]), stride)
+    if check is _check_layer:
+        signature[0] = signature[0][-1:]  # any number of tokens
+    return (check, autocast.dtype_for(tensors[0]), stride, *settings, *signature)
 
 
 def _check_layer(tensors: Sequence[Any], stride: Any) -> Geometry:
@@ -288,8 +316,8 @@ def _check_layer(tensors: Sequence[Any], stride: Any) -> Geometry:
 
 
 def _check_update(tensors: Sequence[Any], stride: Any) -> Geometry:
-    """Check the shapes of `dcft_update`'s tensors against each other."""
-    y, x, *factors = tensors
+    """Check `dcft_update`'s tensors against each other."""
+    x, y, *factors = tensors
     y, x = validation.tokens("y", y), validation.tokens("x", x)
     if y.shape[:-1] != x.shape[:-1]:
         raise ValueError(
@@ -297,7 +325,10 @@ def _check_update(tensors: Sequence[Any], stride: Any) -> Geometry:
             f"got shape {list(y.shape)}"
         )
     sizes = {"in_features": x.shape[-1], "out_features": y.shape[-1]}
-    return validation.factors(*factors, **sizes, stride=stride)
+    geometry = validation.factors(*factors, **sizes, stride=stride)
+    validation.same_device("x", x, y=y, dcft_A=factors[0])
+    validation.same_dtype("x", autocast.cast(x), y=autocast.cast(y))
+    return geometry
 
 
 def _adapter(
@@ -311,13 +342,13 @@ def _adapter(
 def _with_dropout(adapter: Adapter, training: bool, device: torch.device, runs: str) -> Adapter:
     """The adapter with a seed if dropout is active: drawn last, so that a failing call draws none.
 
-    Its scaling includes dropout's `1 / (1 - p)`. (`plain` applies PyTorch's dropout instead.)
+    Its scaling includes dropout's `1 / (1 - p)`. (`composite` applies PyTorch's dropout instead.)
     """
     if adapter.dropout_p == 0.0:
         return adapter
     if not training:
         return adapter._replace(dropout_p=0.0)
-    if runs == "plain":
+    if runs == "composite":
         return adapter
     scaling = adapter.scaling / (1.0 - adapter.dropout_p)
     return adapter._replace(scaling=scaling, seed=draw_seed(device))

@@ -1,72 +1,61 @@
-"""The factored identity as PyTorch operations, for any device; no step forms a dense `DW`.
+"""The layer's passes as PyTorch operations, for any device: the adapter as the LoRA it equals.
 
-Notation and derivation: with tokens `x [T, n]`, `DW = kron(B A, C)` (windows overlapping and
-cropped as `geometry` says) and `s` the scaling,
+Notation and derivation: with tokens `x [T, n]`, `DW` of `adapter` and `r = k*d_in`,
+`s DW = Q^T P`, where
 
-    U[t, κ, p] = shrink(x, A)                    V[t, κ, q] = s sum_p C[q, p] U[t, κ, p]
-    y = x W^T + b, then expand_(y, V, B^T)
+    P = spread(A) [r, n]                   Q = (s C^T) S [r, m],  S = spread(B^T) [k*d_out, m]
 
-    Vb[t, κ, q] = shrink(g, s B^T)               Ub[t, κ, p] = sum_q C[q, p] Vb[t, κ, q]
-    gC[q, p] = sum_{t, κ} Vb[t, κ, q] U[t, κ, p]
-    gB^T = factor_grad(g, V)                     gA = factor_grad(x, Ub)
-    gx = g W, then expand_(gx, Ub, A)
+    U = x P^T                              y = x W^T + b, then y += U Q
+    Ub = g Q^T                             gx = g W, then gx += Ub P
+    gP = Ub^T x, summed to gA              gQ = U^T g, summed to gB and gC
 
-No step touches an `[m, n]` tensor other than the base weight.
+The matrices are as large as the factors of a LoRA of rank `r`. `spread` takes every geometry:
+overlapping windows and ragged ends are nowhere else. No step touches an `[m, n]` tensor other than
+the base weight.
 
-Where autograd, a transform or a tracer follows the operations, the adapter is the LoRA of rank
-`k*d_in` that it equals (`matrices`), `y = x W^T + b + (x P^T) Q`: `plain` and `plain_backward`.
-
-The three primitives work on one side of `DW`, with `L` windows of width `w` (`adapter.Side`), a
-factor `f [k, L]` (`A` on the input side, `B^T` on the output side) and a token tensor
-`z [T, size]`. Feature `l*s + r` is the r-th of window `l`:
-
-    shrink       v[t, κ, r]    = sum_l f[κ, l] z[t, l*s + r]
-    expand_      z[t, l*s + r] += sum_κ f[κ, l] v[t, κ, r]        (in place)
-    factor_grad  g[κ, l]       = sum_{t, r} z[t, l*s + r] v[t, κ, r]
-
-They are computed in one of two forms:
-
-- *spread*: one matrix product with `spread(f) [k*w, size]`, the matrix form of a factor (for
-  tiling windows, `kron(f, I_w)`), as large as a LoRA factor of rank `k*w`. It costs
-  `T * size * k * w` and takes every geometry: overlap and ragged ends are in `spread` alone.
-- *batched*: one small product a token, on `z` read as `[T, L, w]`. It costs `T * size * k`, what
-  the sums say, but takes tiling windows only, and T tiny products suit a CPU, not a GPU.
-
-On the CPU, 16-bit inputs are computed in float32, a block of rows at a time: as exact as a GPU's
-accumulators, and far quicker than 16-bit products on processors without the instructions for them.
+`U` and `Ub` are computed as `[r, T]`: on a CPU, products with few rows are twice as fast as those
+with few columns. Where the CPU has no 16-bit products, 16-bit inputs are computed in float32, a
+block of rows at a time.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
-from dcft_kernels.adapter import Adapter, Gradients, Needs, Side, dtype_of_U, saved
+from dcft_kernels.adapter import Adapter, Geometry, Gradients, Needs, Side, saved
 from dcft_kernels.dropout import drop, keep_mask
 
-# Elements of the float32 copy of a block of rows, or of its products in the batched form: 1 MiB,
-# small enough to stay in a core's cache.
+# Elements of the float32 copy of a block of rows: 1 MiB, small enough to stay in a core's cache.
 _BLOCK_ELEMENTS = 1 << 18
-
-# On a CPU, `expand_` with at most this many spread rows (k*w) is quicker than in the batched form;
-# `shrink` and `factor_grad` never are.
-_EXPAND_SPREAD_ROWS = 8
+# Elements of the float32 copy of a block of weight rows: 4 MiB.
+_WEIGHT_BLOCK_ELEMENTS = 1 << 20
 
 # Modes of `torch.func.vmap` and of `is_grads_batched`, which refuse all random numbers.
 _VMAP_MODES = torch._C.DispatchKeySet(
     torch._C._dispatch_key_parse("FuncTorchVmapMode")
 ) | torch._C.DispatchKeySet(torch._C._dispatch_key_parse("VmapMode"))
 
-# Elements of the float32 copy of a block of weight rows: 4 MiB.
-_WEIGHT_BLOCK_ELEMENTS = 1 << 20
 
-# Below AVX-512, PyTorch has no 16-bit matrix product for the layout of `g @ W` but a scalar loop:
-# a frozen layer's step takes some seventy times as long as in float32 (benchmarks/results).
-_SLOW_16_BIT = not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+def _slow_on_cpu() -> frozenset[torch.dtype]:
+    """The 16-bit dtypes that this CPU has no products for: PyTorch's `g W` is a scalar loop."""
+    slow = {torch.bfloat16, torch.float16}
+    if torch.backends.mkldnn.is_available():
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            slow.remove(torch.bfloat16)
+        if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+            slow.remove(torch.float16)
+    return frozenset(slow)
+
+
+_SLOW_ON_CPU = _slow_on_cpu()
 
 
 def forward(
@@ -76,7 +65,7 @@ def forward(
     base: Tensor | None,
     adapter: Adapter,
 ) -> tuple[Tensor, Tensor]:
-    """`y = x W^T + b + dropout(x) DW^T` `[T, m]`, and `U [T, k, d_in]` for the backward.
+    """`y = x W^T + b + dropout(x) DW^T` `[T, m]`, and `U [T, k*d_in]` for the backward.
 
     Args:
         x: `[T, n]`.
@@ -90,100 +79,33 @@ def forward(
         y = saved(base).clone(memory_format=torch.contiguous_format)
     else:
         y = F.linear(x, weight, bias)
-    inputs, outputs = adapter.geometry.inputs, adapter.geometry.outputs
-    U = shrink(drop(x, adapter.dropout_p, adapter.seed), adapter.A, inputs)
-    expand_(y, _mix(U, adapter), adapter.B.t(), outputs)
-    return y, U.to(dtype_of_U(x.dtype, "torch"))
+    P, Q = _kept_matrices(adapter, compute_dtype(x.dtype, x.device))
+    U = _shrink(P, drop(x, adapter.dropout_p, adapter.seed))
+    _expand_(y, U, Q)
+    return y, U.t()
 
 
-def plain(
-    y: Tensor, x: Tensor, adapter: Adapter, h: Callable[[Tensor], Tensor] | None = None
+def composite_forward(  # noqa: D417 - the others are `forward`'s
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    adapter: Adapter,
+    h: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """A new `y + h(dropout(x) P^T) Q` `[T, m]`, in operations for tracers and transforms.
+    """`y` of `forward`, in operations that autograd, compilers and transforms follow.
 
     Args:
-        y: `[T, m]`, the base layer's output.
-        x: `[T, n]`.
+        x: `[T, n]`; see `forward` for this and the arguments not listed.
         adapter: factors and settings; dropout is PyTorch's own, its scaling the layer's.
         h: an elementwise function on `U`, or None for the identity.
     """
-    dtype = compute_dtype(x)
-    P, _, Q = matrices(adapter, dtype)
-    x = x.to(dtype)
-    if adapter.dropout_p > 0.0:
-        x = F.dropout(x, adapter.dropout_p)
-    U = x @ P.t()
-    return torch.addmm(y.to(dtype), U if h is None else h(U), Q).to(y.dtype)
-
-
-def plain_backward(  # noqa: D417 - the others are `backward`'s
-    g: Tensor,
-    x: Tensor | None,
-    U: Tensor | None,
-    weight: Tensor | None,
-    adapter: Adapter,
-    needs: Needs,
-    grad_U: Tensor | None = None,
-) -> Gradients:
-    """`backward` in operations that autograd and transforms follow, like those of `plain`.
-
-    Args:
-        g: `[T, m]`, gradient of the output; to a transform, a batch of them.
-        x: `[T, n]` or None; see `backward` for this and the arguments not listed.
-        grad_U: `[T, k, d_in]`, gradient of `U` as an output: only a double backward has one.
-    """
-    rank, outputs, inputs = adapter.geometry
-    dtype = torch.promote_types(g.dtype, torch.float32)
-    P, S, Q = matrices(adapter, dtype)
-    mask = None
-    if adapter.seed is not None and (needs.x or needs.A):
-        shape = (g.shape[0], inputs.size)
-        with torch._C._ExcludeDispatchKeyGuard(_VMAP_MODES):
-            mask = keep_mask(adapter.seed, adapter.dropout_p, shape, g.dtype, g.device)
-    grad_x = grad_A = grad_B = grad_C = None
-
-    wide = g.to(dtype)
-    v = wide @ Q.t()  # [T, k*d_in]
-    if grad_U is not None:
-        v = v + grad_U.reshape(-1, Q.shape[0])
-    if needs.x:
-        grad_x = (v @ P).to(g.dtype)
-        grad_x = grad_x if mask is None else grad_x * mask
-        if weight is not None:
-            narrow = compute_dtype(g)
-            grad_x = grad_x + (g.to(narrow) @ weight.to(narrow)).to(g.dtype)
-    if needs.A:
-        dropped = saved(x) if mask is None else saved(x) * mask
-        grad_A = collapse(v.t() @ dropped.to(dtype), inputs).to(adapter.A.dtype)
-    if needs.B or needs.C:
-        grad_Q = saved(U).to(dtype).reshape(-1, Q.shape[0]).t() @ wide
-        grad_Q = adapter.scaling * grad_Q.reshape(rank, inputs.width, outputs.size)
-        grad_S = (adapter.C.to(dtype) @ grad_Q).reshape(S.shape)
-        grad_B = collapse(grad_S, outputs).t().to(adapter.B.dtype)
-        ranks = S.reshape(rank, outputs.width, outputs.size) @ grad_Q.transpose(1, 2)
-        grad_C = ranks.sum(0).to(adapter.C.dtype)
-
-    return Gradients(
-        x=grad_x,
-        weight=g.t() @ saved(x) if needs.weight else None,
-        bias=g.sum(0) if needs.bias else None,
-        A=grad_A,
-        B=grad_B if needs.B else None,
-        C=grad_C if needs.C else None,
-    )
-
-
-def matrices(adapter: Adapter, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The adapter as a LoRA of rank `k*d_in`: `s DW = Q^T P`, where `Q` is `S` mixed by `C`.
-
-    Returns:
-        `P = spread(A) [k*d_in, n]`, `S = spread(B^T) [k*d_out, m]` and `Q [k*d_in, m]`.
-    """
-    rank, outputs, inputs = adapter.geometry
-    P, S = plain_spread(adapter.A.to(dtype), inputs), plain_spread(adapter.B.t().to(dtype), outputs)
-    C = _scaled(adapter.C.t(), adapter.scaling).to(dtype)
-    Q = C @ S.reshape(rank, outputs.width, outputs.size)
-    return P, S, Q.reshape(rank * inputs.width, outputs.size)
+    y = saved(base) if weight is None else F.linear(x, weight, bias)
+    dtype = compute_dtype(x.dtype, x.device)
+    P, Q = matrices(adapter, dtype)
+    dropped = F.dropout(x, adapter.dropout_p) if adapter.dropout_p > 0.0 else x
+    U = P @ dropped.to(dtype).t()
+    return torch.addmm(y.to(dtype), (U if h is None else h(U)).t(), Q).to(y.dtype)
 
 
 def backward(
@@ -199,33 +121,103 @@ def backward(
     Args:
         g: `[T, m]`, gradient of the output.
         x: `[T, n]`, the forward's input; may be None unless `needs.A` or `needs.weight`.
-        U: `[T, k, d_in]`, what `forward` returned; may be None unless `needs.B` or `needs.C`.
+        U: `[T, k*d_in]`, what `forward` returned; may be None unless `needs.B` or `needs.C`.
         weight: `[m, n]`, or None for an adapter without a base: then `gx` is the adapter's alone.
         adapter: as in the forward.
         needs: which gradients to compute.
     """
-    _, B, C, scaling, geometry, dropout_p, seed = adapter
-    inputs, outputs = geometry.inputs, geometry.outputs
-    mask = None
-    if seed is not None and (needs.x or needs.A):
-        mask = keep_mask(seed, dropout_p, (g.shape[0], inputs.size), g.dtype, g.device)
-    grad_x = grad_A = grad_B = grad_C = None
+    dtype = compute_dtype(g.dtype, g.device)
+    P, Q = _kept_matrices(adapter, dtype)
+    mask = _mask(g, adapter, needs)
+    grad_x = grad_P = grad_Q = None
+    if needs.x or needs.A:
+        Ub = _shrink(Q, g)
+    if needs.x:
+        if mask is None:
+            grad_x = g.new_zeros(len(g), P.shape[1]) if weight is None else base_grad(g, weight)
+            _expand_(grad_x, Ub, P)
+        else:
+            grad_x = _expand_(g.new_zeros(mask.shape), Ub, P).mul_(mask)
+            grad_x = grad_x if weight is None else grad_x.add_(base_grad(g, weight))
+    if needs.A:
+        grad_P = _sum_rows(Ub, saved(x) if mask is None else saved(x) * mask)
+    if needs.B or needs.C:
+        grad_Q = _sum_rows(saved(U).t().to(dtype), g)
+    return _gradients(g, x, grad_x, grad_P, grad_Q, adapter, needs)
 
-    if needs.B:
-        grad_B = factor_grad(g, _mix(saved(U), adapter), outputs).t().to(B.dtype)
-    if needs.x or needs.A or needs.C:
-        Vb = shrink(g, _scaled(B.t(), scaling), outputs)  # [T, k, d_out]
+
+def composite_backward(  # noqa: D417 - the others are `backward`'s
+    g: Tensor,
+    x: Tensor | None,
+    U: Tensor | None,
+    weight: Tensor | None,
+    adapter: Adapter,
+    needs: Needs,
+    grad_U: Tensor | None = None,
+) -> Gradients:
+    """`backward` in operations that autograd and transforms follow, in float32 or wider.
+
+    Args:
+        g: `[T, m]`, gradient of the output; to a transform, a batch of them.
+        x: `[T, n]` or None; see `backward` for this and the arguments not listed.
+        grad_U: `[T, k*d_in]`, gradient of `U` as an output: only a double backward has one.
+    """
+    dtype = torch.promote_types(g.dtype, torch.float32)
+    P, Q = matrices(adapter, dtype)
+    with torch._C._ExcludeDispatchKeyGuard(_VMAP_MODES):
+        mask = _mask(g, adapter, needs)
+    grad_x = grad_P = grad_Q = None
+    wide = g.to(dtype)
+    Ub = wide @ Q.t()
+    if grad_U is not None:
+        Ub = Ub + grad_U
+    if needs.x:
+        grad_x = (Ub @ P).to(g.dtype)
+        grad_x = grad_x if mask is None else grad_x * mask
+        if weight is not None:
+            narrow = compute_dtype(g.dtype, g.device)
+            grad_x = grad_x + (g.to(narrow) @ weight.to(narrow)).to(g.dtype)
+    if needs.A:
+        grad_P = Ub.t() @ (saved(x) if mask is None else saved(x) * mask).to(dtype)
+    if needs.B or needs.C:
+        grad_Q = saved(U).to(dtype).t() @ wide
+    return _gradients(g, x, grad_x, grad_P, grad_Q, adapter, needs)
+
+
+def _mask(g: Tensor, adapter: Adapter, needs: Needs) -> Tensor | None:
+    """Dropout's mask, if there is dropout and a gradient reads it."""
+    if adapter.seed is None or not (needs.x or needs.A):
+        return None
+    shape = (g.shape[0], adapter.geometry.inputs.size)
+    return keep_mask(adapter.seed, adapter.dropout_p, shape, g.dtype, g.device)
+
+
+def _gradients(
+    g: Tensor,
+    x: Tensor | None,
+    grad_x: Tensor | None,
+    grad_P: Tensor | None,
+    grad_Q: Tensor | None,
+    adapter: Adapter,
+    needs: Needs,
+) -> Gradients:
+    """All gradients, from those of `P` and `Q`."""
+    A, B, C, scaling, geometry, *_ = adapter
+    grad_A = grad_B = grad_C = None
+    if grad_P is not None:
+        windows = _windows(grad_P, geometry.rank, geometry.inputs)
+        grad_A = windows.diagonal(dim1=1, dim2=3).sum(2, dtype=A.dtype)
+    if grad_Q is not None:
+        windows = _windows(grad_Q, geometry.rank, geometry.outputs)
+        # [J*k, d_in*d_out]: with it, DW's sums over a window are products with a vector.
+        rows = windows.permute(2, 0, 1, 3).reshape(B.numel(), C.numel())
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if needs.B:
+            kernel = _scaled(C.t(), scaling).to(rows.dtype).reshape(-1)
+            grad_B = (rows @ kernel).reshape(B.shape).to(B.dtype)
         if needs.C:
-            flat_U = saved(U).flatten(0, 1)
-            grad_C = (Vb.flatten(0, 1).t().to(flat_U.dtype) @ flat_U).to(C.dtype)
-        if needs.x or needs.A:
-            Ub = _on_windows(Vb, C.to(Vb.dtype))  # [T, k, d_in]
-            if needs.A:
-                dropped = saved(x) if mask is None else saved(x) * mask
-                grad_A = factor_grad(dropped, Ub, inputs).to(adapter.A.dtype)
-            if needs.x:
-                grad_x = _grad_input(g, Ub, weight, adapter, mask)
-
+            kernel = B.to(rows.dtype).reshape(-1) @ rows
+            grad_C = _scaled(kernel.reshape(C.t().shape).t(), scaling).to(C.dtype)
     return Gradients(
         x=grad_x,
         weight=g.t() @ saved(x) if needs.weight else None,
@@ -238,49 +230,139 @@ def backward(
 
 def delta_weight(adapter: Adapter) -> Tensor:
     """`scaling * DW` `[m, n]`, in the factors' common dtype; differentiable."""
-    P, _, Q = matrices(adapter, adapter.dtype)
+    P, Q = matrices(adapter, adapter.dtype)
     return Q.t() @ P
 
 
-def _mix(U: Tensor, adapter: Adapter) -> Tensor:
-    """`V[t, κ, q] = s sum_p C[q, p] U[t, κ, p]`."""
-    return _on_windows(U, _scaled(adapter.C.t(), adapter.scaling).to(U.dtype))
+def matrices(
+    adapter: Adapter, dtype: torch.dtype, *, differentiable: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`P [k*d_in, n]` and `Q [k*d_in, m]` with `s DW = Q^T P`."""
+    rank, outputs, inputs = adapter.geometry
+    spread = _spread if differentiable else _spread_by_strides
+    wide = adapter.widened(adapter.dtype)  # each entry is rounded once
+    P, S = spread(wide.A, inputs), spread(wide.B.t(), outputs)
+    Q = torch.bmm(_scaled(wide.C.t(), adapter.scaling).expand(rank, -1, -1), S)
+    P, Q = (matrix.reshape(rank * inputs.width, -1).to(dtype) for matrix in (P, Q))
+    return P, Q
+
+
+def _spread(factor: Tensor, side: Side) -> Tensor:
+    """`spread(f)[κ, r, l*s + r] = f[κ, l]` and zeros elsewhere, `[k, w, size]`; differentiable."""
+    rank, width, span = factor.shape[0], side.width, side.span
+    # Equal rows of `span + 1` elements, reread as rows of `span`, are each shifted by one.
+    rows = factor.new_zeros(rank, width, span + 1)
+    rows[:, :, : span - width + 1 : side.stride] = factor.unsqueeze(1)
+    rows = rows.reshape(rank, -1)[:, : width * span]
+    return rows.reshape(rank, width, span)[:, :, : side.size]
+
+
+def _spread_by_strides(factor: Tensor, side: Side) -> Tensor:
+    """`_spread` in half the time: transforms and exports don't take `as_strided`."""
+    rank, width, span = factor.shape[0], side.width, side.span
+    matrix = factor.new_zeros(rank, width, span)
+    entries = matrix.as_strided((rank, width, side.windows), (width * span, span + 1, side.stride))
+    entries.copy_(factor.unsqueeze(1))
+    return matrix[:, :, : side.size]
+
+
+class _Kept(NamedTuple):
+    """An adapter's matrices, and all that they were computed from."""
+
+    settings: tuple[float, Geometry, torch.dtype, torch.dtype, torch.dtype, torch.dtype]
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    matrices: tuple[Tensor, Tensor]
+    owner: weakref.ref[Tensor]
+
+
+# The matrices of each `A` that is alive, by its id. What changes a factor need not change its
+# version (`.data`, memory shared with other processes), so an entry counts while the values of the
+# factors are what they were; a recycled id cannot do harm either.
+_kept: dict[int, _Kept] = {}
+
+
+def _kept_matrices(adapter: Adapter, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`matrices`, computed anew only if the adapter has changed; not differentiable."""
+    A, B, C, scaling, geometry, *_ = adapter
+    if not A.is_cpu or type(A) not in (Tensor, Parameter):
+        # To compare would be to wait for the device.
+        return matrices(adapter, dtype, differentiable=False)
+    key, settings = id(A), (scaling, geometry, dtype, A.dtype, B.dtype, C.dtype)
+    kept = _kept.get(key)
+    if (
+        kept is not None
+        and kept.settings == settings
+        and torch.equal(kept.A, A)
+        and torch.equal(kept.B, B)
+        and torch.equal(kept.C, C)
+    ):
+        return kept.matrices
+    factors = (A.detach().clone(), B.detach().clone(), C.detach().clone())
+    snapshot = adapter._replace(A=factors[0], B=factors[1], C=factors[2])
+    built = matrices(snapshot, dtype, differentiable=False)
+    _kept[key] = _Kept(settings, *factors, built, weakref.ref(A, lambda _: _kept.pop(key, None)))
+    return built
+
+
+def _windows(matrix: Tensor, rank: int, side: Side) -> Tensor:
+    """`[k*w', size]` read as `[k, w', L, w]`: window `l` is the columns `l*s .. l*s + w - 1`."""
+    if side.span > side.size:
+        matrix = F.pad(matrix, (0, side.span - side.size))
+    return matrix.reshape(rank, -1, side.span).unfold(2, side.width, side.stride)
 
 
 def _scaled(factor: Tensor, scaling: float) -> Tensor:
     return factor if scaling == 1.0 else scaling * factor
 
 
-def _on_windows(v: Tensor, matrix: Tensor) -> Tensor:
-    """`v [T, k, w] @ matrix [w, w']`, as a 2-D product, which is quicker than a batched one."""
-    tokens, rank, _ = v.shape
-    return (v.flatten(0, 1) @ matrix).view(tokens, rank, matrix.shape[1])
+def compute_dtype(tokens: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of products with tokens of this dtype: the same, if the device multiplies it."""
+    return torch.float32 if device.type == "cpu" and tokens in _SLOW_ON_CPU else tokens
 
 
-def _grad_input(
-    g: Tensor, Ub: Tensor, weight: Tensor | None, adapter: Adapter, mask: Tensor | None
-) -> Tensor:
-    """`gx [T, n]`: the base layer's part, if there is a base, and the adapter's through dropout."""
-    inputs = adapter.geometry.inputs
-    shape = (g.shape[0], inputs.size)
-    if mask is None:
-        grad_x = g.new_zeros(shape) if weight is None else base_grad_input(g, weight)
-        return expand_(grad_x, Ub, adapter.A, inputs)
-    through_adapter = expand_(g.new_zeros(shape), Ub, adapter.A, inputs) * mask
-    return through_adapter if weight is None else through_adapter + base_grad_input(g, weight)
+def _row_blocks(z: Tensor) -> list[slice]:
+    """Blocks of rows of `z`; a single empty one when there are no rows."""
+    length = max(1, _BLOCK_ELEMENTS // max(1, z.shape[1]))
+    return [slice(start, start + length) for start in range(0, max(1, z.shape[0]), length)]
 
 
-def base_grad_input(g: Tensor, weight: Tensor) -> Tensor:
+def _shrink(matrix: Tensor, z: Tensor) -> Tensor:
+    """`matrix z^T` `[r, T]`; matrix `[r, size]`, `z [T, size]`."""
+    if z.dtype == matrix.dtype:
+        return matrix @ z.t()
+    return torch.cat([matrix @ z[rows].to(matrix.dtype).t() for rows in _row_blocks(z)], 1)
+
+
+def _expand_(z: Tensor, v: Tensor, matrix: Tensor) -> Tensor:
+    """`z += v^T matrix` in place; `z [T, size]`, `v [r, T]`, matrix `[r, size]`."""
+    if z.dtype == matrix.dtype:
+        return z.addmm_(v.t(), matrix)
+    for rows in _row_blocks(z):
+        z[rows].add_(v[:, rows].t() @ matrix)
+    return z
+
+
+def _sum_rows(v: Tensor, z: Tensor) -> Tensor:
+    """`v z` `[r, size]`, a sum over tokens; `v [r, T]`, `z [T, size]`."""
+    if z.dtype == v.dtype:
+        return v @ z
+    blocks = (v[:, rows] @ z[rows].to(v.dtype) for rows in _row_blocks(z))
+    return functools.reduce(Tensor.add_, blocks)
+
+
+def base_grad(g: Tensor, weight: Tensor) -> Tensor:
     """`g W`, `[T, n]`, in `g`'s dtype.
 
-    On a CPU without 16-bit products it is computed in float32, a block of rows of `W` at a time,
-    and rounded once.
+    Where the CPU has no products in that dtype it is computed in float32, a block of rows of `W`
+    at a time, and rounded once.
 
     Args:
         g: `[T, m]`.
         weight: `[m, n]`, in `g`'s dtype.
     """
-    if not (_SLOW_16_BIT and g.device.type == "cpu" and g.dtype.itemsize == 2):
+    if compute_dtype(g.dtype, g.device) == g.dtype:
         return g @ weight
     total = g.new_zeros(g.shape[0], weight.shape[1], dtype=torch.float32)
     length = max(1, _WEIGHT_BLOCK_ELEMENTS // weight.shape[1])
@@ -288,153 +370,3 @@ def base_grad_input(g: Tensor, weight: Tensor) -> Tensor:
         block = slice(start, start + length)
         total.addmm_(g[:, block].float(), weight[block].float())
     return total.to(g.dtype)
-
-
-def compute_dtype(like: Tensor) -> torch.dtype:
-    """The dtype in which the primitives compute for tokens `like`."""
-    return torch.float32 if like.is_cpu and like.dtype.itemsize == 2 else like.dtype
-
-
-def spread(factor: Tensor, side: Side) -> Tensor:
-    """The matrix `[k*w, size]` with `spread(f)[κ*w + r, l*s + r] = f[κ, l]` and zeros elsewhere."""
-    rank, span = factor.shape[0], side.span
-    matrix = factor.new_zeros(rank * side.width, span)
-    _entries(matrix, rank, side).copy_(factor.unsqueeze(1))
-    return matrix if span == side.size else matrix[:, : side.size]
-
-
-def plain_spread(factor: Tensor, side: Side) -> Tensor:
-    """`spread` in operations that autograd, transforms and tracers follow."""
-    rank, width, span = factor.shape[0], side.width, side.span
-    row = F.pad(factor.unsqueeze(2), (0, side.stride - 1)).reshape(rank, -1)
-    # Equal rows of `span + 1` elements, reread as rows of `span`, are each shifted by one.
-    row = F.pad(row, (0, span + 1 - row.shape[1])).unsqueeze(1)
-    rows = row.expand(rank, width, span + 1).reshape(rank, -1)[:, : width * span]
-    return rows.reshape(rank * width, span)[:, : side.size]
-
-
-def collapse(matrix: Tensor, side: Side) -> Tensor:
-    """The adjoint of `plain_spread`: `g[κ, l] = sum_r matrix[κ*w + r, l*s + r]`."""
-    width, span = side.width, side.span
-    rows = F.pad(matrix, (0, span - side.size)).reshape(-1, width * span)
-    shifted = F.pad(rows, (0, width)).reshape(-1, width, span + 1)
-    return shifted.sum(1)[:, : (side.windows - 1) * side.stride + 1 : side.stride]
-
-
-def shrink(z: Tensor, factor: Tensor, side: Side) -> Tensor:
-    """`v[t, κ, r] = sum_l f[κ, l] z[t, l*s + r]`.
-
-    Args:
-        z: `[T, size]`.
-        factor: `[k, L]`, any float dtype.
-        side: the windows.
-
-    Returns:
-        `[T, k, w]` in `compute_dtype(z)`.
-    """
-    dtype = compute_dtype(z)
-    factor = factor.to(dtype)
-    row_blocks = _row_blocks(z, _block_length(z, dtype))
-    if _can_batch(z, side):
-        blocks = [
-            torch.bmm(factor.expand(len(rows), -1, -1), _in_windows(rows.to(dtype), side))
-            for rows in row_blocks
-        ]
-    else:
-        matrix, rank = spread(factor, side).t(), factor.shape[0]
-        blocks = [
-            (rows.to(dtype) @ matrix).view(len(rows), rank, side.width) for rows in row_blocks
-        ]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-
-
-def expand_(z: Tensor, v: Tensor, factor: Tensor, side: Side) -> Tensor:
-    """`z[t, l*s + r] += sum_κ f[κ, l] v[t, κ, r]`, in place, with one rounding to `z`'s dtype.
-
-    Args:
-        z: `[T, size]`, changed in place.
-        v: `[T, k, w]`.
-        factor: `[k, L]`, any float dtype.
-        side: the windows.
-
-    Returns:
-        `z`.
-    """
-    dtype = compute_dtype(z)
-    v, factor = v.to(dtype), factor.to(dtype)
-    batched = _can_batch(z, side) and v.shape[1] * v.shape[2] > _EXPAND_SPREAD_ROWS
-    matrix = factor.t() if batched else spread(factor, side)  # [L, k] or [k*w, size]
-    length = _block_length(z, dtype)
-    for rows, v_rows in zip(_row_blocks(z, length), _row_blocks(v, length), strict=True):
-        if batched:
-            target, left, right = _in_windows(rows, side), matrix.expand(len(rows), -1, -1), v_rows
-        else:
-            target, left, right = rows, v_rows.flatten(1), matrix
-        if dtype != z.dtype:
-            target.add_(left @ right)
-        elif batched:
-            target.baddbmm_(left, right)
-        else:
-            target.addmm_(left, right)
-    return z
-
-
-def factor_grad(z: Tensor, v: Tensor, side: Side) -> Tensor:
-    """`g[κ, l] = sum_{t, r} z[t, l*s + r] v[t, κ, r]`.
-
-    Args:
-        z: `[T, size]`.
-        v: `[T, k, w]`.
-        side: the windows.
-
-    Returns:
-        `[k, L]` in `compute_dtype(z)`.
-    """
-    dtype = compute_dtype(z)
-    length = _block_length(z, dtype)
-    batched = _can_batch(z, side)
-    if batched:  # each token's product, [k, L], is in memory before the sum
-        length = min(length, max(1, _BLOCK_ELEMENTS // (v.shape[1] * side.windows)))
-
-    def of_block(rows: Tensor, v_rows: Tensor) -> Tensor:
-        rows = rows.to(dtype)
-        if batched:
-            return torch.bmm(v_rows, _in_windows(rows, side).transpose(1, 2)).sum(0)
-        return v_rows.flatten(1).t() @ rows
-
-    blocks = map(of_block, _row_blocks(z, length), _row_blocks(v.to(dtype), length))
-    total = functools.reduce(Tensor.add_, blocks)
-    return total if batched else collapse(total, side)
-
-
-def _entries(matrix: Tensor, rank: int, side: Side) -> Tensor:
-    """The non-zero entries of a contiguous spread matrix, as a view `[k, w, L]`."""
-    span = side.span
-    return matrix.as_strided(
-        (rank, side.width, side.windows), (side.width * span, span + 1, side.stride)
-    )
-
-
-def _can_batch(z: Tensor, side: Side) -> bool:
-    """Whether the batched form applies: tiling windows, on a CPU."""
-    return z.is_cpu and side.tile
-
-
-def _in_windows(z: Tensor, side: Side) -> Tensor:
-    """Tokens `[T, size]` viewed as `[T, L, w]`, for tiling windows."""
-    return z.view(z.shape[0], side.windows, side.width)
-
-
-def _block_length(z: Tensor, dtype: torch.dtype) -> int:
-    """Tokens in a block of rows, to be computed in `dtype`: all rows if no cast is needed."""
-    if dtype == z.dtype:
-        return max(1, z.shape[0])
-    return max(1, _BLOCK_ELEMENTS // max(1, z.shape[1]))
-
-
-def _row_blocks(z: Tensor, length: int) -> list[Tensor]:
-    """`z` in blocks of `length` rows; a single empty block when there are no tokens."""
-    if length >= z.shape[0]:
-        return [z]
-    # Slices, not split(): autograd forbids in-place changes of views that come several at a time.
-    return [z[start : start + length] for start in range(0, z.shape[0], length)]

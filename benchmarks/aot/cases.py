@@ -23,7 +23,7 @@ class Tensors:
         n, m = geometry.inputs.size, geometry.outputs.size
         new = partial(torch.empty, dtype=DTYPES[dtype])
         self.x, self.y = new(case.tokens, n), new(case.tokens, m)
-        u_dtype = dtype_of_U(DTYPES[dtype], "row_block")
+        u_dtype = dtype_of_U(DTYPES[dtype])
         self.u = new(case.tokens, geometry.rank * geometry.inputs.width, dtype=u_dtype)
         self.weight, self.bias = new(m, n), new(m)
         shapes = (geometry.shape_A, geometry.shape_B, geometry.shape_C)

@@ -9,6 +9,7 @@ does.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dcft_kernels.adapter import Adapter, Gradients, Needs, dtype_of_U, saved
@@ -22,12 +23,12 @@ def forward(
     base: Tensor | None,
     adapter: Adapter,
 ) -> tuple[Tensor, Tensor]:
-    """The layer's `y [T, m]`, and `U [T, k, d_in]` for the backward; see `torch_backend`."""
+    """The layer's `y [T, m]`, and `U [T, k*d_in]` for the backward; see `torch_backend`."""
     rank, outputs, inputs = adapter.geometry
-    dtype = dtype_of_U(x.dtype, "row_block")
-    u = x.new_empty(x.shape[0], rank, inputs.width, dtype=dtype)
+    u = x.new_empty(x.shape[0], rank * inputs.width, dtype=dtype_of_U(x.dtype))
     y = x.new_empty(x.shape[0], outputs.size)
-    row_block.shrink_expand(x, adapter, u=u, y=y, bias=bias, base=base)
+    if x.shape[0] > 0:
+        row_block.shrink_expand(x, adapter, u=u, y=y, bias=bias, base=base)
     if weight is not None:
         y.addmm_(x, weight.t())
     return y, u
@@ -45,7 +46,10 @@ def backward(
     gx = g.new_empty(g.shape[0], adapter.geometry.inputs.size) if needs.x else None
     factors = (needs.A, needs.B, needs.C)
     grads: row_block.Grads = (None, None, None)
-    if needs.x or any(factors):
+    if g.shape[0] == 0:
+        found = zip(adapter[:3], factors, strict=True)
+        grads = tuple([torch.zeros_like(factor) if needed else None for factor, needed in found])
+    elif needs.x or any(factors):
         grads = row_block.backward(
             g,
             saved(x) if needs.A else None,

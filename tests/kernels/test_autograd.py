@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dcft_kernels import add_delta_weight_
 from dcft_kernels.dropout import draw_seed
+from tests.adapter_cases import AdapterShape
 from tests.layer.test_autograd import (  # noqa: F401 - tests, with this folder's fixtures
     OPS,
     SMALL,
@@ -24,16 +25,43 @@ from tests.layer.test_autograd import (  # noqa: F401 - tests, with this folder'
     test_double_backward_in_16_bits,
     test_double_backward_of_delta_weight,
     test_every_subset_of_gradients,
-    test_fake_tensors_see_the_operator,
+    test_fake_tensors,
     test_float16_gradients_are_finite_where_the_output_is,
     test_forward_mode_through_a_backward_pass,
     test_never_allocates_as_much_as_the_weight,
     test_new_token_counts_do_not_recompile,
     test_no_graph_is_recorded_without_gradients,
-    test_opcheck,
     test_saves_a_seed_and_no_mask_with_dropout,
     test_saves_the_input_itself_and_U,
+    with_and_without_dropout,
 )
+
+
+@small_case
+@with_and_without_dropout
+def test_opcheck(case: AdapterShape, dropout_p: float, backend, device) -> None:
+    inputs = drawn(case, 5, device, backend).requiring()
+    x, weight, bias, *factors = inputs.operands
+    geometry = case.geometry
+    flat = [geometry.rank, *geometry.outputs, *geometry.inputs]
+    seed = draw_seed(device) if dropout_p else None
+    adapter = (*factors, seed, 0.7, flat, dropout_p)
+    y = inputs.grad.clone().requires_grad_()
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if dropout_p and case is SMALL[1]:
+        tests.append("test_aot_dispatch_dynamic")
+    for base in ((weight, bias, None), (weight, None, None), (None, None, y)):
+        torch.library.opcheck(OPS.forward.default, (x, *base, *adapter), test_utils=tests)
+    with torch.no_grad():
+        g, u = OPS.forward(x, weight, bias, None, *adapter)
+    detached = [a.detach() if isinstance(a, Tensor) else a for a in (x, weight, *adapter)]
+    x, weight, *adapter = detached
+    for needs in ([True] * 6, [False, True] * 3):
+        torch.library.opcheck(
+            OPS.backward.default,
+            (g, x, u, weight, *adapter, needs),
+            test_utils=["test_schema", "test_faketensor"],
+        )
 
 
 @small_case

@@ -46,7 +46,7 @@ def arguments(case: AdapterShape, A: Tensor) -> tuple:
     geometry = case.geometry
     B, C = (torch.ones(shape, device=A.device) for shape in (geometry.shape_B, geometry.shape_C))
     flat = [geometry.rank, *geometry.outputs, *geometry.inputs]
-    return (A, B, C, torch.tensor(SEED, device=A.device), 1.0, flat, P, "row_block")
+    return (A, B, C, torch.tensor(SEED, device=A.device), 1.0, flat, P)
 
 
 def mask_of(tokens: int, case: AdapterShape, device: torch.device) -> Tensor:
@@ -64,7 +64,8 @@ def test_mask_of_the_forward(device, case: AdapterShape) -> None:
     x = torch.ones(TOKENS, case.in_features, device=device)
     y = torch.zeros(TOKENS, case.out_features, device=device)
     _, u = OPS.forward(x, None, None, y, *arguments(case, A))
-    assert torch.equal(u, mask_in_windows(mask_of(TOKENS, case, device), case))
+    mask = mask_in_windows(mask_of(TOKENS, case, device), case)
+    assert torch.equal(u, mask.flatten(1))
 
 
 @every_case
@@ -73,7 +74,7 @@ def test_mask_of_the_backward(device, case: AdapterShape) -> None:
     A = torch.ones(case.geometry.shape_A, device=device)
     g = torch.ones(TOKENS, case.out_features, device=device)
     needs = [True, False, False, False, False, False]
-    gx, *_ = OPS.backward(g, None, None, None, *arguments(case, A), needs, None)
+    gx, *_ = OPS.backward(g, None, None, None, *arguments(case, A), needs)
     assert torch.equal(gx != 0, mask_of(TOKENS, case, device))
 
 
@@ -84,7 +85,7 @@ def test_mask_of_the_gradient_of_A(device, case: AdapterShape) -> None:
     x = torch.ones(1, case.in_features, device=device)
     g = torch.ones(1, case.out_features, device=device)
     needs = [False, False, False, True, False, False]
-    *_, grad_A, _, _ = OPS.backward(g, x, None, None, *arguments(case, A), needs, None)
+    *_, grad_A, _, _ = OPS.backward(g, x, None, None, *arguments(case, A), needs)
     # Every feature's Ub is the sum of all that the output windows cover.
     outputs = case.geometry.outputs
     covered = sum(

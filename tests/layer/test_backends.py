@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import dcft_kernels.triton
-from dcft_kernels import DCFTLinear, backends, explain
-from dcft_kernels.backends import select, why_kernels_cannot
+from dcft_kernels import DCFTLinear, explain
+from dcft_kernels.backends import see_through, select, why_kernels_cannot
 from tests.adapter_cases import AdapterShape, adapter_of, random_inputs
 
 PAPER = AdapterShape(48, 64, 1, (8, 8), (8, 8))
@@ -19,18 +19,12 @@ TOO_WIDE = AdapterShape(64, 64, 17, (8, 8), (8, 8))
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels can run on any device."""
     monkeypatch.setattr(dcft_kernels.triton, "why_unavailable", lambda device: None)
-    backends._select_cached.cache_clear()
-    yield
-    backends._select_cached.cache_clear()
 
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """No device runs kernels."""
     monkeypatch.setattr(dcft_kernels.triton, "why_unavailable", lambda device: "no GPU here")
-    backends._select_cached.cache_clear()
-    yield
-    backends._select_cached.cache_clear()
 
 
 def selected(
@@ -38,8 +32,12 @@ def selected(
     strategy: str = "auto",
     case: AdapterShape = PAPER,
     dtype: torch.dtype = torch.float32,
+    *,
+    traced: bool = False,
 ) -> str:
-    return select(backend, adapter_of(random_inputs(case, dtype=dtype), case), dtype, strategy)
+    adapter = adapter_of(random_inputs(case, dtype=dtype), case)
+    found = select(backend, adapter, dtype, strategy)
+    return see_through(found, backend, strategy, traced=traced)
 
 
 def test_auto_runs_the_kernels_wherever_they_take_the_adapter(gpu) -> None:
@@ -54,13 +52,19 @@ def test_auto_runs_the_kernels_wherever_they_take_the_adapter(gpu) -> None:
 def test_kernels_requested_by_name_refuse_transforms(gpu) -> None:
     for asked in ((), ("torch",), ("auto", "torch"), ("reference",)):
         with torch.autograd.forward_ad.dual_level():
-            assert selected(*asked) == ("reference" if "reference" in asked else "plain")
+            assert selected(*asked) == ("reference" if "reference" in asked else "composite")
     for asked in (("triton",), ("auto", "row_block")):
         with (
             torch.autograd.forward_ad.dual_level(),
             pytest.raises(RuntimeError, match=rf"='{asked[-1]}': torch.func, .*backend='auto'"),
         ):
             selected(*asked)
+
+
+def test_compilers_see_the_operations_of_torch_and_not_of_the_kernels(gpu) -> None:
+    assert selected(traced=True) == selected("triton", traced=True) == "row_block"
+    assert selected("torch", traced=True) == selected(case=TOO_WIDE, traced=True) == "composite"
+    assert selected("reference", traced=True) == "reference"
 
 
 def test_auto_runs_torch_without_a_gpu(no_gpu) -> None:

@@ -253,11 +253,11 @@ def test_every_tensor_is_checked(argument, spoil, error, text):
 
 
 def test_the_cache_of_checks_is_bounded(monkeypatch):
-    monkeypatch.setattr(functional, "_checked", {})
-    monkeypatch.setattr(functional, "_MAX_CHECKED", 2)
+    monkeypatch.setattr(functional, "_found", {})
+    monkeypatch.setattr(functional, "_MAX_FOUND", 2)
     for outputs in range(M - 4, M + 1):
         linear(weight=WEIGHT[:outputs], bias=None)
-        assert 1 <= len(functional._checked) <= 2
+        assert 1 <= len(functional._found) <= 2
 
 
 def _patched() -> nn.Module:

@@ -106,26 +106,15 @@ def test_dropout_on_a_gpu_is_the_references() -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kernel", [8, 16], ids=["spread", "batched"])
-def test_many_blocks_of_rows(
-    dtype: torch.dtype, kernel: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """16-bit inputs are taken in blocks of rows; the last one is shorter here."""
-    monkeypatch.setattr(torch_backend, "_BLOCK_ELEMENTS", 48 * 10)
-    case = AdapterShape(48, 64, 1, (kernel, kernel), (kernel, kernel))
-    check(random_inputs(case, (37,), dtype), case)
-
-
-@pytest.mark.parametrize("slow_16_bit", [False, True])
+@pytest.mark.parametrize("slow", [False, True], ids=["native", "slow"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_both_ways_to_the_input_gradient(
-    slow_16_bit: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With and without 16-bit products in the processor; the last block of rows is shorter."""
-    monkeypatch.setattr(torch_backend, "_SLOW_16_BIT", slow_16_bit)
+@every_case
+def test_with_and_without_16_bit_products(case, dtype, slow, monkeypatch) -> None:
+    """Where the CPU has none, tokens are taken in blocks of rows; the last one is shorter here."""
+    monkeypatch.setattr(torch_backend, "_SLOW_ON_CPU", {dtype} if slow else set())
+    monkeypatch.setattr(torch_backend, "_BLOCK_ELEMENTS", 48 * 10)
     monkeypatch.setattr(torch_backend, "_WEIGHT_BLOCK_ELEMENTS", 48 * 10)
-    check(random_inputs(PAPER, (33,), dtype), PAPER)
+    check(random_inputs(case, (37,), dtype, torch.float32), case)
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (1,), (3, 0, 2), (2, 3, 4)], ids=str)

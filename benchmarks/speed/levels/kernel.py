@@ -53,7 +53,7 @@ class KernelProblem:
         self.weight = self._draw(self.m, self.n) * self.n**-0.5
         self.bias = self._draw(self.m)
         self._expected: dict[torch.dtype, dict[str, Tensor]] = {}
-        self.u = self.expected(torch.float64)["U"].to(dtype_of_U(self.dtype, "row_block"))
+        self.u = self.expected(torch.float64)["U"].to(dtype_of_U(self.dtype))
 
     def _draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(
