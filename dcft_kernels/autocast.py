@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def cast(tensor: Tensor) -> Tensor:
     """Cast as `nn.Linear` does under `torch.autocast`: all but float64, to autocast's dtype."""
     return tensor.to(dtype_after(tensor, dtype_for(tensor)))
@@ -28,9 +31,11 @@ def suspended(like: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Keep autocast, on `like`'s device, out of a block whose dtypes are chosen already."""
     if _is_on(like):
         return torch.autocast(like.device.type, enabled=False)
-    return contextlib.nullcontext()
+    return _NOTHING
 
 
 def _is_on(tensor: Tensor) -> bool:
+    if not torch._C._is_any_autocast_enabled():
+        return False
     # The meta device is not one that autocast can be asked about.
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)

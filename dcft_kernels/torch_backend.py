@@ -209,15 +209,15 @@ def _gradients(
         grad_A = windows.diagonal(dim1=1, dim2=3).sum(2, dtype=A.dtype)
     if grad_Q is not None:
         windows = _windows(grad_Q, geometry.rank, geometry.outputs)
-        # [J*k, d_in*d_out]: with it, DW's sums over a window are products with a vector.
-        rows = windows.permute(2, 0, 1, 3).reshape(B.numel(), C.numel())
+        # `[J*k, d_out*d_in]`: a window of one rank is an outer product of an entry of B and C.
+        rows = windows.permute(2, 0, 3, 1).reshape(B.numel(), C.numel())
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if needs.B:
-            kernel = _scaled(C.t(), scaling).to(rows.dtype).reshape(-1)
-            grad_B = (rows @ kernel).reshape(B.shape).to(B.dtype)
+            grad_B = _scaled(rows @ C.to(rows.dtype).reshape(-1), scaling)
+            grad_B = grad_B.reshape(B.shape).to(B.dtype)
         if needs.C:
-            kernel = B.to(rows.dtype).reshape(-1) @ rows
-            grad_C = _scaled(kernel.reshape(C.t().shape).t(), scaling).to(C.dtype)
+            grad_C = _scaled(B.to(rows.dtype).reshape(-1) @ rows, scaling)
+            grad_C = grad_C.reshape(C.shape).to(C.dtype)
     return Gradients(
         x=grad_x,
         weight=g.t() @ saved(x) if needs.weight else None,
@@ -299,10 +299,11 @@ def _kept_matrices(adapter: Adapter, dtype: torch.dtype) -> tuple[Tensor, Tensor
         and torch.equal(kept.C, C)
     ):
         return kept.matrices
-    factors = (A.detach().clone(), B.detach().clone(), C.detach().clone())
-    snapshot = adapter._replace(A=factors[0], B=factors[1], C=factors[2])
-    built = matrices(snapshot, dtype, differentiable=False)
-    _kept[key] = _Kept(settings, *factors, built, weakref.ref(A, lambda _: _kept.pop(key, None)))
+    # Of copies: what another thread changes meanwhile, the next comparison finds.
+    copy = adapter._replace(A=A.clone(), B=B.clone(), C=C.clone())
+    built = matrices(copy, dtype, differentiable=False)
+    owner = weakref.ref(A, lambda _: _kept.pop(key, None))
+    _kept[key] = _Kept(settings, copy.A, copy.B, copy.C, built, owner)
     return built
 
 
