@@ -181,7 +181,8 @@ class Plan:
 
     budget_s: float = 30.0  # another round starts if it fits
     first_round_s: float = 300.0  # the first round starts no provider after this
-    min_rounds: int = 0  # run even if the budget is spent
+    min_rounds: int = 0  # these may take longer than the budget, up to longest_s
+    longest_s: float = 90.0
     max_rounds: int = 50
     # With fewer rounds than this, the first round counts as well instead of being a warm-up: a step
     # then takes seconds, and a warm-up does not matter.
@@ -238,8 +239,8 @@ def paired_rounds(
     rounds: list[Round] = []
     begun = now()
     while names and len(rounds) < plan.max_rounds:
-        spent = now() - begun + estimate > plan.budget_s
-        if spent and len(rounds) >= plan.min_rounds:
+        limit = plan.longest_s if len(rounds) < plan.min_rounds else plan.budget_s
+        if now() - begun + estimate > limit:
             break
         samples: dict[str, Sample] = {}
         start = now()

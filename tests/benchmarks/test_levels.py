@@ -47,10 +47,11 @@ def test_cases_and_providers_are_distinct(scope: Scope) -> None:
         assert [case.sizes for case in cases[:2]] == [(8192, 4096, 4096), (4096, 768, 768)]
 
 
-@pytest.mark.parametrize("cores", [1, 2, 8])
-def test_cpu_sweep_fits_the_cores_and_leaves_out_slow_methods(
-    cores: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("cores", "native_bf16"), [(1, True), (2, False), (8, None)])
+def test_cpu_sweep_fits_the_machine_and_leaves_out_what_is_slow(
+    cores: int, native_bf16: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(environment, "native_bf16", lambda: native_bf16)
     monkeypatch.setattr(environment, "available_cores", lambda: cores)
     cases = [case for case in layer.cases(Scope("cpu")) if case.sweep == layer.CPU_SWEEP]
     assert {case.threads for case in cases} == set(range(1, 1 + min(cores, 2)))
@@ -58,7 +59,9 @@ def test_cpu_sweep_fits_the_cores_and_leaves_out_slow_methods(
     for case in cases:
         names = {provider.name for provider in layer.providers(case)}
         assert {BASELINE, "dcft", "lora_r1", "lora_r8", "lora_by_hand"} <= names
-        assert ("lokr" in names) == ("published" in names) == (math.prod(case.sizes) <= 2**31)
+        assert ("lokr" in names) == ("published" in names) == (math.prod(case.sizes) < 2**31)
+    large = {case.dtype for case in cases if math.prod(case.sizes) >= 2**31}
+    assert large == ({"fp32"} if native_bf16 is False else {"fp32", "bf16"})
 
 
 @pytest.mark.slow

@@ -298,6 +298,7 @@ class Idle:
         (Plan(budget_s=9, max_rounds=7), 5),  # four rounds fit, and the first one counts too
         (Plan(budget_s=1, max_rounds=7), 1),  # none fits: only the first one
         (Plan(budget_s=1, min_rounds=6, max_rounds=7), 6),
+        (Plan(budget_s=1, min_rounds=6, max_rounds=7, longest_s=10), 5),
     ],
 )
 def test_rounds_keep_to_the_plan(plan: Plan, rounds: int) -> None:

@@ -48,7 +48,8 @@ _CPU_WIDTHS = (384, 768, 2048, 4096)
 _BUSY_TOKENS, _BUSY_WIDTHS, _BUSY_THREADS = (128, 512, 2048), (768, 2048), 2
 _CPU_METHODS = (BASELINE, "dcft", "lora_r1", "lora_r8", "lora_by_hand")
 _SLOW_METHODS = ("lokr", "published")
-_SLOW_ABOVE = 2**31  # T n m, above which the slow methods are left out
+# T n m, from which on slow methods are left out, and products in bf16 without instructions for it.
+_LARGE = 2**31
 _FEW_METHODS = (BASELINE, "dcft", "lora_r8", "published", "lora_r1", "lora_by_hand")
 
 
@@ -86,6 +87,8 @@ def _cpu_sweep(tiny: bool) -> list[Case]:
         ("fwd+bwd", "inference"),
         range(1, 1 + min(2, environment.available_cores())),
     ):
+        if dtype == "bf16" and T * n * n >= _LARGE and environment.native_bf16() is False:
+            continue
         case = replace(_case((T, n, n), dtype, direction=direction), sweep=CPU_SWEEP)
         found.append(replace(case, threads=threads))
         if (T, n) in busy and threads == _BUSY_THREADS:
@@ -109,8 +112,8 @@ def providers_of(chosen: Iterable[LayerMethod]) -> list[Provider]:
 
 def _methods(case: Case) -> Sequence[LayerMethod]:
     if case.sweep == CPU_SWEEP:
-        slow = math.prod(case.sizes) > _SLOW_ABOVE
-        return methods.by_name(*_CPU_METHODS, *(() if slow else _SLOW_METHODS))
+        few = math.prod(case.sizes) >= _LARGE
+        return methods.by_name(*_CPU_METHODS, *(() if few else _SLOW_METHODS))
     if case.sweep == "tokens":
         return methods.by_name(*_FEW_METHODS)
     if case.sweep not in _SWEEPS:
