@@ -181,8 +181,8 @@ _ONLY_FORWARD = ("fwd", "inference")
 class LayerStep:
     """A pass of a layer; gradients are None before a backward pass.
 
-    Every training step has other parameters than the one before, as after an optimizer's step, so
-    a layer cannot profit from what it caches by their values: their signs change, which is exact.
+    Before every training step the signs of the trained parameters are flipped, which is exact. As
+    after an optimizer's step, nothing that a layer caches by their values is still valid.
     """
 
     def __init__(
