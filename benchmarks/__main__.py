@@ -1,9 +1,9 @@
 """Measure and store: `python -m benchmarks [--only REGEX]`.
 
 A measurement has a name like `layer-main-2048x768->768-fp32-fwd+bwd-dcft`: level, sweep, shape,
-dtype, direction and provider. Every case is checked, timed and appended to `rows.jsonl` before the
-next one starts, so a run that is cut off keeps what it has. A provider that cannot run gets a row
-with the reason.
+dtype, direction, in the sweep `cpu` also threads and neighbour (`2t-busy`), and provider. Every
+case is checked, timed and appended to `rows.jsonl` before the next one starts, so a run that is cut
+off keeps what it has. A provider that cannot run gets a row with the reason.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def results_folder(chosen: Path | None, device_type: str, *, tiny: bool) -> Path
 
 def measurement_name(case: Case, provider: Provider) -> str:
     """What `--only` and pytest's `-k` select by."""
-    parts = (case.level, case.sweep, case.shape, case.dtype, case.direction, provider.key)
-    return "-".join(parts)
+    parts = (case.level, case.sweep, case.shape, case.dtype, case.direction)
+    return "-".join((*parts, *case.conditions, provider.key))
 
 
 def measure_case(
@@ -60,7 +60,7 @@ def measure_case(
         providers,
         lambda: LEVELS[case.level].problem(case, device),
         environment.describe(device.type),
-        plan,
+        plan if case.threads is None else plan.brief(),
         device=device,
         record=lambda row: rows.append(file, row),
     )

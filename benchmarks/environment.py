@@ -8,8 +8,10 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +38,8 @@ class Environment:
     triton: str | None
     peft: str | None
     commit: str
+    processor: str | None = None  # of a CPU, with family and model
+    native_bf16: bool | None = None  # of a CPU: whether it has instructions for products in bf16
 
     @property
     def slug(self) -> str:
@@ -52,6 +56,8 @@ def describe(device_type: str) -> Environment:
         triton=package_version("triton"),
         peft=package_version("peft"),
         commit=commit(ROOT),
+        processor=processor() if device_type == "cpu" else None,
+        native_bf16=native_bf16() if device_type == "cpu" else None,
     )
 
 
@@ -59,13 +65,13 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's with its cores and the instruction set PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cores = _cores()
+    cores = available_cores()
     threads = torch.get_num_threads()
     parts = [f"{cores} core{'s' * (cores != 1)}"]
     if threads != cores:
         parts.append(f"{threads} thread{'s' * (threads != 1)}")
     parts.append(torch.backends.cpu.get_cpu_capability())
-    return f"{_processor()} ({', '.join(parts)})"
+    return f"{_name(_cpuinfo())} ({', '.join(parts)})"
 
 
 def commit(folder: Path) -> str:
@@ -77,7 +83,7 @@ def commit(folder: Path) -> str:
     return head if changes == "" else f"{head}-dirty"
 
 
-def _cores() -> int:
+def available_cores() -> int:
     """Cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
     return len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -93,13 +99,39 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return result.stdout.strip()
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name, family and model: a virtual machine may show no more of the name than "AMD EPYC"."""
+    found = _cpuinfo()
+    numbers = [
+        f"{k.removeprefix('cpu ')} {found[k]}" for k in ("cpu family", "model") if k in found
+    ]
+    return ", ".join([_name(found), *numbers])
+
+
+def native_bf16() -> bool | None:
+    """Whether there are instructions for products in bf16; None if PyTorch does not say."""
+    try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        # On x86 oneDNN's answer includes products that it emulates in float32.
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        has: Any = torch.cpu
+        return not x86 or has._is_avx512_bf16_supported() or has._is_amx_tile_supported()
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The fields of the first processor in /proc/cpuinfo; none where there is no such file."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
-    name = found.group(1) if found else platform.processor() or platform.machine()
+    return dict(re.findall(r"^(.*?)\s*:[ \t]*(.*)$", text.split("\n\n")[0], flags=re.MULTILINE))
+
+
+def _name(cpuinfo: Mapping[str, str]) -> str:
+    name = cpuinfo.get("model name") or platform.processor() or platform.machine()
     return re.sub(r"\((R|TM)\)|\bCPU\b|@.*$", "", name).strip()
 
 

@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import plots, rows
+from benchmarks import cpu_sweep, plots, rows
 from benchmarks.environment import RESULTS
 from benchmarks.rows import Row
+from benchmarks.speed.levels.layer import CPU_SWEEP
 from benchmarks.speed.provider import BASELINE
 from benchmarks.stored import MAIN_SWEEPS, Group, StoredRows, label, load, order, provenance
 from benchmarks.tables import NONE, mib, milliseconds, ratio, table
@@ -55,11 +56,16 @@ def report(stored: StoredRows, *, plotted: bool = False) -> str:
     parts += [f"![layer]({plots.PLOT_FILE})"] if plotted else []
     for level, title in _LEVELS.items():
         sections = []
-        for direction, sweep in stored.cases(level):
+        cases = stored.cases(level)
+        for direction, sweep in cases:
+            if sweep == CPU_SWEEP:
+                continue
             heading = _DIRECTIONS.get(direction, direction.capitalize())
             found = list(_tables(stored, stored.groups(level, sweep, direction)))
             if found:
                 sections += [f"### {heading}" + f", by {sweep}" * (sweep != "main"), *found]
+        swept = [stored.groups(level, CPU_SWEEP, each) for each, s in cases if s == CPU_SWEEP]
+        sections += cpu_sweep.sections([g for groups in swept for g in groups]) if swept else []
         parts += [f"## {title}", *sections] if sections else []
     failed = [r for r in stored.rows if r.error is not None and r.milliseconds() is None]
     ungraphed = [r for r in stored.rows if r.graph_error is not None]

@@ -26,7 +26,9 @@ class Row:
     provider: str
     level: str  # a key of benchmarks.speed.levels.LEVELS, or of an earlier version's
     model: str | None  # whose shape this is, if it is a model's
-    direction: str  # "fwd", "bwd", "fwd+bwd", or what else the level times, such as "merge"
+    direction: (
+        str  # "fwd", "bwd", "fwd+bwd", "inference", or what else the level times, such as "merge"
+    )
     dtype: str
     T: int | None
     n: int | None
@@ -41,6 +43,10 @@ class Row:
     commit: str
     time: str  # start of the case: rows of a case with the same time were measured together
     sweep: str = "main"  # what varies from case to case or from provider to provider
+    threads: int | None = None  # intra-op, where the case sets them
+    neighbour: bool = False  # whether another process kept one core busy
+    processor: str | None = None  # with family and model: cloud providers hide the name
+    native_bf16: bool | None = None  # whether it has instructions for products in bf16
     rounds: int = 0
     device_ms_p20: float | None = None
     device_ms_p50: float | None = None
@@ -158,7 +164,8 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     """Of every case the rows of its latest run, which were measured together."""
     cases: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        key = (row.sweep, row.level, row.model, row.direction, row.dtype, row.shape)
+        of = (row.sweep, row.level, row.model, row.direction, row.dtype, row.shape)
+        key = (*of, row.threads, row.neighbour)
         together = cases.setdefault(key, [])
         if together and together[0].time < row.time:
             together.clear()

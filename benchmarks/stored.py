@@ -130,7 +130,8 @@ class StoredRows:
         for row in self.rows:
             if (row.level, row.sweep, row.direction) == (level, sweep, direction):
                 dtypes.setdefault(row.dtype, len(dtypes))
-                cases.setdefault((row.model, row.dtype, row.shape), []).append(row)
+                case = (row.model, row.dtype, row.shape, row.threads, row.neighbour)
+                cases.setdefault(case, []).append(row)
         found = [Group(tuple(sorted(together, key=order))) for together in cases.values()]
         return sorted(found, key=lambda g: (dtypes[g.first.dtype], g.size))
 
@@ -157,6 +158,10 @@ def load(folder: Path) -> StoredRows:
 def provenance(found: Sequence[Row]) -> str:
     """Hardware, versions, commits and days of some rows, in a line."""
     parts = [", ".join(_distinct(row.device for row in found))]
+    processors = _distinct(row.processor for row in found)
+    parts += [f"processor {', '.join(processors)}"] if processors else []
+    bf16 = {True: "bf16 instructions", False: "no bf16 instructions"}
+    parts += [text for has, text in bf16.items() if any(row.native_bf16 is has for row in found)]
     for package in ("torch", "triton", "peft", "commit"):
         versions = _distinct(getattr(row, package) for row in found)
         if versions:

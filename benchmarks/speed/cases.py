@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
+DIRECTIONS = ("fwd", "bwd", "fwd+bwd", "inference")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Case:
     direction: str = "fwd+bwd"  # one of DIRECTIONS, or what else the level times, such as "merge"
     model: str | None = None
     sweep: str = "main"  # what varies from case to case or from provider to provider
+    threads: int | None = None  # intra-op; None: as many as PyTorch chooses
+    neighbour: bool = False  # whether another process keeps one core busy
 
     @property
     def shape(self) -> str:
@@ -38,8 +40,15 @@ class Case:
             return f"{self.n}->{self.m}"
         return f"{self.T}x{self.n}->{self.m}"
 
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """`("2t", "busy")`: what differs from an idle machine with PyTorch's threads."""
+        threads = () if self.threads is None else (f"{self.threads}t",)
+        return (*threads, *("busy",) * self.neighbour)
+
     def __str__(self) -> str:
-        return f"{self.level} {self.shape} {self.dtype} {self.direction} ({self.sweep})"
+        inside = ", ".join((self.sweep, *self.conditions))
+        return f"{self.level} {self.shape} {self.dtype} {self.direction} ({inside})"
 
     @property
     def sizes(self) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.environment import Environment
 from benchmarks.rows import Row
-from benchmarks.speed import memory
+from benchmarks.speed import conditions, memory
 from benchmarks.speed.cases import Case
 from benchmarks.speed.provider import BASELINE, Provider, UnavailableError, Workload
 from benchmarks.speed.timing import (
@@ -99,7 +99,7 @@ def measure(
 
     torch.compiler.reset()  # or shapes measured before would count towards its recompile limit
     try:
-        _measure(outcomes, problem, plan, stopwatch, device, complete)
+        _measure(outcomes, case, problem, plan, stopwatch, device, complete)
     finally:
         for outcome in outcomes:
             outcome.close()
@@ -108,6 +108,7 @@ def measure(
 
 def _measure(
     outcomes: Sequence[Outcome],
+    case: Case,
     problem: Callable[[], Any],
     plan: Plan,
     stopwatch: Stopwatch | None,
@@ -115,7 +116,7 @@ def _measure(
     complete: Callable[[Outcome], None],
 ) -> None:
     try:
-        stopwatch = stopwatch or stopwatch_for(device)
+        stopwatch = stopwatch or stopwatch_for(device, case.neighbour)
         made = problem()
     except Exception as error:
         for outcome in outcomes:
@@ -128,7 +129,7 @@ def _measure(
         if spent > plan.first_round_s:
             outcome.fail(f"not run: the first steps before it took {spent:.0f} s", skipped=True)
         else:
-            _first_step(outcome, made, stopwatch, device, plan)
+            _first_step(outcome, case, made, stopwatch, device, plan)
         if outcome.workload is None:
             complete(outcome)
 
@@ -139,7 +140,12 @@ def _measure(
     def failed(key: str, error: Exception) -> None:
         ready[key].fail(f"while timing: {_reason(error)}", gate="passed")
 
-    for samples in paired_rounds(steps, first_round, plan, stopwatch, failed):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(conditions.under(case))
+        if case.neighbour and steps:
+            stack.enter_context(conditions.busy_neighbour())
+        rounds = paired_rounds(steps, first_round, plan, stopwatch, failed)
+    for samples in rounds:
         for key, sample in samples.items():
             if ready[key].row.error is None:
                 ready[key].samples.append(sample)
@@ -154,7 +160,12 @@ def _measure(
 
 
 def _first_step(
-    outcome: Outcome, problem: Any, stopwatch: Stopwatch, device: torch.device, plan: Plan
+    outcome: Outcome,
+    case: Case,
+    problem: Any,
+    stopwatch: Stopwatch,
+    device: torch.device,
+    plan: Plan,
 ) -> None:
     """Build a provider, time and check its first step, and measure its memory."""
     saved = reason = None
@@ -164,7 +175,8 @@ def _first_step(
             saved = memory.saved_bytes(workload.forward, workload.parameters)
         if workload.compiles or device.type == "cuda":
             warm_up(workload.step)
-        outcome.first = timed(workload.step, stopwatch)
+        with conditions.under(case):
+            outcome.first = timed(workload.step, stopwatch)
         reason = workload.check()
         workload.step.release()
     except Exception as error:
@@ -183,7 +195,7 @@ def _first_step(
     )
     if plan.footprint:
         _measure_footprint(outcome, workload.step, device)
-    _free(device)
+        _free(device)  # a collection takes longer than a brief case does
 
 
 def _measure_footprint(outcome: Outcome, step: Step, device: torch.device) -> None:

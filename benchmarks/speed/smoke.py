@@ -41,7 +41,7 @@ Results = dict[str, Tensor | None]
 def _step(problem: LayerProblem, method: LayerMethod) -> LayerStep:
     problem.generator.manual_seed(0)  # the same adapter every time
     adapted = method.build(problem.base(), problem.generator)
-    return LayerStep(problem, adapted, adapted.layer)
+    return LayerStep(problem, adapted, adapted.layer, repeatable=True)
 
 
 def _run(step: LayerStep) -> Results:

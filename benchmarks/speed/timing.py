@@ -25,7 +25,7 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -57,12 +57,22 @@ Stopwatch = Callable[[Step], Sample]
 """Prepares a step and runs it, perhaps several times, and returns how long it took."""
 
 
-def host_stopwatch(step: Step) -> Sample:
-    """For the CPU, which has only the wall clock."""
-    step.prepare()
-    start = time.perf_counter()
-    step.run()
-    return Sample(time.perf_counter() - start)
+# How long a sample of short steps takes, with what is not timed between them. Beside a neighbour it
+# outlasts the time slices of the processes.
+_SAMPLE_S, _SAMPLE_BESIDE_NEIGHBOUR_S = 0.005, 0.05
+
+
+def host_stopwatch(step: Step, sample_s: float = _SAMPLE_S) -> Sample:
+    """For the CPU, which has only the wall clock; the mean of several runs of a short step."""
+    runs, seconds = 0, 0.0
+    end = time.perf_counter() + sample_s
+    while runs == 0 or time.perf_counter() < end:
+        step.prepare()
+        start = time.perf_counter()
+        step.run()
+        seconds += time.perf_counter() - start
+        runs += 1
+    return Sample(seconds / runs)
 
 
 # Larger than any GPU's last-level cache. It is read, not written: dirty lines would have to be
@@ -106,9 +116,13 @@ class CudaStopwatch:
 
 
 @functools.cache
-def stopwatch_for(device: torch.device) -> Stopwatch:
+def stopwatch_for(device: torch.device, neighbour: bool = False) -> Stopwatch:
     """The stopwatch for a device."""
-    return CudaStopwatch(device) if device.type == "cuda" else host_stopwatch
+    if device.type == "cuda":
+        return CudaStopwatch(device)
+    if neighbour:
+        return functools.partial(host_stopwatch, sample_s=_SAMPLE_BESIDE_NEIGHBOUR_S)
+    return host_stopwatch
 
 
 def warm_up(step: Step) -> None:
@@ -167,6 +181,8 @@ class Plan:
 
     budget_s: float = 30.0  # another round starts if it fits
     first_round_s: float = 300.0  # the first round starts no provider after this
+    min_rounds: int = 0  # these may take longer than the budget, up to longest_s
+    longest_s: float = 90.0
     max_rounds: int = 50
     # With fewer rounds than this, the first round counts as well instead of being a warm-up: a step
     # then takes seconds, and a warm-up does not matter.
@@ -174,6 +190,16 @@ class Plan:
     graph_s: float = 0.005  # GPU steps shorter than this are also timed as CUDA graphs
     graph_budget_s: float = 2.0
     footprint: bool = True  # whether peak memory and launches are measured, in separate runs
+
+    def brief(self) -> Plan:
+        """For one of many cases."""
+        return replace(
+            self,
+            budget_s=min(self.budget_s, 3.0),
+            min_rounds=min(self.max_rounds, 7),
+            max_rounds=min(self.max_rounds, 40),
+            footprint=False,
+        )
 
 
 Round = Mapping[str, Sample]
@@ -212,7 +238,10 @@ def paired_rounds(
     estimate = sum(sample.wall for sample in first_round.values())
     rounds: list[Round] = []
     begun = now()
-    while names and len(rounds) < plan.max_rounds and now() - begun + estimate <= plan.budget_s:
+    while names and len(rounds) < plan.max_rounds:
+        limit = plan.longest_s if len(rounds) < plan.min_rounds else plan.budget_s
+        if now() - begun + estimate > limit:
+            break
         samples: dict[str, Sample] = {}
         start = now()
         for name in order(names, len(rounds)):

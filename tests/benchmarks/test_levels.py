@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from benchmarks.environment import Environment
 from benchmarks.rows import Row
 from benchmarks.speed import methods
 from benchmarks.speed.cases import Case, Scope, parse_shape
-from benchmarks.speed.levels import LEVELS, merge, model
+from benchmarks.speed.levels import LEVELS, layer, merge, model
 from benchmarks.speed.methods import AdaptedLayer, LayerMethod
 from benchmarks.speed.provider import BASELINE
 
@@ -44,6 +45,37 @@ def test_cases_and_providers_are_distinct(scope: Scope) -> None:
         assert len(keys) == len(set(keys)), case
     if scope.gpu:  # a run that is cut off has the goals' shapes
         assert [case.sizes for case in cases[:2]] == [(8192, 4096, 4096), (4096, 768, 768)]
+
+
+@pytest.mark.parametrize(("cores", "native_bf16"), [(1, True), (2, False), (8, None)])
+def test_cpu_sweep_fits_the_machine_and_leaves_out_what_is_slow(
+    cores: int, native_bf16: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "native_bf16", lambda: native_bf16)
+    monkeypatch.setattr(environment, "available_cores", lambda: cores)
+    cases = [case for case in layer.cases(Scope("cpu")) if case.sweep == layer.CPU_SWEEP]
+    assert {case.threads for case in cases} == set(range(1, 1 + min(cores, 2)))
+    assert {case.neighbour for case in cases} == {False, cores > 1}
+    for case in cases:
+        names = {provider.name for provider in layer.providers(case)}
+        assert {BASELINE, "dcft", "lora_r1", "lora_r8", "lora_by_hand"} <= names
+        assert ("lokr" in names) == ("published" in names) == (math.prod(case.sizes) < 2**31)
+    large = {case.dtype for case in cases if math.prod(case.sizes) >= 2**31}
+    assert large == ({"fp32"} if native_bf16 is False else {"fp32", "bf16"})
+
+
+@pytest.mark.slow
+def test_cpu_sweep_has_rows_of_every_setting(tmp_path: Path) -> None:
+    arguments = ["--only", "layer-cpu-.*-(dcft|lora_r1)$", "--tiny", "--device", "cpu"]
+    arguments += ["--case-budget", "0"]
+    assert command.main([*arguments, "--out", str(tmp_path)]) == 0
+    stored = rows.read(tmp_path / rows.ROWS_FILE)
+    assert {(r.gate, r.error) for r in stored} == {("passed", None)}
+    threads = {(t, False) for t in (1, 2)[: environment.available_cores()]}
+    threads |= {(2, True)} if len(threads) == 2 else set()
+    assert {(r.threads, r.neighbour) for r in stored} == threads
+    assert {r.direction for r in stored} == {"fwd+bwd", "inference"}
+    assert {r.processor for r in stored} == {environment.processor()}
 
 
 @pytest.mark.slow
@@ -186,7 +218,7 @@ def test_line_that_is_not_a_row_is_named(tmp_path: Path, line: str) -> None:
 def test_latest_takes_whole_runs_of_a_case() -> None:
     old = [row(name, time="2026-01-01") for name in ("frozen", "dcft", "lora_r8")]
     new = [row(name, time="2026-01-02") for name in ("frozen", "dcft")]
-    other = [row(T=99), row(sweep="rank")]
+    other = [row(T=99), row(sweep="rank"), row(threads=2), row(threads=2, neighbour=True)]
     assert rows.latest([*old, *other, *new]) == [*new, *other]
 
 
@@ -213,6 +245,24 @@ def test_commit_tells_whether_measured_code_was_changed(tmp_path: Path) -> None:
     assert environment.commit(tmp_path) == clean
     code.write_text("2\n")
     assert environment.commit(tmp_path) == f"{clean}-dirty"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "processor"),
+    [
+        (
+            {"model name": "AMD EPYC", "cpu family": "25", "model": "17"},
+            "AMD EPYC, family 25, model 17",
+        ),
+        ({"model name": "Intel(R) Xeon(R) CPU @ 2.20GHz"}, "Intel Xeon"),
+    ],
+)
+def test_processor_has_family_and_model(
+    cpuinfo: dict[str, str], processor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "_cpuinfo", lambda: cpuinfo)
+    assert environment.processor() == processor
+    assert environment.device_name(CPU).startswith(processor.partition(",")[0])
 
 
 def test_slug_is_a_folder_name() -> None:

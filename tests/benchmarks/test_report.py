@@ -86,6 +86,30 @@ def test_sweeps_have_separate_tables() -> None:
     assert "| DCFT | 1.10 |\n| DCFT, k=2 | 1.20 |" in rank
 
 
+def test_cpu_sweep_answers_the_goals() -> None:
+    def case(T: int, ratios: dict[str, float], **values: object) -> list[Row]:
+        shape = {"T": T, "n": 768, "m": 768, "sweep": "cpu", "threads": 2}
+        return [timed(p, r, **{**shape, **values}) for p, r in ratios.items()]
+
+    quicker = {"frozen": 1.0, "dcft": 1.1, "lora_r1": 1.2, "lora_r8": 1.3, "lora_by_hand": 1.08}
+    slower = {"frozen": 1.0, "dcft": 1.3, "lora_r1": 1.4, "lora_r8": 1.25, "lora_by_hand": 1.0}
+    found = [*case(128, slower), *case(512, quicker), *case(2048, quicker)]
+    found += case(16, slower)  # too few tokens to count
+    found += case(1, slower, direction="inference")
+    busy = {"frozen": 1.0, "dcft": 2.2, "lora_r1": 3.6}
+    found += case(512, busy, neighbour=True)
+    text = text_of(found)
+    assert "| 1 of 3; worst 1.04, 128x768, 2 threads | 0 of 1; worst 0.61, 512x768," in text
+    assert "by hand | 1 of 3; worst 1.30, 128x768, 2 threads | – |" in text
+    assert "frozen | worst 1.10, 512x768, 2 threads | worst 2.20, 512x768, 2 threads, busy" in text
+    assert "frozen | worst 1.30, 1x768, 2 threads | – |" in text
+    assert "neighbour: DCFT | – | 2.00 |" in text
+    assert "neighbour: LoRA r=1 (peft) | – | 3.00 |" in text
+    training = text.partition("#### fp32 training, 2 threads\n")[2]
+    assert "| 512x768 | 20.0 | 1.10 | 1.20 | 1.30 | 1.08 | 9 |" in training
+    assert "#### fp32 training, 2 threads, busy neighbour" in training
+
+
 def test_levels_without_a_frozen_layer_have_times_and_rates() -> None:
     shape = {"level": "merge", "direction": "merge", "T": None}
     text = text_of([on_gpu("copy", 0.9, 1, **shape), on_gpu("dcft", 1.0, 1, gb_per_s=9.5, **shape)])

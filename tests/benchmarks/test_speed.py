@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from benchmarks.environment import Environment
 from benchmarks.rows import Row
-from benchmarks.speed import gate, memory, methods, timing
+from benchmarks.speed import conditions, gate, memory, methods, timing
 from benchmarks.speed.cases import DTYPES, Case
 from benchmarks.speed.levels import layer
-from benchmarks.speed.levels.layer import LayerProblem
+from benchmarks.speed.levels.layer import LayerProblem, LayerStep
 from benchmarks.speed.measure import Outcome, measure
 from benchmarks.speed.methods import LAYER_METHODS, AdaptedLayer, LayerMethod
 from benchmarks.speed.provider import BASELINE, Provider, UnavailableError, Workload
@@ -71,13 +71,33 @@ def test_every_method_passes_the_gate_and_is_timed(dtype: str) -> None:
     assert saved["published"] > x + case.n * case.m * size  # DW
 
 
-@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("direction", ["fwd", "bwd", "inference"])
 def test_single_directions_pass_the_gate(direction: str) -> None:
     case = replace(SMALL["fp32"], direction=direction)
     for outcome in outcomes_of(
         case, *methods.by_name(BASELINE, "dcft", "lora_r8", "dora")
     ).values():
         assert (outcome.row.gate, outcome.row.direction) == ("passed", direction)
+
+
+@pytest.mark.parametrize("direction", ["fwd+bwd", "inference"])
+@pytest.mark.parametrize("method", methods.by_name("dcft", "lora_r1", "lora_by_hand"))
+def test_parameters_change_between_training_steps_alone(
+    method: LayerMethod, direction: str
+) -> None:
+    problem = LayerProblem(replace(SMALL["fp32"], direction=direction), CPU)
+    workload = method.provider(layer._workload).build(problem)
+    training = direction == "fwd+bwd"
+    step: LayerStep = workload.step  # type: ignore[assignment]
+    assert (problem.x.requires_grad, step.module.training) == (training, training)
+    trained = list(step.trained.values())
+    for _ in range(2):
+        before = [parameter.detach().clone() for parameter in trained]
+        step.prepare()
+        changed = {bool((p != b).all()) for p, b in zip(trained, before, strict=True)}
+        assert changed == {training}
+        step.run()
+        assert workload.check() is None
 
 
 @pytest.mark.parametrize("make", [methods.dcft, methods.published_dcft])
@@ -277,6 +297,8 @@ class Idle:
         (Plan(budget_s=12, max_rounds=7), 6),  # 2 s per round
         (Plan(budget_s=9, max_rounds=7), 5),  # four rounds fit, and the first one counts too
         (Plan(budget_s=1, max_rounds=7), 1),  # none fits: only the first one
+        (Plan(budget_s=1, min_rounds=6, max_rounds=7), 6),
+        (Plan(budget_s=1, min_rounds=6, max_rounds=7, longest_s=10), 5),
     ],
 )
 def test_rounds_keep_to_the_plan(plan: Plan, rounds: int) -> None:
@@ -293,6 +315,49 @@ def test_rounds_keep_to_the_plan(plan: Plan, rounds: int) -> None:
     )
     assert len(found) == rounds
     assert all(set(samples) == {"a", "b"} for samples in found)
+
+
+@pytest.mark.parametrize(("seconds", "runs"), [(0.001, 2), (1.0, 1)])
+def test_sample_of_a_short_step_is_the_mean_of_several_runs(
+    seconds: float, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    calls: list[str] = []
+
+    class Step(Idle):
+        def prepare(self) -> None:
+            clock.now += 0.002
+            calls.append("prepare")
+
+        def run(self) -> None:
+            clock.now += seconds
+            calls.append("run")
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
+    assert timing.host_stopwatch(Step(), sample_s=0.005).wall == pytest.approx(seconds)
+    assert calls == ["prepare", "run"] * runs
+
+
+def test_conditions_hold_and_are_undone_after_an_error() -> None:
+    def state() -> tuple[int, bool]:
+        return torch.get_num_threads(), torch.is_grad_enabled()
+
+    before = state()
+    case = replace(SQUARE, direction="inference", threads=before[0] + 1)
+    inside = []
+
+    def fail() -> None:
+        with conditions.under(case), conditions.busy_neighbour() as neighbour:
+            inside.extend([state(), neighbour.poll(), neighbour])
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    threads_and_gradients, status, neighbour = inside
+    assert threads_and_gradients == (before[0] + 1, False)
+    assert status is None  # it was running
+    assert neighbour.poll() is not None
+    assert state() == before
 
 
 def idle(name: str = "idle", **values) -> Provider:
@@ -396,7 +461,9 @@ def test_provider_that_fails_in_a_round_leaves_the_others() -> None:
 
     failing = Provider("failing", lambda problem: Workload(FailsThirdTime(), lambda: None))
     written: list[Row] = []
-    rows = measure_idle(idle(BASELINE), failing, idle(), record=written.append)
+    rows = measure_idle(
+        idle(BASELINE), failing, idle(), record=written.append, stopwatch=two_clocks
+    )
     assert [row.rounds for row in rows] == [5, 0, 5]
     assert rows[1].error == "while timing: OutOfMemoryError: out of memory"
     assert {row.provider for row in written} == {BASELINE, "failing", "idle"}
