@@ -102,7 +102,7 @@ def is_traced(tensor: Tensor) -> bool:
 
 
 def _flatten(adapter: Adapter) -> tuple[Any, ...]:
-    A, B, C, scaling, (rank, outputs, inputs), dropout_p, seed = adapter
+    A, B, C, scaling, (rank, outputs, inputs), dropout_p, seed, _ = adapter
     return A, B, C, seed, scaling, (rank, *outputs, *inputs), dropout_p
 
 
@@ -157,6 +157,8 @@ class _Layer(torch.autograd.Function):
         strategy: str,
     ) -> tuple[Tensor, Tensor]:
         with autocast.suspended(x):
+            if strategy == "torch":
+                adapter = torch_backend.with_matrices(adapter, x.dtype)
             y, U = _passes(strategy).forward(x, weight, bias, base, adapter)
         _save(ctx, x, weight, U, adapter, strategy)
         return y, U

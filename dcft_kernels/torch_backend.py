@@ -20,7 +20,6 @@ block of rows at a time.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -79,7 +78,7 @@ def forward(
         y = saved(base).clone(memory_format=torch.contiguous_format)
     else:
         y = F.linear(x, weight, bias)
-    P, Q = _kept_matrices(adapter, compute_dtype(x.dtype, x.device))
+    P, Q = adapter.matrices or _kept_matrices(adapter, x.dtype)
     U = _shrink(P, drop(x, adapter.dropout_p, adapter.seed))
     _expand_(y, U, Q)
     return y, U.t()
@@ -126,8 +125,7 @@ def backward(
         adapter: as in the forward.
         needs: which gradients to compute.
     """
-    dtype = compute_dtype(g.dtype, g.device)
-    P, Q = _kept_matrices(adapter, dtype)
+    P, Q = adapter.matrices or _kept_matrices(adapter, g.dtype)
     mask = _mask(g, adapter, needs)
     grad_x = grad_P = grad_Q = None
     if needs.x or needs.A:
@@ -142,7 +140,7 @@ def backward(
     if needs.A:
         grad_P = _sum_rows(Ub, saved(x) if mask is None else saved(x) * mask)
     if needs.B or needs.C:
-        grad_Q = _sum_rows(saved(U).t().to(dtype), g)
+        grad_Q = _sum_rows(saved(U).t(), g, adapter.scaling)
     return _gradients(g, x, grad_x, grad_P, grad_Q, adapter, needs)
 
 
@@ -180,7 +178,7 @@ def composite_backward(  # noqa: D417 - the others are `backward`'s
     if needs.A:
         grad_P = Ub.t() @ (saved(x) if mask is None else saved(x) * mask).to(dtype)
     if needs.B or needs.C:
-        grad_Q = saved(U).to(dtype).t() @ wide
+        grad_Q = _scaled(saved(U).to(dtype).t() @ wide, adapter.scaling)
     return _gradients(g, x, grad_x, grad_P, grad_Q, adapter, needs)
 
 
@@ -201,23 +199,22 @@ def _gradients(
     adapter: Adapter,
     needs: Needs,
 ) -> Gradients:
-    """All gradients, from those of `P` and `Q`."""
-    A, B, C, scaling, geometry, *_ = adapter
+    """All gradients, from those of `P` and `s Q`."""
+    A, B, C, _, (rank, outputs, inputs), *_ = adapter
     grad_A = grad_B = grad_C = None
     if grad_P is not None:
-        windows = _windows(grad_P, geometry.rank, geometry.inputs)
-        grad_A = windows.diagonal(dim1=1, dim2=3).sum(2, dtype=A.dtype)
+        grad_A = _entries(_to_span(grad_P, inputs), rank, inputs).sum(1, dtype=A.dtype)
     if grad_Q is not None:
-        windows = _windows(grad_Q, geometry.rank, geometry.outputs)
-        # `[J*k, d_out*d_in]`: a window of one rank is an outer product of an entry of B and C.
-        rows = windows.permute(2, 0, 3, 1).reshape(B.numel(), C.numel())
+        grad_Q = _to_span(grad_Q, outputs)
+        # `[J, k, d_out, d_in]`: a window of one rank is an outer product of an entry of B and C.
+        shape = (outputs.windows, rank, outputs.width, inputs.width)
+        strides = (outputs.stride, inputs.width * outputs.span, 1, outputs.span)
+        rows = grad_Q.as_strided(shape, strides).reshape(B.numel(), C.numel())
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if needs.B:
-            grad_B = _scaled(rows @ C.to(rows.dtype).reshape(-1), scaling)
-            grad_B = grad_B.reshape(B.shape).to(B.dtype)
+            grad_B = torch.mv(rows, C.to(rows.dtype).reshape(-1)).reshape(B.shape).to(B.dtype)
         if needs.C:
-            grad_C = _scaled(B.to(rows.dtype).reshape(-1) @ rows, scaling)
-            grad_C = grad_C.reshape(C.shape).to(C.dtype)
+            grad_C = torch.mv(rows.t(), B.to(rows.dtype).reshape(-1)).reshape(C.shape).to(C.dtype)
     return Gradients(
         x=grad_x,
         weight=g.t() @ saved(x) if needs.weight else None,
@@ -234,21 +231,18 @@ def delta_weight(adapter: Adapter) -> Tensor:
     return Q.t() @ P
 
 
-def matrices(
-    adapter: Adapter, dtype: torch.dtype, *, differentiable: bool = True
-) -> tuple[Tensor, Tensor]:
-    """`P [k*d_in, n]` and `Q [k*d_in, m]` with `s DW = Q^T P`."""
+def matrices(adapter: Adapter, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`P [k*d_in, n]` and `Q [k*d_in, m]` with `s DW = Q^T P`; differentiable."""
     rank, outputs, inputs = adapter.geometry
-    spread = _spread if differentiable else _spread_by_strides
-    wide = adapter.widened(adapter.dtype)  # each entry is rounded once
-    P, S = spread(wide.A, inputs), spread(wide.B.t(), outputs)
-    Q = torch.bmm(_scaled(wide.C.t(), adapter.scaling).expand(rank, -1, -1), S)
+    A, B, C, scaling, *_ = adapter.widened(adapter.dtype)  # each entry is rounded once
+    P, S = _spread(A, inputs), _spread(B.t(), outputs)
+    Q = torch.bmm(_scaled(C.t(), scaling).expand(rank, -1, -1), S)
     P, Q = (matrix.reshape(rank * inputs.width, -1).to(dtype) for matrix in (P, Q))
     return P, Q
 
 
 def _spread(factor: Tensor, side: Side) -> Tensor:
-    """`spread(f)[κ, r, l*s + r] = f[κ, l]` and zeros elsewhere, `[k, w, size]`; differentiable."""
+    """`spread(f)[κ, r, l*s + r] = f[κ, l]` and zeros elsewhere, `[k, w, size]`."""
     rank, width, span = factor.shape[0], side.width, side.span
     # Equal rows of `span + 1` elements, reread as rows of `span`, are each shifted by one.
     rows = factor.new_zeros(rank, width, span + 1)
@@ -257,13 +251,23 @@ def _spread(factor: Tensor, side: Side) -> Tensor:
     return rows.reshape(rank, width, span)[:, :, : side.size]
 
 
-def _spread_by_strides(factor: Tensor, side: Side) -> Tensor:
-    """`_spread` in half the time: transforms and exports don't take `as_strided`."""
-    rank, width, span = factor.shape[0], side.width, side.span
-    matrix = factor.new_zeros(rank, width, span)
-    entries = matrix.as_strided((rank, width, side.windows), (width * span, span + 1, side.stride))
-    entries.copy_(factor.unsqueeze(1))
-    return matrix[:, :, : side.size]
+def _matrices(adapter: Adapter, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`matrices` in fewer operations, which transforms and exports do not all take."""
+    A, B, C, scaling, (rank, outputs, inputs), *_ = adapter
+    P = A.new_zeros(rank * inputs.width, inputs.span, dtype=dtype)
+    _entries(P, rank, inputs).copy_(A.unsqueeze(1))
+    if outputs.stride != outputs.width:
+        return P[:, : inputs.size], matrices(adapter, dtype)[1]
+    # kron(B^T, s C^T)
+    Q = B.new_empty(rank, inputs.width, outputs.windows, outputs.width, dtype=dtype)
+    torch.mul(B.t()[:, None, :, None], _scaled(C, scaling).t()[:, None], out=Q)
+    return P[:, : inputs.size], Q.view(P.shape[0], outputs.span)[:, : outputs.size]
+
+
+def _entries(matrix: Tensor, rank: int, side: Side) -> Tensor:
+    """The entries of a contiguous spread matrix `[k*w, span]` that are not zero, `[k, w, L]`."""
+    strides = (side.width * side.span, side.span + 1, side.stride)
+    return matrix.as_strided((rank, side.width, side.windows), strides)
 
 
 class _Kept(NamedTuple):
@@ -283,35 +287,38 @@ class _Kept(NamedTuple):
 _kept: dict[int, _Kept] = {}
 
 
-def _kept_matrices(adapter: Adapter, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`matrices`, computed anew only if the adapter has changed; not differentiable."""
+def with_matrices(adapter: Adapter, tokens: torch.dtype) -> Adapter:
+    """The adapter with its matrices for tokens of this dtype."""
+    return adapter._replace(matrices=_kept_matrices(adapter, tokens))
+
+
+def _kept_matrices(adapter: Adapter, tokens: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The adapter's matrices for tokens of this dtype, computed anew if it has changed."""
     A, B, C, scaling, geometry, *_ = adapter
+    dtype = compute_dtype(tokens, A.device)
     if not A.is_cpu or type(A) not in (Tensor, Parameter):
         # To compare would be to wait for the device.
-        return matrices(adapter, dtype, differentiable=False)
+        return _matrices(adapter, dtype)
     key, settings = id(A), (scaling, geometry, dtype, A.dtype, B.dtype, C.dtype)
     kept = _kept.get(key)
     if (
-        kept is not None
-        and kept.settings == settings
-        and torch.equal(kept.A, A)
-        and torch.equal(kept.B, B)
-        and torch.equal(kept.C, C)
+        kept is None
+        or kept.settings != settings
+        or not torch.equal(kept.A, A)
+        or not torch.equal(kept.B, B)
+        or not torch.equal(kept.C, C)
     ):
-        return kept.matrices
-    # Of copies: what another thread changes meanwhile, the next comparison finds.
-    copy = adapter._replace(A=A.clone(), B=B.clone(), C=C.clone())
-    built = matrices(copy, dtype, differentiable=False)
-    owner = weakref.ref(A, lambda _: _kept.pop(key, None))
-    _kept[key] = _Kept(settings, copy.A, copy.B, copy.C, built, owner)
-    return built
+        # Of copies: what another thread changes meanwhile, the next comparison finds.
+        copy = adapter._replace(A=A.clone(), B=B.clone(), C=C.clone())
+        owner = weakref.ref(A, lambda _: _kept.pop(key, None))
+        kept = _Kept(settings, copy.A, copy.B, copy.C, _matrices(copy, dtype), owner)
+        _kept[key] = kept
+    return kept.matrices
 
 
-def _windows(matrix: Tensor, rank: int, side: Side) -> Tensor:
-    """`[k*w', size]` read as `[k, w', L, w]`: window `l` is the columns `l*s .. l*s + w - 1`."""
-    if side.span > side.size:
-        matrix = F.pad(matrix, (0, side.span - side.size))
-    return matrix.reshape(rank, -1, side.span).unfold(2, side.width, side.stride)
+def _to_span(matrix: Tensor, side: Side) -> Tensor:
+    """Add the columns that `side.size` cropped."""
+    return F.pad(matrix, (0, side.span - side.size)) if side.span > side.size else matrix
 
 
 def _scaled(factor: Tensor, scaling: float) -> Tensor:
@@ -332,8 +339,9 @@ def _row_blocks(z: Tensor) -> list[slice]:
 def _shrink(matrix: Tensor, z: Tensor) -> Tensor:
     """`matrix z^T` `[r, T]`; matrix `[r, size]`, `z [T, size]`."""
     if z.dtype == matrix.dtype:
-        return matrix @ z.t()
-    return torch.cat([matrix @ z[rows].to(matrix.dtype).t() for rows in _row_blocks(z)], 1)
+        return torch.mm(matrix, z.t())
+    blocks = [torch.mm(matrix, z[rows].to(matrix.dtype).t()) for rows in _row_blocks(z)]
+    return torch.cat(blocks, 1)
 
 
 def _expand_(z: Tensor, v: Tensor, matrix: Tensor) -> Tensor:
@@ -341,16 +349,18 @@ def _expand_(z: Tensor, v: Tensor, matrix: Tensor) -> Tensor:
     if z.dtype == matrix.dtype:
         return z.addmm_(v.t(), matrix)
     for rows in _row_blocks(z):
-        z[rows].add_(v[:, rows].t() @ matrix)
+        z[rows].add_(torch.mm(v[:, rows].t(), matrix))
     return z
 
 
-def _sum_rows(v: Tensor, z: Tensor) -> Tensor:
-    """`v z` `[r, size]`, a sum over tokens; `v [r, T]`, `z [T, size]`."""
+def _sum_rows(v: Tensor, z: Tensor, scaling: float = 1.0) -> Tensor:
+    """`scaling v z` `[r, size]`, a sum over tokens; `v [r, T]`, `z [T, size]`."""
+    total = v.new_empty(v.shape[0], z.shape[1])
     if z.dtype == v.dtype:
-        return v @ z
-    blocks = (v[:, rows] @ z[rows].to(v.dtype) for rows in _row_blocks(z))
-    return functools.reduce(Tensor.add_, blocks)
+        return total.addmm_(v, z, beta=0, alpha=scaling)
+    for start, rows in enumerate(_row_blocks(z)):
+        total.addmm_(v[:, rows], z[rows].to(v.dtype), beta=min(start, 1), alpha=scaling)
+    return total
 
 
 def base_grad(g: Tensor, weight: Tensor) -> Tensor:
