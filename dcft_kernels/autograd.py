@@ -158,7 +158,7 @@ class _Layer(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with autocast.suspended(x):
             if strategy == "torch":
-                adapter = torch_backend.with_matrices(adapter, x.dtype)
+                adapter = adapter._replace(matrices=torch_backend.new_matrices(adapter, x.dtype))
             y, U = _passes(strategy).forward(x, weight, bias, base, adapter)
         _save(ctx, x, weight, U, adapter, strategy)
         return y, U

@@ -1,21 +1,22 @@
 """The layer's passes as PyTorch operations, for any device: the adapter as the LoRA it equals.
 
-Notation and derivation: with tokens `x [T, n]`, `DW` of `adapter` and `r = k*d_in`,
-`s DW = Q^T P`, where
+Notation and derivation: with tokens `x [T, n]` and `DW` of `adapter`, `DW = S^T C P`, where
 
-    P = spread(A) [r, n]                   Q = (s C^T) S [r, m],  S = spread(B^T) [k*d_out, m]
+    P = spread(A) [k, d_in, n]             S = spread(B^T) [k, d_out, m]
 
-    U = x P^T                              y = x W^T + b, then y += U Q
-    Ub = g Q^T                             gx = g W, then gx += Ub P
-    gP = Ub^T x, summed to gA              gQ = U^T g, summed to gB and gC
+are as large as the factors of a LoRA of rank `k*d` (for tiling windows, `kron(A, I)`), and `C`
+mixes the rows of each rank:
 
-The matrices are as large as the factors of a LoRA of rank `r`. `spread` takes every geometry:
-overlapping windows and ragged ends are nowhere else. No step touches an `[m, n]` tensor other than
-the base weight.
+    U = P x^T            V = C U           y = x W^T + b, then y += s V^T S
+    Vb = S g^T           Ub = C^T Vb       gx = g W, then gx += s Ub^T P
+    gP = s Ub x, summed to gA              gS = s V g, summed to gB          gC = s sum_κ Vb U^T
 
-`U` and `Ub` are computed as `[r, T]`: on a CPU, products with few rows are twice as fast as those
-with few columns. Where the CPU has no 16-bit products, 16-bit inputs are computed in float32, a
-block of rows at a time.
+`spread` takes every geometry: overlapping windows and ragged ends are nowhere else. No step touches
+an `[m, n]` tensor other than the base weight.
+
+`U`, `V` and their gradients are computed as `[k, d, T]`: on a CPU, products with few rows are twice
+as fast as those with few columns. Where the CPU has no 16-bit products, 16-bit inputs are computed
+in float32, a block of rows at a time.
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ def forward(
         y = saved(base).clone(memory_format=torch.contiguous_format)
     else:
         y = F.linear(x, weight, bias)
-    P, Q = adapter.matrices or _kept_matrices(adapter, x.dtype)
+    P, S, C = adapter.matrices or kept_matrices(adapter, x.dtype)
     U = _shrink(P, drop(x, adapter.dropout_p, adapter.seed))
-    _expand_(y, U, Q)
+    _expand_(y, _mix(C, U), S, adapter.scaling)
     return y, U.t()
 
 
@@ -101,10 +102,11 @@ def composite_forward(  # noqa: D417 - the others are `forward`'s
     """
     y = saved(base) if weight is None else F.linear(x, weight, bias)
     dtype = compute_dtype(x.dtype, x.device)
-    P, Q = matrices(adapter, dtype)
+    P, S, C = _spread_factors(adapter, dtype, _spread)
     dropped = F.dropout(x, adapter.dropout_p) if adapter.dropout_p > 0.0 else x
     U = P @ dropped.to(dtype).t()
-    return torch.addmm(y.to(dtype), (U if h is None else h(U)).t(), Q).to(y.dtype)
+    V = _mix(C, U if h is None else h(U))
+    return torch.addmm(y.to(dtype), V.t(), S, alpha=adapter.scaling).to(y.dtype)
 
 
 def backward(
@@ -125,23 +127,27 @@ def backward(
         adapter: as in the forward.
         needs: which gradients to compute.
     """
-    P, Q = adapter.matrices or _kept_matrices(adapter, g.dtype)
-    mask = _mask(g, adapter, needs)
-    grad_x = grad_P = grad_Q = None
+    P, S, C = adapter.matrices or kept_matrices(adapter, g.dtype)
+    rank, scaling, mask = adapter.geometry.rank, adapter.scaling, _mask(g, adapter, needs)
+    grad_x = grad_P = grad_S = grad_C = None
+    if needs.x or needs.A or needs.C:
+        Vb = _shrink(S, g)
     if needs.x or needs.A:
-        Ub = _shrink(Q, g)
+        Ub = _mix(C.t(), Vb)
+    if needs.B:
+        grad_S = _sum_rows(_mix(C, saved(U).t()), g, scaling)
+    if needs.C:
+        grad_C = _sum_ranks(Vb, saved(U), rank, scaling)
     if needs.x:
         if mask is None:
             grad_x = g.new_zeros(len(g), P.shape[1]) if weight is None else base_grad(g, weight)
-            _expand_(grad_x, Ub, P)
+            _expand_(grad_x, Ub, P, scaling)
         else:
-            grad_x = _expand_(g.new_zeros(mask.shape), Ub, P).mul_(mask)
+            grad_x = _expand_(g.new_zeros(mask.shape), Ub, P, scaling).mul_(mask)
             grad_x = grad_x if weight is None else grad_x.add_(base_grad(g, weight))
     if needs.A:
-        grad_P = _sum_rows(Ub, saved(x) if mask is None else saved(x) * mask)
-    if needs.B or needs.C:
-        grad_Q = _sum_rows(saved(U).t(), g, adapter.scaling)
-    return _gradients(g, x, grad_x, grad_P, grad_Q, adapter, needs)
+        grad_P = _sum_rows(Ub, saved(x) if mask is None else saved(x) * mask, scaling)
+    return _gradients(g, x, grad_x, grad_P, grad_S, grad_C, adapter, needs)
 
 
 def composite_backward(  # noqa: D417 - the others are `backward`'s
@@ -161,25 +167,29 @@ def composite_backward(  # noqa: D417 - the others are `backward`'s
         grad_U: `[T, k*d_in]`, gradient of `U` as an output: only a double backward has one.
     """
     dtype = torch.promote_types(g.dtype, torch.float32)
-    P, Q = matrices(adapter, dtype)
+    P, S, C = _spread_factors(adapter, dtype, _spread)
+    rank, scaling = adapter.geometry.rank, adapter.scaling
     with torch._C._ExcludeDispatchKeyGuard(_VMAP_MODES):
         mask = _mask(g, adapter, needs)
-    grad_x = grad_P = grad_Q = None
+    grad_x = grad_P = grad_S = grad_C = None
     wide = g.to(dtype)
-    Ub = wide @ Q.t()
+    Vb = S @ wide.t()
+    Ub = scaling * _mix(C.t(), Vb)
     if grad_U is not None:
-        Ub = Ub + grad_U
+        Ub = Ub + grad_U.to(dtype).t()
     if needs.x:
-        grad_x = (Ub @ P).to(g.dtype)
+        grad_x = (Ub.t() @ P).to(g.dtype)
         grad_x = grad_x if mask is None else grad_x * mask
         if weight is not None:
             narrow = compute_dtype(g.dtype, g.device)
             grad_x = grad_x + (g.to(narrow) @ weight.to(narrow)).to(g.dtype)
     if needs.A:
-        grad_P = Ub.t() @ (saved(x) if mask is None else saved(x) * mask).to(dtype)
-    if needs.B or needs.C:
-        grad_Q = _scaled(saved(U).to(dtype).t() @ wide, adapter.scaling)
-    return _gradients(g, x, grad_x, grad_P, grad_Q, adapter, needs)
+        grad_P = Ub @ (saved(x) if mask is None else saved(x) * mask).to(dtype)
+    if needs.B:
+        grad_S = scaling * (_mix(C, saved(U).to(dtype).t()) @ wide)
+    if needs.C:
+        grad_C = _sum_ranks(Vb, saved(U).to(dtype), rank, scaling)
+    return _gradients(g, x, grad_x, grad_P, grad_S, grad_C, adapter, needs)
 
 
 def _mask(g: Tensor, adapter: Adapter, needs: Needs) -> Tensor | None:
@@ -195,73 +205,58 @@ def _gradients(
     x: Tensor | None,
     grad_x: Tensor | None,
     grad_P: Tensor | None,
-    grad_Q: Tensor | None,
+    grad_S: Tensor | None,
+    grad_C: Tensor | None,
     adapter: Adapter,
     needs: Needs,
 ) -> Gradients:
-    """All gradients, from those of `P` and `s Q`."""
+    """All gradients, from those of the spread factors."""
     A, B, C, _, (rank, outputs, inputs), *_ = adapter
-    grad_A = grad_B = grad_C = None
-    if grad_P is not None:
-        grad_A = _entries(_to_span(grad_P, inputs), rank, inputs).sum(1, dtype=A.dtype)
-    if grad_Q is not None:
-        grad_Q = _to_span(grad_Q, outputs)
-        # `[J, k, d_out, d_in]`: a window of one rank is an outer product of an entry of B and C.
-        shape = (outputs.windows, rank, outputs.width, inputs.width)
-        strides = (outputs.stride, inputs.width * outputs.span, 1, outputs.span)
-        rows = grad_Q.as_strided(shape, strides).reshape(B.numel(), C.numel())
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        if needs.B:
-            grad_B = torch.mv(rows, C.to(rows.dtype).reshape(-1)).reshape(B.shape).to(B.dtype)
-        if needs.C:
-            grad_C = torch.mv(rows.t(), B.to(rows.dtype).reshape(-1)).reshape(C.shape).to(C.dtype)
+    grad_A = None if grad_P is None else _collapse(grad_P, rank, inputs, A.dtype)
+    grad_B = None if grad_S is None else _collapse(grad_S, rank, outputs, B.dtype).t()
     return Gradients(
         x=grad_x,
         weight=g.t() @ saved(x) if needs.weight else None,
         bias=g.sum(0) if needs.bias else None,
         A=grad_A,
         B=grad_B,
-        C=grad_C,
+        C=None if grad_C is None else grad_C.to(C.dtype),
     )
 
 
 def delta_weight(adapter: Adapter) -> Tensor:
     """`scaling * DW` `[m, n]`, in the factors' common dtype; differentiable."""
-    P, Q = matrices(adapter, adapter.dtype)
-    return Q.t() @ P
+    P, S, C = _spread_factors(adapter, adapter.dtype, _spread)
+    return adapter.scaling * (S.t() @ _mix(C, P))
 
 
-def matrices(adapter: Adapter, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`P [k*d_in, n]` and `Q [k*d_in, m]` with `s DW = Q^T P`; differentiable."""
-    rank, outputs, inputs = adapter.geometry
-    A, B, C, scaling, *_ = adapter.widened(adapter.dtype)  # each entry is rounded once
-    P, S = _spread(A, inputs), _spread(B.t(), outputs)
-    Q = torch.bmm(_scaled(C.t(), scaling).expand(rank, -1, -1), S)
-    P, Q = (matrix.reshape(rank * inputs.width, -1).to(dtype) for matrix in (P, Q))
-    return P, Q
+Matrices = tuple[Tensor, Tensor, Tensor]  # P, S and C
+
+
+def _spread_factors(
+    adapter: Adapter, dtype: torch.dtype, spread: Callable[[Tensor, Side], Tensor]
+) -> Matrices:
+    """`P [k*d_in, n]`, `S [k*d_out, m]` and `C` in `dtype`."""
+    _, outputs, inputs = adapter.geometry
+    P, S = spread(adapter.A.to(dtype), inputs), spread(adapter.B.t().to(dtype), outputs)
+    return P, S, adapter.C.to(dtype)
 
 
 def _spread(factor: Tensor, side: Side) -> Tensor:
-    """`spread(f)[κ, r, l*s + r] = f[κ, l]` and zeros elsewhere, `[k, w, size]`."""
+    """`spread(f)[κ*w + r, l*s + r] = f[κ, l]`, zeros elsewhere, `[k*w, size]`; differentiable."""
     rank, width, span = factor.shape[0], side.width, side.span
     # Equal rows of `span + 1` elements, reread as rows of `span`, are each shifted by one.
     rows = factor.new_zeros(rank, width, span + 1)
     rows[:, :, : span - width + 1 : side.stride] = factor.unsqueeze(1)
     rows = rows.reshape(rank, -1)[:, : width * span]
-    return rows.reshape(rank, width, span)[:, :, : side.size]
+    return _cropped(rows.reshape(rank * width, span), side)
 
 
-def _matrices(adapter: Adapter, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`matrices` in fewer operations, which transforms and exports do not all take."""
-    A, B, C, scaling, (rank, outputs, inputs), *_ = adapter
-    P = A.new_zeros(rank * inputs.width, inputs.span, dtype=dtype)
-    _entries(P, rank, inputs).copy_(A.unsqueeze(1))
-    if outputs.stride != outputs.width:
-        return P[:, : inputs.size], matrices(adapter, dtype)[1]
-    # kron(B^T, s C^T)
-    Q = B.new_empty(rank, inputs.width, outputs.windows, outputs.width, dtype=dtype)
-    torch.mul(B.t()[:, None, :, None], _scaled(C, scaling).t()[:, None], out=Q)
-    return P[:, : inputs.size], Q.view(P.shape[0], outputs.span)[:, : outputs.size]
+def _spread_by_strides(factor: Tensor, side: Side) -> Tensor:
+    """`_spread` in fewer operations, which exports do not take."""
+    matrix = factor.new_zeros(factor.shape[0] * side.width, side.span)
+    _entries(matrix, factor.shape[0], side).copy_(factor.unsqueeze(1))
+    return _cropped(matrix, side)
 
 
 def _entries(matrix: Tensor, rank: int, side: Side) -> Tensor:
@@ -270,14 +265,26 @@ def _entries(matrix: Tensor, rank: int, side: Side) -> Tensor:
     return matrix.as_strided((rank, side.width, side.windows), strides)
 
 
+def _cropped(matrix: Tensor, side: Side) -> Tensor:
+    return matrix if side.span == side.size else matrix[:, : side.size]
+
+
+def _collapse(matrix: Tensor, rank: int, side: Side, dtype: torch.dtype) -> Tensor:
+    """The adjoint of `spread`, `[k, L]`: `g[κ, l] = sum_r matrix[κ*w + r, l*s + r]`."""
+    if side.span > side.size:
+        matrix = F.pad(matrix, (0, side.span - side.size))
+    return _entries(matrix, rank, side).sum(1, dtype=dtype)
+
+
 class _Kept(NamedTuple):
     """An adapter's matrices, and all that they were computed from."""
 
-    settings: tuple[float, Geometry, torch.dtype, torch.dtype, torch.dtype, torch.dtype]
+    dtypes: tuple[torch.dtype, ...]
+    geometry: Geometry
     A: Tensor
     B: Tensor
     C: Tensor
-    matrices: tuple[Tensor, Tensor]
+    matrices: Matrices
     owner: weakref.ref[Tensor]
 
 
@@ -287,23 +294,20 @@ class _Kept(NamedTuple):
 _kept: dict[int, _Kept] = {}
 
 
-def with_matrices(adapter: Adapter, tokens: torch.dtype) -> Adapter:
-    """The adapter with its matrices for tokens of this dtype."""
-    return adapter._replace(matrices=_kept_matrices(adapter, tokens))
+def kept_matrices(adapter: Adapter, tokens: torch.dtype) -> Matrices:
+    """The adapter's matrices for tokens of this dtype, computed anew if it has changed.
 
-
-def _kept_matrices(adapter: Adapter, tokens: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The adapter's matrices for tokens of this dtype, computed anew if it has changed."""
-    A, B, C, scaling, geometry, *_ = adapter
-    dtype = compute_dtype(tokens, A.device)
+    For calls without gradients: a training step changes the factors, and remembering takes longer.
+    """
+    A, B, C, _, geometry, *_ = adapter
     if not A.is_cpu or type(A) not in (Tensor, Parameter):
-        # To compare would be to wait for the device.
-        return _matrices(adapter, dtype)
-    key, settings = id(A), (scaling, geometry, dtype, A.dtype, B.dtype, C.dtype)
+        return new_matrices(adapter, tokens)  # a comparison would wait for the device
+    key, dtypes = id(A), (tokens, A.dtype, B.dtype, C.dtype)
     kept = _kept.get(key)
     if (
         kept is None
-        or kept.settings != settings
+        or kept.dtypes != dtypes
+        or kept.geometry != geometry
         or not torch.equal(kept.A, A)
         or not torch.equal(kept.B, B)
         or not torch.equal(kept.C, C)
@@ -311,18 +315,14 @@ def _kept_matrices(adapter: Adapter, tokens: torch.dtype) -> tuple[Tensor, Tenso
         # Of copies: what another thread changes meanwhile, the next comparison finds.
         copy = adapter._replace(A=A.clone(), B=B.clone(), C=C.clone())
         owner = weakref.ref(A, lambda _: _kept.pop(key, None))
-        kept = _Kept(settings, copy.A, copy.B, copy.C, _matrices(copy, dtype), owner)
-        _kept[key] = kept
+        built = new_matrices(copy, tokens)
+        kept = _kept[key] = _Kept(dtypes, geometry, copy.A, copy.B, copy.C, built, owner)
     return kept.matrices
 
 
-def _to_span(matrix: Tensor, side: Side) -> Tensor:
-    """Add the columns that `side.size` cropped."""
-    return F.pad(matrix, (0, side.span - side.size)) if side.span > side.size else matrix
-
-
-def _scaled(factor: Tensor, scaling: float) -> Tensor:
-    return factor if scaling == 1.0 else scaling * factor
+def new_matrices(adapter: Adapter, tokens: torch.dtype) -> Matrices:
+    """The adapter's matrices for tokens of this dtype; not differentiable."""
+    return _spread_factors(adapter, compute_dtype(tokens, adapter.A.device), _spread_by_strides)
 
 
 def compute_dtype(tokens: torch.dtype, device: torch.device) -> torch.dtype:
@@ -344,22 +344,37 @@ def _shrink(matrix: Tensor, z: Tensor) -> Tensor:
     return torch.cat(blocks, 1)
 
 
-def _expand_(z: Tensor, v: Tensor, matrix: Tensor) -> Tensor:
-    """`z += v^T matrix` in place; `z [T, size]`, `v [r, T]`, matrix `[r, size]`."""
+def _mix(C: Tensor, U: Tensor) -> Tensor:
+    """`C` times the rows of each rank, `[k*d', T]`; `C [d', d]`, `U [k*d, T]`."""
+    if C.shape[1] == U.shape[0]:
+        return C @ U
+    return (C @ U.reshape(-1, C.shape[1], U.shape[1])).flatten(0, 1)
+
+
+def _sum_ranks(Vb: Tensor, U: Tensor, rank: int, scaling: float) -> Tensor:
+    """`gC = scaling sum_κ Vb U`; `Vb [k*d_out, T]`, `U [T, k*d_in]`."""
+    if rank == 1:
+        return scaling * (Vb @ U)
+    ranks = U.reshape(U.shape[0], rank, -1).transpose(0, 1)  # [k, T, d_in]
+    return scaling * (Vb.reshape(rank, -1, Vb.shape[1]) @ ranks).sum(0)
+
+
+def _expand_(z: Tensor, v: Tensor, matrix: Tensor, scaling: float) -> Tensor:
+    """`z += scaling v^T matrix` in place; `z [T, size]`, `v [r, T]`, matrix `[r, size]`."""
     if z.dtype == matrix.dtype:
-        return z.addmm_(v.t(), matrix)
+        return z.addmm_(v.t(), matrix, alpha=scaling)
     for rows in _row_blocks(z):
-        z[rows].add_(torch.mm(v[:, rows].t(), matrix))
+        z[rows].add_(torch.mm(v[:, rows].t(), matrix), alpha=scaling)
     return z
 
 
-def _sum_rows(v: Tensor, z: Tensor, scaling: float = 1.0) -> Tensor:
+def _sum_rows(v: Tensor, z: Tensor, scaling: float) -> Tensor:
     """`scaling v z` `[r, size]`, a sum over tokens; `v [r, T]`, `z [T, size]`."""
     total = v.new_empty(v.shape[0], z.shape[1])
     if z.dtype == v.dtype:
         return total.addmm_(v, z, beta=0, alpha=scaling)
-    for start, rows in enumerate(_row_blocks(z)):
-        total.addmm_(v[:, rows], z[rows].to(v.dtype), beta=min(start, 1), alpha=scaling)
+    for block, rows in enumerate(_row_blocks(z)):
+        total.addmm_(v[:, rows], z[rows].to(v.dtype), beta=min(block, 1), alpha=scaling)
     return total
 
 
