@@ -7,9 +7,9 @@ Notation and derivation: with tokens `x [T, n]` and `DW` of `adapter`, `DW = S^T
 are as large as the factors of a LoRA of rank `k*d` (for tiling windows, `kron(A, I)`), and `C`
 mixes the rows of each rank:
 
-    U = P x^T            V = C U           y = x W^T + b, then y += s V^T S
-    Vb = S g^T           Ub = C^T Vb       gx = g W, then gx += s Ub^T P
-    gP = s Ub x, summed to gA              gS = s V g, summed to gB          gC = s sum_κ Vb U^T
+    U = P x^T            V = s C U         y = x W^T + b, then y += V^T S
+    Vb = S g^T           Ub = s C^T Vb     gx = g W, then gx += Ub^T P
+    gP = Ub x, summed to gA                gS = V g, summed to gB            gC = s sum_κ Vb U^T
 
 `spread` takes every geometry: overlapping windows and ragged ends are nowhere else. No step touches
 an `[m, n]` tensor other than the base weight.
@@ -80,8 +80,8 @@ def forward(
     else:
         y = F.linear(x, weight, bias)
     P, S, C = adapter.matrices or kept_matrices(adapter, x.dtype)
-    U = _shrink(P, drop(x, adapter.dropout_p, adapter.seed))
-    _expand_(y, _mix(C, U), S, adapter.scaling)
+    U = _shrink(P, drop(x, adapter.dropout_p, adapter.seed)).to(C.dtype)
+    _expand_(y, _mix(C, U, adapter).to(S.dtype), S)
     return y, U.t()
 
 
@@ -104,9 +104,9 @@ def composite_forward(  # noqa: D417 - the others are `forward`'s
     dtype = compute_dtype(x.dtype, x.device)
     P, S, C = _spread_factors(adapter, dtype, _spread)
     dropped = F.dropout(x, adapter.dropout_p) if adapter.dropout_p > 0.0 else x
-    U = P @ dropped.to(dtype).t()
-    V = _mix(C, U if h is None else h(U))
-    return torch.addmm(y.to(dtype), V.t(), S, alpha=adapter.scaling).to(y.dtype)
+    U = (P @ dropped.to(dtype).t()).to(C.dtype)
+    V = _mix(C, U if h is None else h(U), adapter).to(dtype)
+    return torch.addmm(y.to(dtype), V.t(), S).to(y.dtype)
 
 
 def backward(
@@ -128,25 +128,25 @@ def backward(
         needs: which gradients to compute.
     """
     P, S, C = adapter.matrices or kept_matrices(adapter, g.dtype)
-    rank, scaling, mask = adapter.geometry.rank, adapter.scaling, _mask(g, adapter, needs)
+    mask = _mask(g, adapter, needs)
     grad_x = grad_P = grad_S = grad_C = None
-    if needs.x or needs.A or needs.C:
-        Vb = _shrink(S, g)
-    if needs.x or needs.A:
-        Ub = _mix(C.t(), Vb)
     if needs.B:
-        grad_S = _sum_rows(_mix(C, saved(U).t()), g, scaling)
-    if needs.C:
-        grad_C = _sum_ranks(Vb, saved(U), rank, scaling)
+        grad_S = _sum_rows(_mix(C, saved(U).t(), adapter).to(S.dtype), g)
+    if needs.x or needs.A or needs.C:
+        Vb = _shrink(S, g).to(C.dtype)
+        if needs.C:
+            grad_C = _sum_ranks(Vb, saved(U), adapter)
+        Ub = _mix(C.t(), Vb, adapter).to(P.dtype)
+        del Vb
+    if needs.A:
+        grad_P = _sum_rows(Ub, saved(x) if mask is None else saved(x) * mask)
     if needs.x:
         if mask is None:
             grad_x = g.new_zeros(len(g), P.shape[1]) if weight is None else base_grad(g, weight)
-            _expand_(grad_x, Ub, P, scaling)
+            _expand_(grad_x, Ub, P)
         else:
-            grad_x = _expand_(g.new_zeros(mask.shape), Ub, P, scaling).mul_(mask)
+            grad_x = _expand_(g.new_zeros(mask.shape), Ub, P).mul_(mask)
             grad_x = grad_x if weight is None else grad_x.add_(base_grad(g, weight))
-    if needs.A:
-        grad_P = _sum_rows(Ub, saved(x) if mask is None else saved(x) * mask, scaling)
     return _gradients(g, x, grad_x, grad_P, grad_S, grad_C, adapter, needs)
 
 
@@ -168,13 +168,12 @@ def composite_backward(  # noqa: D417 - the others are `backward`'s
     """
     dtype = torch.promote_types(g.dtype, torch.float32)
     P, S, C = _spread_factors(adapter, dtype, _spread)
-    rank, scaling = adapter.geometry.rank, adapter.scaling
     with torch._C._ExcludeDispatchKeyGuard(_VMAP_MODES):
         mask = _mask(g, adapter, needs)
     grad_x = grad_P = grad_S = grad_C = None
     wide = g.to(dtype)
     Vb = S @ wide.t()
-    Ub = scaling * _mix(C.t(), Vb)
+    Ub = _mix(C.t(), Vb, adapter)
     if grad_U is not None:
         Ub = Ub + grad_U.to(dtype).t()
     if needs.x:
@@ -186,9 +185,9 @@ def composite_backward(  # noqa: D417 - the others are `backward`'s
     if needs.A:
         grad_P = Ub @ (saved(x) if mask is None else saved(x) * mask).to(dtype)
     if needs.B:
-        grad_S = scaling * (_mix(C, saved(U).to(dtype).t()) @ wide)
+        grad_S = _mix(C, saved(U).to(dtype).t(), adapter) @ wide
     if needs.C:
-        grad_C = _sum_ranks(Vb, saved(U).to(dtype), rank, scaling)
+        grad_C = _sum_ranks(Vb, saved(U).to(dtype), adapter)
     return _gradients(g, x, grad_x, grad_P, grad_S, grad_C, adapter, needs)
 
 
@@ -226,35 +225,36 @@ def _gradients(
 
 def delta_weight(adapter: Adapter) -> Tensor:
     """`scaling * DW` `[m, n]`, in the factors' common dtype; differentiable."""
-    P, S, C = _spread_factors(adapter, adapter.dtype, _spread)
-    return adapter.scaling * (S.t() @ _mix(C, P))
+    P, S, C = _spread_factors(adapter.widened(adapter.dtype), adapter.dtype, _spread)
+    return S.t() @ _mix(C, P.to(C.dtype), adapter).to(S.dtype)
 
 
-Matrices = tuple[Tensor, Tensor, Tensor]  # P, S and C
+Matrices = tuple[Tensor, Tensor, Tensor]  # P, S and s C
 
 
 def _spread_factors(
-    adapter: Adapter, dtype: torch.dtype, spread: Callable[[Tensor, Side], Tensor]
+    adapter: Adapter, dtype: torch.dtype, spread: Callable[[Tensor, Side, torch.dtype], Tensor]
 ) -> Matrices:
-    """`P [k*d_in, n]`, `S [k*d_out, m]` and `C` in `dtype`."""
+    """`P [k*d_in, n]` and `S [k*d_out, m]` in `dtype`, and `s C` in float32 or wider."""
     _, outputs, inputs = adapter.geometry
-    P, S = spread(adapter.A.to(dtype), inputs), spread(adapter.B.t().to(dtype), outputs)
-    return P, S, adapter.C.to(dtype)
+    P, S = spread(adapter.A, inputs, dtype), spread(adapter.B.t(), outputs, dtype)
+    C = adapter.C.to(torch.promote_types(dtype, torch.float32))
+    return P, S, C if adapter.scaling == 1.0 else adapter.scaling * C
 
 
-def _spread(factor: Tensor, side: Side) -> Tensor:
+def _spread(factor: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
     """`spread(f)[κ*w + r, l*s + r] = f[κ, l]`, zeros elsewhere, `[k*w, size]`; differentiable."""
     rank, width, span = factor.shape[0], side.width, side.span
     # Equal rows of `span + 1` elements, reread as rows of `span`, are each shifted by one.
     rows = factor.new_zeros(rank, width, span + 1)
     rows[:, :, : span - width + 1 : side.stride] = factor.unsqueeze(1)
     rows = rows.reshape(rank, -1)[:, : width * span]
-    return _cropped(rows.reshape(rank * width, span), side)
+    return _cropped(rows.reshape(rank * width, span), side).to(dtype)
 
 
-def _spread_by_strides(factor: Tensor, side: Side) -> Tensor:
+def _spread_by_strides(factor: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
     """`_spread` in fewer operations, which exports do not take."""
-    matrix = factor.new_zeros(factor.shape[0] * side.width, side.span)
+    matrix = factor.new_zeros(factor.shape[0] * side.width, side.span, dtype=dtype)
     _entries(matrix, factor.shape[0], side).copy_(factor.unsqueeze(1))
     return _cropped(matrix, side)
 
@@ -279,8 +279,7 @@ def _collapse(matrix: Tensor, rank: int, side: Side, dtype: torch.dtype) -> Tens
 class _Kept(NamedTuple):
     """An adapter's matrices, and all that they were computed from."""
 
-    dtypes: tuple[torch.dtype, ...]
-    geometry: Geometry
+    settings: tuple[float, Geometry, torch.dtype, torch.dtype, torch.dtype, torch.dtype]
     A: Tensor
     B: Tensor
     C: Tensor
@@ -299,15 +298,14 @@ def kept_matrices(adapter: Adapter, tokens: torch.dtype) -> Matrices:
 
     For calls without gradients: a training step changes the factors, and remembering takes longer.
     """
-    A, B, C, _, geometry, *_ = adapter
+    A, B, C, scaling, geometry, *_ = adapter
     if not A.is_cpu or type(A) not in (Tensor, Parameter):
         return new_matrices(adapter, tokens)  # a comparison would wait for the device
-    key, dtypes = id(A), (tokens, A.dtype, B.dtype, C.dtype)
+    key, settings = id(A), (scaling, geometry, tokens, A.dtype, B.dtype, C.dtype)
     kept = _kept.get(key)
     if (
         kept is None
-        or kept.dtypes != dtypes
-        or kept.geometry != geometry
+        or kept.settings != settings
         or not torch.equal(kept.A, A)
         or not torch.equal(kept.B, B)
         or not torch.equal(kept.C, C)
@@ -316,7 +314,7 @@ def kept_matrices(adapter: Adapter, tokens: torch.dtype) -> Matrices:
         copy = adapter._replace(A=A.clone(), B=B.clone(), C=C.clone())
         owner = weakref.ref(A, lambda _: _kept.pop(key, None))
         built = new_matrices(copy, tokens)
-        kept = _kept[key] = _Kept(dtypes, geometry, copy.A, copy.B, copy.C, built, owner)
+        kept = _kept[key] = _Kept(settings, copy.A, copy.B, copy.C, built, owner)
     return kept.matrices
 
 
@@ -344,37 +342,40 @@ def _shrink(matrix: Tensor, z: Tensor) -> Tensor:
     return torch.cat(blocks, 1)
 
 
-def _mix(C: Tensor, U: Tensor) -> Tensor:
+def _mix(C: Tensor, U: Tensor, adapter: Adapter) -> Tensor:
     """`C` times the rows of each rank, `[k*d', T]`; `C [d', d]`, `U [k*d, T]`."""
-    if C.shape[1] == U.shape[0]:
-        return C @ U
-    return (C @ U.reshape(-1, C.shape[1], U.shape[1])).flatten(0, 1)
-
-
-def _sum_ranks(Vb: Tensor, U: Tensor, rank: int, scaling: float) -> Tensor:
-    """`gC = scaling sum_κ Vb U`; `Vb [k*d_out, T]`, `U [T, k*d_in]`."""
+    rank = adapter.geometry.rank
     if rank == 1:
-        return scaling * (Vb @ U)
-    ranks = U.reshape(U.shape[0], rank, -1).transpose(0, 1)  # [k, T, d_in]
-    return scaling * (Vb.reshape(rank, -1, Vb.shape[1]) @ ranks).sum(0)
+        return C @ U
+    ranks = U.reshape(rank, C.shape[1], U.shape[-1])
+    return (C @ ranks).reshape(rank * C.shape[0], U.shape[-1])
 
 
-def _expand_(z: Tensor, v: Tensor, matrix: Tensor, scaling: float) -> Tensor:
-    """`z += scaling v^T matrix` in place; `z [T, size]`, `v [r, T]`, matrix `[r, size]`."""
+def _sum_ranks(Vb: Tensor, U: Tensor, adapter: Adapter) -> Tensor:
+    """`gC = s sum_κ Vb U` `[d_out, d_in]`; `Vb [k*d_out, T]`, `U [T, k*d_in]`."""
+    rank, outputs, inputs = adapter.geometry
+    if rank == 1:
+        return adapter.scaling * (Vb @ U)
+    ranks = U.reshape(U.shape[0], rank, inputs.width).transpose(0, 1)  # [k, T, d_in]
+    return adapter.scaling * (Vb.reshape(rank, outputs.width, Vb.shape[-1]) @ ranks).sum(0)
+
+
+def _expand_(z: Tensor, v: Tensor, matrix: Tensor) -> Tensor:
+    """`z += v^T matrix` in place; `z [T, size]`, `v [r, T]`, matrix `[r, size]`."""
     if z.dtype == matrix.dtype:
-        return z.addmm_(v.t(), matrix, alpha=scaling)
+        return z.addmm_(v.t(), matrix)
     for rows in _row_blocks(z):
-        z[rows].add_(torch.mm(v[:, rows].t(), matrix), alpha=scaling)
+        z[rows].add_(torch.mm(v[:, rows].t(), matrix))
     return z
 
 
-def _sum_rows(v: Tensor, z: Tensor, scaling: float) -> Tensor:
-    """`scaling v z` `[r, size]`, a sum over tokens; `v [r, T]`, `z [T, size]`."""
-    total = v.new_empty(v.shape[0], z.shape[1])
+def _sum_rows(v: Tensor, z: Tensor) -> Tensor:
+    """`v z` `[r, size]`, a sum over tokens; `v [r, T]`, `z [T, size]`."""
     if z.dtype == v.dtype:
-        return total.addmm_(v, z, beta=0, alpha=scaling)
-    for block, rows in enumerate(_row_blocks(z)):
-        total.addmm_(v[:, rows], z[rows].to(v.dtype), beta=min(block, 1), alpha=scaling)
+        return torch.mm(v, z)
+    total = v.new_zeros(v.shape[0], z.shape[1])
+    for rows in _row_blocks(z):
+        total.addmm_(v[:, rows], z[rows].to(v.dtype))
     return total
 
 
