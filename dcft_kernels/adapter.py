@@ -92,7 +92,7 @@ class Adapter(NamedTuple):
     geometry: Geometry
     dropout_p: float = 0.0
     seed: Tensor | None = None  # int64 scalar; None: no dropout in this call
-    matrices: tuple[Tensor, Tensor, Tensor] | None = None  # of `torch_backend`, once computed
+    matrices: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # of `torch_backend`, if computed
 
     def widened(self, dtype: torch.dtype) -> Adapter:
         """The same adapter with factors in `dtype`, or in float32 where that is wider."""

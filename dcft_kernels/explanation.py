@@ -9,6 +9,7 @@ import torch
 from dcft_kernels import validation
 from dcft_kernels.adapter import dtype_of_U
 from dcft_kernels.backends import select, why_not_triton
+from dcft_kernels.torch_backend import compute_dtype
 
 if TYPE_CHECKING:
     from dcft_kernels.linear import DCFTLinear
@@ -109,7 +110,7 @@ def _adapter_work(layer: DCFTLinear, tokens: int, dtype: torch.dtype, strategy: 
     # Forward: read x, add to y. Backward: read g and x, add to gx. U is written once, read once.
     passes = dtype.itemsize * (4 * n + 3 * m)
     on_torch = strategy == "torch"
-    kept = torch.promote_types(dtype, torch.float32) if on_torch else dtype_of_U(dtype)
+    kept = compute_dtype(dtype, layer.dcft_A.device) if on_torch else dtype_of_U(dtype)
     passes += kept.itemsize * 2 * rank * inputs.width
     # Six sums over a window's features (U, y, Vb, gB, gA, gx), and C four times per token and rank.
     sums = 3 * rank * (n * inputs.width // inputs.stride + m * outputs.width // outputs.stride)

@@ -1,22 +1,21 @@
 """The layer's passes as PyTorch operations, for any device: the adapter as the LoRA it equals.
 
-Notation and derivation: with tokens `x [T, n]` and `DW` of `adapter`, `DW = S^T C P`, where
+Notation and derivation: with tokens `x [T, n]`, `DW` of `adapter` and `r = k*d_in`,
+`s DW = Q^T P`, where
 
-    P = spread(A) [k, d_in, n]             S = spread(B^T) [k, d_out, m]
+    P = spread(A) [r, n]        S = spread(B^T) [k*d_out, m]        Q = s C^T S [r, m], rank by rank
 
-are as large as the factors of a LoRA of rank `k*d` (for tiling windows, `kron(A, I)`), and `C`
-mixes the rows of each rank:
+    U = P x^T                   y = x W^T + b, then y += U^T Q
+    Ub = Q g^T                  gx = g W, then gx += Ub^T P
+    gP = Ub x, summed to gA     gQ = U g     gS = s C gQ, summed to gB     gC = s sum_κ S gQ^T
 
-    U = P x^T            V = s C U         y = x W^T + b, then y += V^T S
-    Vb = S g^T           Ub = s C^T Vb     gx = g W, then gx += Ub^T P
-    gP = Ub x, summed to gA                gS = V g, summed to gB            gC = s sum_κ Vb U^T
+The matrices are as large as the factors of a LoRA of rank `r`; for tiling windows, `spread(A)` is
+`kron(A, I)`. Overlapping windows and ragged ends are in `spread` alone. No step touches an `[m, n]`
+tensor other than the base weight.
 
-`spread` takes every geometry: overlapping windows and ragged ends are nowhere else. No step touches
-an `[m, n]` tensor other than the base weight.
-
-`U`, `V` and their gradients are computed as `[k, d, T]`: on a CPU, products with few rows are twice
-as fast as those with few columns. Where the CPU has no 16-bit products, 16-bit inputs are computed
-in float32, a block of rows at a time.
+`U` and `Ub` are computed as `[r, T]`: on a CPU, products with few rows are twice as fast as those
+with few columns. Where the CPU has no 16-bit products, 16-bit inputs are computed in float32, a
+block of rows at a time.
 """
 
 from __future__ import annotations
@@ -79,9 +78,9 @@ def forward(
         y = saved(base).clone(memory_format=torch.contiguous_format)
     else:
         y = F.linear(x, weight, bias)
-    P, S, C = adapter.matrices or kept_matrices(adapter, x.dtype)
-    U = _shrink(P, drop(x, adapter.dropout_p, adapter.seed)).to(C.dtype)
-    _expand_(y, _mix(C, U, adapter).to(S.dtype), S)
+    P, Q, *_ = adapter.matrices or kept_matrices(adapter, x.dtype)
+    U = _shrink(P, drop(x, adapter.dropout_p, adapter.seed))
+    _expand_(y, U, Q)
     return y, U.t()
 
 
@@ -102,11 +101,10 @@ def composite_forward(  # noqa: D417 - the others are `forward`'s
     """
     y = saved(base) if weight is None else F.linear(x, weight, bias)
     dtype = compute_dtype(x.dtype, x.device)
-    P, S, C = _spread_factors(adapter, dtype, _spread)
+    P, Q, *_ = matrices(adapter, dtype, _spread)
     dropped = F.dropout(x, adapter.dropout_p) if adapter.dropout_p > 0.0 else x
-    U = (P @ dropped.to(dtype).t()).to(C.dtype)
-    V = _mix(C, U if h is None else h(U), adapter).to(dtype)
-    return torch.addmm(y.to(dtype), V.t(), S).to(y.dtype)
+    U = P @ dropped.to(dtype).t()
+    return torch.addmm(y.to(dtype), (U if h is None else h(U)).t(), Q).to(y.dtype)
 
 
 def backward(
@@ -127,17 +125,13 @@ def backward(
         adapter: as in the forward.
         needs: which gradients to compute.
     """
-    P, S, C = adapter.matrices or kept_matrices(adapter, g.dtype)
+    P, Q, S, C = adapter.matrices or new_matrices(adapter, g.dtype)
     mask = _mask(g, adapter, needs)
-    grad_x = grad_P = grad_S = grad_C = None
-    if needs.B:
-        grad_S = _sum_rows(_mix(C, saved(U).t(), adapter).to(S.dtype), g)
-    if needs.x or needs.A or needs.C:
-        Vb = _shrink(S, g).to(C.dtype)
-        if needs.C:
-            grad_C = _sum_ranks(Vb, saved(U), adapter)
-        Ub = _mix(C.t(), Vb, adapter).to(P.dtype)
-        del Vb
+    grad_x = grad_P = grad_Q = None
+    if needs.B or needs.C:
+        grad_Q = _sum_rows(saved(U).t().to(Q.dtype), g)
+    if needs.x or needs.A:
+        Ub = _shrink(Q, g)
     if needs.A:
         grad_P = _sum_rows(Ub, saved(x) if mask is None else saved(x) * mask)
     if needs.x:
@@ -147,7 +141,7 @@ def backward(
         else:
             grad_x = _expand_(g.new_zeros(mask.shape), Ub, P).mul_(mask)
             grad_x = grad_x if weight is None else grad_x.add_(base_grad(g, weight))
-    return _gradients(g, x, grad_x, grad_P, grad_S, grad_C, adapter, needs)
+    return _gradients(g, x, grad_x, grad_P, grad_Q, S, C, adapter, needs)
 
 
 def composite_backward(  # noqa: D417 - the others are `backward`'s
@@ -167,13 +161,12 @@ def composite_backward(  # noqa: D417 - the others are `backward`'s
         grad_U: `[T, k*d_in]`, gradient of `U` as an output: only a double backward has one.
     """
     dtype = torch.promote_types(g.dtype, torch.float32)
-    P, S, C = _spread_factors(adapter, dtype, _spread)
+    P, Q, S, C = matrices(adapter, dtype, _spread)
     with torch._C._ExcludeDispatchKeyGuard(_VMAP_MODES):
         mask = _mask(g, adapter, needs)
-    grad_x = grad_P = grad_S = grad_C = None
+    grad_x = grad_P = grad_Q = None
     wide = g.to(dtype)
-    Vb = S @ wide.t()
-    Ub = _mix(C.t(), Vb, adapter)
+    Ub = Q @ wide.t()
     if grad_U is not None:
         Ub = Ub + grad_U.to(dtype).t()
     if needs.x:
@@ -184,11 +177,9 @@ def composite_backward(  # noqa: D417 - the others are `backward`'s
             grad_x = grad_x + (g.to(narrow) @ weight.to(narrow)).to(g.dtype)
     if needs.A:
         grad_P = Ub @ (saved(x) if mask is None else saved(x) * mask).to(dtype)
-    if needs.B:
-        grad_S = _mix(C, saved(U).to(dtype).t(), adapter) @ wide
-    if needs.C:
-        grad_C = _sum_ranks(Vb, saved(U).to(dtype), adapter)
-    return _gradients(g, x, grad_x, grad_P, grad_S, grad_C, adapter, needs)
+    if needs.B or needs.C:
+        grad_Q = saved(U).to(dtype).t() @ wide
+    return _gradients(g, x, grad_x, grad_P, grad_Q, S, C, adapter, needs)
 
 
 def _mask(g: Tensor, adapter: Adapter, needs: Needs) -> Tensor | None:
@@ -204,42 +195,52 @@ def _gradients(
     x: Tensor | None,
     grad_x: Tensor | None,
     grad_P: Tensor | None,
-    grad_S: Tensor | None,
-    grad_C: Tensor | None,
+    grad_Q: Tensor | None,
+    S: Tensor,
+    C: Tensor,
     adapter: Adapter,
     needs: Needs,
 ) -> Gradients:
-    """All gradients, from those of the spread factors."""
-    A, B, C, _, (rank, outputs, inputs), *_ = adapter
-    grad_A = None if grad_P is None else _collapse(grad_P, rank, inputs, A.dtype)
-    grad_B = None if grad_S is None else _collapse(grad_S, rank, outputs, B.dtype).t()
+    """All gradients, from those of `P` and `Q`; the last steps in the dtype of `S` and `s C`."""
+    rank, outputs, inputs = adapter.geometry
+    grad_A = grad_B = grad_C = None
+    if grad_P is not None:
+        grad_A = _collapse(grad_P, rank, inputs, adapter.A.dtype)
+    if grad_Q is not None:
+        grad_Q = grad_Q.to(S.dtype)
+        if needs.B:
+            grad_B = _collapse(_mix(C, grad_Q, rank), rank, outputs, adapter.B.dtype).t()
+        if needs.C:
+            grad_C = (adapter.scaling * _sum_ranks(S, grad_Q, rank)).to(adapter.C.dtype)
     return Gradients(
         x=grad_x,
         weight=g.t() @ saved(x) if needs.weight else None,
         bias=g.sum(0) if needs.bias else None,
         A=grad_A,
         B=grad_B,
-        C=None if grad_C is None else grad_C.to(C.dtype),
+        C=grad_C,
     )
 
 
 def delta_weight(adapter: Adapter) -> Tensor:
     """`scaling * DW` `[m, n]`, in the factors' common dtype; differentiable."""
-    P, S, C = _spread_factors(adapter.widened(adapter.dtype), adapter.dtype, _spread)
-    return S.t() @ _mix(C, P.to(C.dtype), adapter).to(S.dtype)
+    P, Q, *_ = matrices(adapter, adapter.dtype, _spread)
+    return Q.t() @ P
 
 
-Matrices = tuple[Tensor, Tensor, Tensor]  # P, S and s C
+Matrices = tuple[Tensor, Tensor, Tensor, Tensor]  # P, Q, S and s C
 
 
-def _spread_factors(
+def matrices(
     adapter: Adapter, dtype: torch.dtype, spread: Callable[[Tensor, Side, torch.dtype], Tensor]
 ) -> Matrices:
-    """`P [k*d_in, n]` and `S [k*d_out, m]` in `dtype`, and `s C` in float32 or wider."""
-    _, outputs, inputs = adapter.geometry
-    P, S = spread(adapter.A, inputs, dtype), spread(adapter.B.t(), outputs, dtype)
-    C = adapter.C.to(torch.promote_types(dtype, torch.float32))
-    return P, S, C if adapter.scaling == 1.0 else adapter.scaling * C
+    """`P` and `Q` in `dtype`, `S` and `s C` in float32 or wider."""
+    rank, outputs, inputs = adapter.geometry
+    wide = torch.promote_types(dtype, torch.float32)
+    P, S = spread(adapter.A, inputs, dtype), spread(adapter.B.t(), outputs, wide)
+    C = adapter.C.to(wide)
+    C = C if adapter.scaling == 1.0 else adapter.scaling * C
+    return P, _mix(C.t(), S, rank).to(dtype), S, C
 
 
 def _spread(factor: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
@@ -283,7 +284,7 @@ class _Kept(NamedTuple):
     A: Tensor
     B: Tensor
     C: Tensor
-    matrices: Matrices
+    matrices: tuple[Tensor, Tensor]  # P and Q
     owner: weakref.ref[Tensor]
 
 
@@ -293,14 +294,14 @@ class _Kept(NamedTuple):
 _kept: dict[int, _Kept] = {}
 
 
-def kept_matrices(adapter: Adapter, tokens: torch.dtype) -> Matrices:
-    """The adapter's matrices for tokens of this dtype, computed anew if it has changed.
+def kept_matrices(adapter: Adapter, tokens: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`P` and `Q` for tokens of this dtype, computed anew if the adapter has changed.
 
     For calls without gradients: a training step changes the factors, and remembering takes longer.
     """
     A, B, C, scaling, geometry, *_ = adapter
     if not A.is_cpu or type(A) not in (Tensor, Parameter):
-        return new_matrices(adapter, tokens)  # a comparison would wait for the device
+        return new_matrices(adapter, tokens)[:2]  # a comparison would wait for the device
     key, settings = id(A), (scaling, geometry, tokens, A.dtype, B.dtype, C.dtype)
     kept = _kept.get(key)
     if (
@@ -313,14 +314,14 @@ def kept_matrices(adapter: Adapter, tokens: torch.dtype) -> Matrices:
         # Of copies: what another thread changes meanwhile, the next comparison finds.
         copy = adapter._replace(A=A.clone(), B=B.clone(), C=C.clone())
         owner = weakref.ref(A, lambda _: _kept.pop(key, None))
-        built = new_matrices(copy, tokens)
+        built = new_matrices(copy, tokens)[:2]
         kept = _kept[key] = _Kept(settings, copy.A, copy.B, copy.C, built, owner)
     return kept.matrices
 
 
 def new_matrices(adapter: Adapter, tokens: torch.dtype) -> Matrices:
     """The adapter's matrices for tokens of this dtype; not differentiable."""
-    return _spread_factors(adapter, compute_dtype(tokens, adapter.A.device), _spread_by_strides)
+    return matrices(adapter, compute_dtype(tokens, adapter.A.device), _spread_by_strides)
 
 
 def compute_dtype(tokens: torch.dtype, device: torch.device) -> torch.dtype:
@@ -342,22 +343,19 @@ def _shrink(matrix: Tensor, z: Tensor) -> Tensor:
     return torch.cat(blocks, 1)
 
 
-def _mix(C: Tensor, U: Tensor, adapter: Adapter) -> Tensor:
-    """`C` times the rows of each rank, `[k*d', T]`; `C [d', d]`, `U [k*d, T]`."""
-    rank = adapter.geometry.rank
+def _mix(C: Tensor, matrix: Tensor, rank: int) -> Tensor:
+    """`C` times the rows of each rank, `[k*d', size]`; `C [d', d]`, matrix `[k*d, size]`."""
     if rank == 1:
-        return C @ U
-    ranks = U.reshape(rank, C.shape[1], U.shape[-1])
-    return (C @ ranks).reshape(rank * C.shape[0], U.shape[-1])
+        return C @ matrix
+    return (C @ matrix.reshape(rank, C.shape[1], -1)).reshape(rank * C.shape[0], -1)
 
 
-def _sum_ranks(Vb: Tensor, U: Tensor, adapter: Adapter) -> Tensor:
-    """`gC = s sum_κ Vb U` `[d_out, d_in]`; `Vb [k*d_out, T]`, `U [T, k*d_in]`."""
-    rank, outputs, inputs = adapter.geometry
+def _sum_ranks(S: Tensor, grad_Q: Tensor, rank: int) -> Tensor:
+    """`sum_κ S gQ^T` `[d_out, d_in]`; `S [k*d_out, m]`, `gQ [k*d_in, m]`."""
     if rank == 1:
-        return adapter.scaling * (Vb @ U)
-    ranks = U.reshape(U.shape[0], rank, inputs.width).transpose(0, 1)  # [k, T, d_in]
-    return adapter.scaling * (Vb.reshape(rank, outputs.width, Vb.shape[-1]) @ ranks).sum(0)
+        return S @ grad_Q.t()
+    S, grad_Q = (each.reshape(rank, -1, each.shape[-1]) for each in (S, grad_Q))
+    return (S @ grad_Q.transpose(1, 2)).sum(0)
 
 
 def _expand_(z: Tensor, v: Tensor, matrix: Tensor) -> Tensor:

@@ -238,8 +238,8 @@ def test_saves_the_input_itself_and_U(dtype: torch.dtype, backend, device) -> No
     saved_x, saved_u = saved_by(layer, x)
     assert saved_x.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
     assert saved_u.shape == (12, 16)
-    # Only kernels round U, to bfloat16.
-    itemsize = dtype.itemsize if backend == "triton" else 4
+    itemsize = torch_backend.compute_dtype(dtype, device).itemsize
+    itemsize = dtype.itemsize if backend == "triton" else itemsize
     assert saved_u.untyped_storage().nbytes() == saved_u.numel() * itemsize
     layer.dcft_A.requires_grad_(False)
     (saved_u,) = saved_by(layer, x)
