@@ -156,10 +156,15 @@ class _Layer(torch.autograd.Function):
         adapter: Adapter,
         strategy: str,
     ) -> tuple[Tensor, Tensor]:
+        prepared = adapter
         with autocast.suspended(x):
             if strategy == "torch":
-                adapter = adapter._replace(matrices=torch_backend.new_matrices(adapter, x.dtype))
-            y, U = _passes(strategy).forward(x, weight, bias, base, adapter)
+                matrices = torch_backend.new_matrices(adapter, x.dtype)
+                prepared = adapter._replace(matrices=matrices)
+                # Kept for the backward pass only where they are smaller than what is saved anyway.
+                if sum(matrix.numel() for matrix in matrices) <= x.numel():
+                    adapter = prepared
+            y, U = _passes(strategy).forward(x, weight, bias, base, prepared)
         _save(ctx, x, weight, U, adapter, strategy)
         return y, U
 

@@ -20,6 +20,7 @@ block of rows at a time.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -129,7 +130,7 @@ def backward(
     mask = _mask(g, adapter, needs)
     grad_x = grad_P = grad_Q = None
     if needs.B or needs.C:
-        grad_Q = _sum_rows(saved(U).t().to(Q.dtype), g)
+        grad_Q = _sum_rows(saved(U).t(), g)
     if needs.x or needs.A:
         Ub = _shrink(Q, g)
     if needs.A:
@@ -313,10 +314,15 @@ def kept_matrices(adapter: Adapter, tokens: torch.dtype) -> tuple[Tensor, Tensor
     ):
         # Of copies: what another thread changes meanwhile, the next comparison finds.
         copy = adapter._replace(A=A.clone(), B=B.clone(), C=C.clone())
-        owner = weakref.ref(A, lambda _: _kept.pop(key, None))
+        # Bound here: when the interpreter ends, the module loses its globals before `A` goes.
+        owner = weakref.ref(A, functools.partial(_forget, _kept, key))
         built = new_matrices(copy, tokens)[:2]
         kept = _kept[key] = _Kept(settings, copy.A, copy.B, copy.C, built, owner)
     return kept.matrices
+
+
+def _forget(kept: dict[int, _Kept], key: int, _: weakref.ref[Tensor]) -> None:
+    kept.pop(key, None)
 
 
 def new_matrices(adapter: Adapter, tokens: torch.dtype) -> Matrices:

@@ -404,6 +404,21 @@ def test_new_token_counts_do_not_recompile(backend, device) -> None:
     assert counts == counts[:1] * 4
 
 
+def test_compilers_see_the_operations() -> None:
+    """On a CPU; the kernels are opaque to them."""
+    layer = layer_on(torch.device("cpu"), "auto")
+    seen: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        seen.append(graph.code)
+        return graph.forward
+
+    step(torch.compile(layer, fullgraph=True, backend=record), layer, 5)
+    (code,) = seen
+    assert "addmm" in code
+    assert "dcft_kernels" not in code
+
+
 @pytest.mark.slow
 def test_default_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor, where it has a C++ compiler to call."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dcft_kernels import dcft_linear, dcft_update, delta_weight, torch_backend
+from dcft_kernels import DCFTLinear, dcft_linear, dcft_update, delta_weight, torch_backend
 from tests.adapter_cases import CASES, AdapterShape, Inputs, every_case, random_inputs
 from tests.error_budget import assert_within_budget
 
@@ -203,6 +206,86 @@ def test_delta_weight(case: AdapterShape, dtype: torch.dtype) -> None:
         return (dense.detach(), *torch.autograd.grad(dense, factors, inputs.weight.detach()))
 
     compare(("DW", "gA", "gB", "gC"), run_delta, random_inputs(case, dtype=dtype))
+
+
+# Matrices that are kept
+
+
+FACTORS = ("dcft_A", "dcft_B", "dcft_C")
+
+
+def doubled(layer: DCFTLinear) -> dict[str, Tensor]:
+    return {name: 2 * getattr(layer, name).detach() for name in FACTORS}
+
+
+def changed_copy(layer: DCFTLinear) -> DCFTLinear:
+    layer = copy.deepcopy(layer)
+    layer.dcft_A.data.neg_()
+    return layer
+
+
+# What changes a layer, and perhaps returns another one.
+CHANGES: dict[str, Callable[[DCFTLinear], object]] = {
+    "in place": lambda layer: nn.init.ones_(layer.dcft_B),
+    "data in place": lambda layer: layer.dcft_A.data.mul_(2),
+    "other data": lambda layer: setattr(layer.dcft_C, "data", layer.dcft_C.data + 1),
+    "by numpy": lambda layer: layer.dcft_B.detach().numpy().fill(0.5),
+    "loaded": lambda layer: layer.load_state_dict(doubled(layer), strict=False),
+    "copied": changed_copy,
+    "scaling": lambda layer: setattr(layer, "alpha", 7.0),
+    "other dtype": lambda layer: layer.bfloat16(),
+    "other parameter": lambda layer: setattr(layer, "dcft_A", nn.Parameter(-layer.dcft_A)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_inference_follows_every_change_of_the_adapter(change) -> None:
+    """Also those that leave the version of a tensor as it was."""
+    layer = DCFTLinear(40, 24, rank=2, kernel_size=8, init="paper", backend="torch")
+    for name in FACTORS:
+        nn.init.normal_(getattr(layer, name))
+    x = torch.randn(3, 40)
+    with torch.inference_mode():
+        before = layer(x)
+        assert torch.equal(layer(x), before)
+    other = change(layer)
+    layer = other if isinstance(other, DCFTLinear) else layer
+    x = x.to(layer.weight.dtype)
+    after = layer(x)
+    assert not torch.allclose(after.float(), before, rtol=1e-2)
+    with torch.no_grad():
+        assert torch.equal(layer(x), after)
+
+
+def test_matrices_are_dropped_with_their_adapter() -> None:
+    gc.collect()
+    before = len(torch_backend._kept)
+    layer = DCFTLinear(16, 16, backend="torch")
+    with torch.no_grad():
+        layer(torch.randn(2, 16))
+    assert len(torch_backend._kept) == before + 1
+    del layer
+    gc.collect()
+    assert len(torch_backend._kept) == before
+
+
+def test_inference_is_the_base_layer_and_two_products() -> None:
+    """And three comparisons, which tell whether the adapter has changed."""
+    layer = DCFTLinear(16, 24, backend="torch")
+    x = torch.randn(2, 16)
+    names: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        layer(x)
+        with Record():
+            layer(x)
+    products = [name for name in names if name not in ("t", "detach")]
+    assert products == ["addmm", "equal", "equal", "equal", "mm", "addmm_"]
 
 
 def test_results_repeat_bit_for_bit() -> None:
