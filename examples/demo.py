@@ -41,9 +41,10 @@ from examples import finetune
 
 FROZEN, DCFT, LORA, PUBLISHED = "frozen base", "DCFT", "LoRA r=1", "DCFT as published"
 METHODS = (FROZEN, DCFT, LORA)
-# Of the adapter and of the head, for MiniLM and the default task. Each method has the best of a
-# grid (adapters 3e-3, 5e-3 and 1e-2, head 1e-2 and 5e-2) on a fifth of the training rows.
-LEARNING_RATES = {FROZEN: (0.0, 5e-2), DCFT: (5e-3, 1e-2), LORA: (1e-2, 1e-2)}
+# Of the adapter and of the head, for MiniLM and the default task: each method's best on a fifth of
+# the training rows, of adapters' rates from 3e-3 to 2e-2 and heads' of 1e-2 and 5e-2; for the
+# frozen base, of heads' rates up to 5e-1.
+LEARNING_RATES = {FROZEN: (0.0, 2e-1), DCFT: (1e-2, 1e-2), LORA: (5e-3, 5e-2)}
 # Okabe and Ito's colours, as in the benchmarks' plots.
 COLOURS = {FROZEN: "#666666", DCFT: "#D55E00", LORA: "#0072B2", PUBLISHED: "#E69F00"}
 BATCH_SIZE = 16
