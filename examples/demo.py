@@ -48,7 +48,7 @@ LEARNING_RATES = {FROZEN: (0.0, 2e-1), DCFT: (1e-2, 1e-2), LORA: (5e-3, 5e-2)}
 # Okabe and Ito's colours, as in the benchmarks' plots.
 COLOURS = {FROZEN: "#666666", DCFT: "#D55E00", LORA: "#0072B2", PUBLISHED: "#E69F00"}
 BATCH_SIZE = 16
-WARM_UP_STEPS, TIMED_STEPS = 2, 20
+WARM_UP_STEPS, TIMED_STEPS = 2, 12
 # Merging changes the order of float32 operations; relative to the largest logit.
 MERGE_TOLERANCE = 1e-4
 
