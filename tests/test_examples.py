@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import re
 import sys
+import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,6 +117,7 @@ def test_demo_compares_the_methods_on_files(
     assert {demo.LORA, demo.PUBLISHED} <= table.keys()
     assert "unmerged: logits are equal bit for bit" in printed
     assert Path("outputs/demo/lora/adapter_model.safetensors").exists()
+    assert Path("outputs/demo/demo.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_demo_fails_when_unmerging_does_not_restore_the_model(
@@ -129,13 +131,22 @@ def test_demo_fails_when_unmerging_does_not_restore_the_model(
     assert demo.main([data_folder, "--model", model_folder, "--seeds", "1"]) == 1
 
 
-def test_docstrings_are_masked_and_split_by_docstring() -> None:
-    train, held_out = demo.read_docstrings()
-    assert (train, held_out) == demo.read_docstrings()
-    assert len(held_out) > 100
-    assert not {text for text, _ in train} & {text for text, _ in held_out}
-    modules = {module for _, module in train}
-    assert len(modules) >= 8
-    assert modules == {module for _, module in held_out}
-    words = {word.lower() for text, _ in train for word in text.split()}
-    assert not words & modules
+def test_sentences_are_balanced_labelled_and_split_by_module() -> None:
+    train, held_out = splits = demo.read_sentences()
+    assert splits == demo.read_sentences()
+    assert len(held_out) >= 500
+    for rows in splits:
+        labels = [label for _, label in rows]
+        assert labels.count("swapped") == labels.count("in order") == len(rows) / 2
+    # The words of a row tell its sentence, in order or swapped.
+    sides = [{" ".join(sorted(text[:-1].split())) for text, _ in rows} for rows in splits]
+    assert not sides[0] & sides[1]
+    documented = " ".join(
+        " ".join(docstring.lower().split())
+        for _, docstring in demo._docstrings(Path(sysconfig.get_path("stdlib")))
+    )
+    assert all(text in documented for text, label in train + held_out if label == "in order")
+
+
+def test_swap_halves_moves_the_second_half_of_the_words_to_the_front() -> None:
+    assert demo.swap_halves("return the first of them.") == "first of them return the."
