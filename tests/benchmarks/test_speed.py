@@ -21,6 +21,7 @@ from benchmarks.speed.measure import Outcome, measure
 from benchmarks.speed.methods import LAYER_METHODS, AdaptedLayer, LayerMethod
 from benchmarks.speed.provider import BASELINE, Provider, UnavailableError, Workload
 from benchmarks.speed.timing import Plan, Sample, Step
+from dcft_kernels.torch_backend import compute_dtype
 
 CPU = torch.device("cpu")
 SOMEWHERE = Environment("some device", "2.0", None, "0.1", "abc1234")
@@ -67,7 +68,8 @@ def test_every_method_passes_the_gate_and_is_timed(dtype: str) -> None:
     case, size = SMALL[dtype], DTYPES[dtype].itemsize
     x = case.T * case.n * size
     assert (saved[BASELINE], saved["full"]) == (0, x)
-    assert saved["dcft"] == x + case.T * 8 * 4  # U, in float32 on a CPU
+    U = compute_dtype(DTYPES[dtype], torch.device("cpu"))
+    assert saved["dcft"] == x + case.T * 8 * U.itemsize
     assert saved["published"] > x + case.n * case.m * size  # DW
 
 
