@@ -158,8 +158,7 @@ def delta_weight(  # noqa: D417 - the others are `dcft_linear`'s
     )  # fmt: skip
     adapter = _adapter(dcft_A, dcft_B, dcft_C, geometry, scaling)
     with autocast.suspended(adapter.A):
-        runs = see_through(select(backend, adapter, dcft_A.dtype), backend, traced=False)
-        return autograd.delta_weight(adapter, runs)
+        return autograd.delta_weight(adapter, _selected(backend, adapter, dcft_A.dtype))
 
 
 @torch.no_grad()
@@ -206,7 +205,7 @@ def add_delta_weight_(  # noqa: D417 - the others are `dcft_linear`'s
     )  # fmt: skip
     adapter = _adapter(dcft_A, dcft_B, dcft_C, geometry, scaling)
     validation.same_device("weight", weight, dcft_A=dcft_A)
-    runs = select(backend, adapter, weight.dtype)
+    runs = _selected(backend, adapter, weight.dtype)
     seed = draw_seed(weight.device) if stochastic_rounding else None
     with autocast.suspended(weight):
         autograd.merge_(weight, adapter, seed, runs)
@@ -217,7 +216,12 @@ def add_delta_weight_(  # noqa: D417 - the others are `dcft_linear`'s
 def merged_weight(weight: Tensor, adapter: Adapter, backend: str) -> Tensor:
     """A new `weight + scaling * DW`, rounded once; strides as `weight`'s."""
     with autocast.suspended(weight):
-        return autograd.merge(weight, adapter, None, select(backend, adapter, weight.dtype))
+        return autograd.merge(weight, adapter, None, _selected(backend, adapter, weight.dtype))
+
+
+def _selected(backend: str, adapter: Adapter, dtype: torch.dtype) -> str:
+    """What computes a dense increment."""
+    return see_through(select(backend, adapter, dtype), backend, traced=False)
 
 
 def _checked(
