@@ -12,8 +12,9 @@ operators, with the same gradients registered:
 (Eager calls bypass them because two trips through the dispatcher in each direction cost as much as
 a small layer.) `forward` has either a base layer (`weight`, `bias`) or a base layer's output (`y`),
 to which the increment is added. `U [T, k*d_in]` is an output only because the backward pass needs
-it. Saved for backward are `x` as passed, `U`, the parameters and, with dropout, the 8-byte seed;
-and of these only what the requested gradients read.
+it. Saved for backward are `x` as passed, `U`, the parameters, with dropout the 8-byte seed, and the
+matrices of `torch_backend` where they are smaller than `x`; and of these only what the requested
+gradients read.
 
 With `create_graph=True`, for gradients in batches (`is_grads_batched=True`) and under forward mode,
 the backward pass runs as plain PyTorch operations on the same saved tensors. The strategy
@@ -184,7 +185,8 @@ def _save(
     """Keep for the backward pass what the requested gradients read, and nothing else."""
     need_x, need_weight, need_bias, _, *need_factors = ctx.needs_input_grad[:7]
     needs = Needs(need_x, need_weight, need_bias, *need_factors)
-    ctx.needs, ctx.adapter, ctx.strategy, ctx.dtype = needs, adapter, strategy, x.dtype
+    ctx.needs, ctx.strategy, ctx.dtype = needs, strategy, x.dtype
+    ctx.adapter = adapter._replace(matrices=None)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x if needs.A or needs.weight else None,
@@ -194,13 +196,15 @@ def _save(
         adapter.B,
         adapter.C,
         adapter.seed,
+        *(adapter.matrices or ()),
     )
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, grad_U: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, base, A, B and C."""
-    x, U, weight, A, B, C, seed = ctx.saved_tensors
-    adapter, needs, g = ctx.adapter._replace(A=A, B=B, C=C, seed=seed), ctx.needs, grad_y
+    x, U, weight, A, B, C, seed, *matrices = ctx.saved_tensors
+    adapter = ctx.adapter._replace(A=A, B=B, C=C, seed=seed, matrices=tuple(matrices) or None)
+    needs, g = ctx.needs, grad_y
     if g is None and grad_U is not None:
         # Only a double backward reaches U and not y.
         g = grad_U.new_zeros(grad_U.shape[0], adapter.geometry.outputs.size, dtype=ctx.dtype)

@@ -249,6 +249,14 @@ def test_saves_the_input_itself_and_U(dtype: torch.dtype, backend, device) -> No
     assert saved_by(layer, x) == []
 
 
+def test_saves_the_matrices_where_they_are_smaller_than_the_input() -> None:
+    layer = DCFTLinear(24, 32, backend="torch")
+    for tokens, expected in ((10, []), (100, [(8, 24), (8, 32), (8, 32), (8, 8)])):
+        x = torch.randn(tokens, 24, requires_grad=True)
+        found = [tensor.shape for tensor in saved_by(layer, x)]
+        assert found == [(tokens, 24), (tokens, 8), *expected]
+
+
 def test_saves_a_seed_and_no_mask_with_dropout(backend, device) -> None:
     layer = layer_on(device, backend, 0.3)
     saved_x, _, seed = saved_by(layer, torch.randn(12, 24, device=device, requires_grad=True))
