@@ -14,8 +14,8 @@ The matrices are as large as the factors of a LoRA of rank `r`; for tiling windo
 tensor other than the base weight.
 
 `U` and `Ub` are computed as `[r, T]`: on a CPU, products with few rows are twice as fast as those
-with few columns. Where the CPU has no 16-bit products, 16-bit inputs are computed in float32, a
-block of rows at a time.
+with few columns. Where the CPU has no products in bfloat16, and in float16, whose range `U` may
+exceed, the adapter is computed in float32, a block of rows at a time.
 """
 
 from __future__ import annotations
@@ -331,8 +331,14 @@ def new_matrices(adapter: Adapter, tokens: torch.dtype) -> Matrices:
 
 
 def compute_dtype(tokens: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of products with tokens of this dtype: the same, if the device multiplies it."""
-    return torch.float32 if device.type == "cpu" and tokens in _SLOW_ON_CPU else tokens
+    """The dtype of the adapter's products with tokens of this dtype.
+
+    The same, but float32 on a CPU that does not multiply it, and for float16 on any CPU: `U` may
+    exceed its range where the layer's output does not.
+    """
+    if device.type != "cpu":
+        return tokens
+    return torch.float32 if tokens == torch.float16 or tokens in _SLOW_ON_CPU else tokens
 
 
 def _row_blocks(z: Tensor) -> list[slice]:
@@ -393,7 +399,7 @@ def base_grad(g: Tensor, weight: Tensor) -> Tensor:
         g: `[T, m]`.
         weight: `[m, n]`, in `g`'s dtype.
     """
-    if compute_dtype(g.dtype, g.device) == g.dtype:
+    if not g.is_cpu or g.dtype not in _SLOW_ON_CPU:
         return g @ weight
     total = g.new_zeros(g.shape[0], weight.shape[1], dtype=torch.float32)
     length = max(1, _WEIGHT_BLOCK_ELEMENTS // weight.shape[1])
