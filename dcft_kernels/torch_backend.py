@@ -275,7 +275,10 @@ def _collapse(matrix: Tensor, rank: int, side: Side, dtype: torch.dtype) -> Tens
     """The adjoint of `spread`, `[k, L]`: `g[κ, l] = sum_r matrix[κ*w + r, l*s + r]`."""
     if side.span > side.size:
         matrix = F.pad(matrix, (0, side.span - side.size))
-    return _entries(matrix, rank, side).sum(1, dtype=dtype)
+    entries = _entries(matrix, rank, side)
+    if dtype.itemsize < matrix.itemsize:
+        return entries.sum(1).to(dtype)  # a sum that is told the dtype would round every term
+    return entries.sum(1, dtype=dtype)
 
 
 class _Kept(NamedTuple):

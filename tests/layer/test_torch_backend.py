@@ -79,10 +79,12 @@ def test_parity(case: AdapterShape, dtype: torch.dtype) -> None:
 
 @every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_float32_adapter_over_16_bit_base(case: AdapterShape, dtype: torch.dtype) -> None:
-    inputs = random_inputs(case, (33,), dtype, adapter_dtype=torch.float32)
-    check(inputs, case)
-    assert run(inputs, case, "torch")[4].dtype == torch.float32
+def test_gradients_of_16_bit_factors_are_rounded_once(case, dtype) -> None:
+    """They are the gradients of the same factors in float32, rounded at the end."""
+    inputs = random_inputs(case, (33,), torch.float32, adapter_dtype=dtype)
+    narrow, wide = (run(each, case, "torch")[4:] for each in (inputs, inputs.to(torch.float32)))
+    for actual, expected in zip(narrow, wide, strict=True):
+        assert torch.equal(actual, expected.to(dtype))
 
 
 @pytest.mark.gpu
