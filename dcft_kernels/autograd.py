@@ -13,7 +13,8 @@ operators, with the same gradients registered:
 a small layer.) `forward` has either a base layer (`weight`, `bias`) or a base layer's output (`y`),
 to which the increment is added. `U [T, k*d_in]` is an output only because the backward pass needs
 it. Saved for backward are `x` as passed, `U`, the parameters and, with dropout, the 8-byte seed;
-and of these only what the requested gradients read.
+and of these only what the requested gradients read. Matrices of `torch_backend` that are smaller
+than `x` are kept for it, too.
 
 With `create_graph=True`, for gradients in batches (`is_grads_batched=True`) and under forward mode,
 the backward pass runs as plain PyTorch operations on the same saved tensors. The strategy
