@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -257,6 +258,22 @@ def test_inference_follows_every_change_of_the_adapter(change) -> None:
     assert not torch.allclose(after.float(), before, rtol=1e-2)
     with torch.no_grad():
         assert torch.equal(layer(x), after)
+
+
+def test_threads_share_the_matrices_of_a_layer() -> None:
+    layer = DCFTLinear(40, 24, rank=2, init="paper", backend="torch")
+    nn.init.normal_(layer.dcft_B)
+    x = torch.randn(3, 40)
+
+    def infer(_: int) -> Tensor:
+        with torch.no_grad():
+            return layer(x)
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            layer.dcft_A.data.neg_()
+            expected = layer(x)
+            assert all(torch.equal(y, expected) for y in pool.map(infer, range(16)))
 
 
 def test_matrices_are_dropped_with_their_adapter() -> None:
