@@ -71,7 +71,8 @@ def read_sentences(sizes: tuple[int, int] = (2400, 600)) -> tuple[Rows, Rows]:
             side.update(s.lower() for s in sentences if 5 <= len(s.split()) <= 12)
     splits: list[Rows] = []
     for side, size in zip((train - held_out, held_out), sizes, strict=True):
-        chosen = sorted(side, key=_digest)[:size]
+        even = min(size, len(side)) // 2 * 2  # so that the labels balance
+        chosen = sorted(side, key=_digest)[:even]
         in_order: Rows = [(sentence, "in order") for sentence in chosen[::2]]
         swapped: Rows = [(swap_halves(sentence), "swapped") for sentence in chosen[1::2]]
         splits.append(in_order + swapped)
