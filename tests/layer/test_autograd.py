@@ -394,6 +394,19 @@ def test_compiled_update_and_delta_weight(backend, device) -> None:
     assert_same(*results)
 
 
+def test_compiled_backward_of_an_eager_forward() -> None:
+    """Compiled autograd."""
+    layer = layer_on(torch.device("cpu"), "torch", rank=2)
+    x = torch.randn(5, 24, requires_grad=True)
+    operands = [x, layer.dcft_A, layer.dcft_B, layer.dcft_C]
+    expected = torch.autograd.grad(layer(x).square().sum(), operands)
+    loss = layer(x).square().sum()
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        loss.backward()
+    assert_same([each.grad for each in operands], list(expected))
+
+
 def test_new_token_counts_do_not_recompile(backend, device) -> None:
     layer = layer_on(device, backend)
     graphs = CompileCounterWithBackend("aot_eager")
