@@ -292,6 +292,8 @@ class _Kept(NamedTuple):
     owner: weakref.ref[Tensor]
 
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
 # The matrices of each `A` that is alive, by its id. What changes a factor need not change its
 # version (`.data`, memory shared with other processes), so an entry counts while the values of the
 # factors are what they were; a recycled id cannot do harm either.
@@ -304,8 +306,9 @@ def kept_matrices(adapter: Adapter, tokens: torch.dtype) -> tuple[Tensor, Tensor
     For calls without gradients: a training step changes the factors, and remembering takes longer.
     """
     A, B, C, scaling, geometry, *_ = adapter
-    if not A.is_cpu or type(A) not in (Tensor, Parameter):
-        return new_matrices(adapter, tokens)[:2]  # a comparison would wait for the device
+    # A comparison would wait for a GPU, and what `make_fx` traces has to follow the adapter.
+    if not A.is_cpu or type(A) not in (Tensor, Parameter) or torch._C._get_dispatch_mode(_PROXY):
+        return new_matrices(adapter, tokens)[:2]
     key, settings = id(A), (scaling, geometry, tokens, A.dtype, B.dtype, C.dtype)
     kept = _kept.get(key)
     if (

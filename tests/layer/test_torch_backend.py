@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcft_kernels import DCFTLinear, dcft_linear, dcft_update, delta_weight, torch_backend
@@ -258,6 +259,16 @@ def test_inference_follows_every_change_of_the_adapter(change) -> None:
     assert not torch.allclose(after.float(), before, rtol=1e-2)
     with torch.no_grad():
         assert torch.equal(layer(x), after)
+
+
+def test_traced_inference_follows_the_adapter() -> None:
+    layer, x = DCFTLinear(40, 24, init="paper", backend="torch"), torch.randn(3, 40)
+    nn.init.normal_(layer.dcft_B)
+    with torch.no_grad():
+        layer(x)
+        traced = make_fx(layer)(x)
+        layer.dcft_B.neg_()
+        assert torch.equal(traced(x), layer(x))
 
 
 def test_threads_share_the_matrices_of_a_layer() -> None:
