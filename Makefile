@@ -50,7 +50,7 @@ help: ## show this list
 	    BENCH_ARGS  'for make bench, such as "-k layer-main"' \
 	    QUALITY_ARGS 'for make quality, such as "--study methods --data DIR"'
 
-demo: $(VENV)/stamp-demo $(VENV)/stamp-model ## fine-tune a pretrained model with DCFT and print the comparison
+demo: $(VENV)/stamp-demo $(VENV)/stamp-model ## fine-tune a pretrained model with DCFT, print and draw the comparison
 	$(PY) -m examples.demo $(DEMO_ARGS)
 
 # The kernels' tests run a second time under Triton's interpreter, which has to be chosen before

@@ -227,7 +227,10 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_U: Tensor | None) -> tuple[T
 
 def _is_transformed(g: Tensor) -> bool:
     """Whether a transform or forward mode follows the backward pass, operation by operation."""
-    return torch._C._functorch.is_legacy_batchedtensor(g) or backends.is_transformed()
+    if backends.is_transformed():
+        return True
+    # A compiler does not trace the question.
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(g)
 
 
 # The kernels as operators, for compilers.

@@ -107,11 +107,15 @@ def _adapter_work(layer: DCFTLinear, tokens: int, dtype: torch.dtype, strategy: 
         # DW is built, multiplied with twice, and its dense gradient is a product once more.
         products = 3 * (tokens * (n + m) + m * n)
         return Work(dtype.itemsize * products, 6 * tokens * m * n)
+    if strategy == "torch":
+        # Six products, each of rank r: U, y, Ub, gx, gP and gQ. U and Ub are read twice.
+        r = rank * inputs.width
+        itemsize = compute_dtype(dtype, layer.dcft_A.device).itemsize
+        passes = dtype.itemsize * 4 * (n + m) + itemsize * 6 * r
+        return Work(tokens * passes, 6 * tokens * r * (n + m))
     # Forward: read x, add to y. Backward: read g and x, add to gx. U is written once, read once.
     passes = dtype.itemsize * (4 * n + 3 * m)
-    on_torch = strategy == "torch"
-    kept = compute_dtype(dtype, layer.dcft_A.device) if on_torch else dtype_of_U(dtype)
-    passes += kept.itemsize * 2 * rank * inputs.width
+    passes += dtype_of_U(dtype).itemsize * 2 * rank * inputs.width
     # Six sums over a window's features (U, y, Vb, gB, gA, gx), and C four times per token and rank.
     sums = 3 * rank * (n * inputs.width // inputs.stride + m * outputs.width // outputs.stride)
     mixing = 4 * rank * outputs.width * inputs.width

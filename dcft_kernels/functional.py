@@ -331,25 +331,20 @@ def _check_update(tensors: Sequence[Any], stride: Any) -> Geometry:
     sizes = {"in_features": x.shape[-1], "out_features": y.shape[-1]}
     geometry = validation.factors(*factors, **sizes, stride=stride)
     validation.same_device("x", x, y=y, dcft_A=factors[0])
-    validation.same_dtype("x", autocast.cast(x), y=autocast.cast(y))
+    validation.same_dtype("x", x, y=y)
     return geometry
 
 
-def _adapter(
-    A: Tensor, B: Tensor, C: Tensor, geometry: Geometry, scaling: float, dropout_p: float = 0.0
-) -> Adapter:
-    """The adapter, its numbers checked, without a dropout seed."""
-    scaling = validation.finite_number("scaling", scaling)
-    return Adapter(A, B, C, scaling, geometry, validation.probability("dropout_p", dropout_p))
+def _adapter(A: Tensor, B: Tensor, C: Tensor, geometry: Geometry, scaling: float) -> Adapter:
+    """The adapter, its scaling checked."""
+    return Adapter(A, B, C, validation.finite_number("scaling", scaling), geometry)
 
 
 def _with_dropout(adapter: Adapter, training: bool, device: torch.device, runs: str) -> Adapter:
-    """The adapter with a seed if dropout is active: drawn last, so that a failing call draws none.
+    """The adapter with a seed if training: drawn last, so that a failing call draws none.
 
     Its scaling includes dropout's `1 / (1 - p)`. (`composite` applies PyTorch's dropout instead.)
     """
-    if adapter.dropout_p == 0.0:
-        return adapter
     if not training:
         return adapter._replace(dropout_p=0.0)
     if runs == "composite":

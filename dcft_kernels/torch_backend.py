@@ -14,8 +14,8 @@ The matrices are as large as the factors of a LoRA of rank `r`; for tiling windo
 tensor other than the base weight.
 
 `U` and `Ub` are computed as `[r, T]`: on a CPU, products with few rows are twice as fast as those
-with few columns. Where the CPU has no 16-bit products, 16-bit inputs are computed in float32, a
-block of rows at a time.
+with few columns. Where the CPU has no products in bfloat16, and in float16, whose range `U` may
+exceed, the adapter is computed in float32, a block of rows at a time.
 """
 
 from __future__ import annotations
@@ -275,7 +275,10 @@ def _collapse(matrix: Tensor, rank: int, side: Side, dtype: torch.dtype) -> Tens
     """The adjoint of `spread`, `[k, L]`: `g[κ, l] = sum_r matrix[κ*w + r, l*s + r]`."""
     if side.span > side.size:
         matrix = F.pad(matrix, (0, side.span - side.size))
-    return _entries(matrix, rank, side).sum(1, dtype=dtype)
+    entries = _entries(matrix, rank, side)
+    if dtype.itemsize < matrix.itemsize:
+        return entries.sum(1).to(dtype)  # a sum that is told the dtype would round every term
+    return entries.sum(1, dtype=dtype)
 
 
 class _Kept(NamedTuple):
@@ -289,6 +292,8 @@ class _Kept(NamedTuple):
     owner: weakref.ref[Tensor]
 
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
 # The matrices of each `A` that is alive, by its id. What changes a factor need not change its
 # version (`.data`, memory shared with other processes), so an entry counts while the values of the
 # factors are what they were; a recycled id cannot do harm either.
@@ -301,8 +306,9 @@ def kept_matrices(adapter: Adapter, tokens: torch.dtype) -> tuple[Tensor, Tensor
     For calls without gradients: a training step changes the factors, and remembering takes longer.
     """
     A, B, C, scaling, geometry, *_ = adapter
-    if not A.is_cpu or type(A) not in (Tensor, Parameter):
-        return new_matrices(adapter, tokens)[:2]  # a comparison would wait for the device
+    # A comparison would wait for a GPU, and what `make_fx` traces has to follow the adapter.
+    if not A.is_cpu or type(A) not in (Tensor, Parameter) or torch._C._get_dispatch_mode(_PROXY):
+        return new_matrices(adapter, tokens)[:2]
     key, settings = id(A), (scaling, geometry, tokens, A.dtype, B.dtype, C.dtype)
     kept = _kept.get(key)
     if (
@@ -331,8 +337,14 @@ def new_matrices(adapter: Adapter, tokens: torch.dtype) -> Matrices:
 
 
 def compute_dtype(tokens: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of products with tokens of this dtype: the same, if the device multiplies it."""
-    return torch.float32 if device.type == "cpu" and tokens in _SLOW_ON_CPU else tokens
+    """The dtype of the adapter's products with tokens of this dtype.
+
+    The same, but float32 on a CPU that does not multiply it, and for float16 on any CPU: `U` may
+    exceed its range where the layer's output does not.
+    """
+    if device.type != "cpu":
+        return tokens
+    return torch.float32 if tokens == torch.float16 or tokens in _SLOW_ON_CPU else tokens
 
 
 def _row_blocks(z: Tensor) -> list[slice]:
@@ -393,7 +405,7 @@ def base_grad(g: Tensor, weight: Tensor) -> Tensor:
         g: `[T, m]`.
         weight: `[m, n]`, in `g`'s dtype.
     """
-    if compute_dtype(g.dtype, g.device) == g.dtype:
+    if not g.is_cpu or g.dtype not in _SLOW_ON_CPU:
         return g @ weight
     total = g.new_zeros(g.shape[0], weight.shape[1], dtype=torch.float32)
     length = max(1, _WEIGHT_BLOCK_ELEMENTS // weight.shape[1])

