@@ -88,7 +88,7 @@ def select(
     return "torch"
 
 
-def see_through(selected: str, backend: str, strategy: str = "auto", *, traced: bool) -> str:
+def select_for_call(selected: str, backend: str, strategy: str = "auto", *, traced: bool) -> str:
     """What runs this very call: `composite` in place of `selected` where its operations are seen.
 
     Args:

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from dcft_kernels import autocast, autograd, validation
 from dcft_kernels.adapter import Adapter, Geometry, Pair
-from dcft_kernels.backends import see_through, select
+from dcft_kernels.backends import select, select_for_call
 from dcft_kernels.dropout import draw_seed
 
 
@@ -67,7 +67,7 @@ def dcft_linear(
         _check_layer, (x, weight, bias, dcft_A, dcft_B, dcft_C),
         stride, scaling, dropout_p, backend, strategy, nonlinearity,
     )  # fmt: skip
-    runs = see_through(runs, backend, strategy, traced=autograd.is_traced(x))
+    runs = select_for_call(runs, backend, strategy, traced=autograd.is_traced(x))
     if autocast.dtype_for(x) is not None:
         x, weight = autocast.cast(x), autocast.cast(weight)
         bias = None if bias is None else autocast.cast(bias)
@@ -114,7 +114,7 @@ def dcft_update(  # noqa: D417 - the others are `dcft_linear`'s
         _check_update, (x, y, dcft_A, dcft_B, dcft_C),
         stride, scaling, dropout_p, backend, "auto", nonlinearity,
     )  # fmt: skip
-    runs = see_through(runs, backend, traced=autograd.is_traced(x))
+    runs = select_for_call(runs, backend, traced=autograd.is_traced(x))
     y, x = autocast.cast(y), autocast.cast(x)
     flat_y, flat_x = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
     adapter = Adapter(dcft_A, dcft_B, dcft_C, float(scaling), geometry, float(dropout_p))
@@ -221,7 +221,7 @@ def merged_weight(weight: Tensor, adapter: Adapter, backend: str) -> Tensor:
 
 def _selected(backend: str, adapter: Adapter, dtype: torch.dtype) -> str:
     """What computes a dense increment."""
-    return see_through(select(backend, adapter, dtype), backend, traced=False)
+    return select_for_call(select(backend, adapter, dtype), backend, traced=False)
 
 
 def _checked(
@@ -236,7 +236,7 @@ def _checked(
         settings: as passed: scaling, dropout_p, backend, strategy, nonlinearity.
     """
     key = _signature(check, tensors, stride, settings)
-    found = None if key is None else _found.get(key)
+    found = None if key is None else _checked_calls.get(key)
     if found is None:
         geometry = _not_recorded(check, tensors, stride)
         scaling, dropout_p, backend, *names = settings
@@ -247,9 +247,9 @@ def _checked(
         dtype = autocast.dtype_after(x, autocast.dtype_for(x))
         found = geometry, select(backend, adapter, dtype, *names)
         if key is not None:
-            if len(_found) >= _MAX_FOUND:
-                _found.clear()
-            _found[key] = found
+            if len(_checked_calls) >= _MAX_CHECKED_CALLS:
+                _checked_calls.clear()
+            _checked_calls[key] = found
     return found
 
 
@@ -267,8 +267,8 @@ def _not_recorded(check: Callable[..., Geometry], *arguments: Any, **named: Any)
 
 # What the checks found, by signature: training steps and inference repeat the same calls, and the
 # checks take as long as a small product.
-_found: dict[Any, tuple[Geometry, str]] = {}
-_MAX_FOUND = 4096
+_checked_calls: dict[Any, tuple[Geometry, str]] = {}
+_MAX_CHECKED_CALLS = 4096
 # Of these types alone: True equals 1 and 2.0 equals 2 as keys, but they are refused.
 _STEP_TYPES = frozenset((int, type(None)))
 _SETTING_TYPES = frozenset((int, float, str, type(None)))
@@ -296,8 +296,12 @@ def _signature(check: Any, tensors: Sequence[Any], stride: Any, settings: tuple[
             return None
     if signature[0] is None:
         return None
+    # Any number of tokens.
+    x, y, *_ = tensors
     if check is _check_layer:
-        signature[0] = signature[0][-1:]  # any number of tokens
+        signature[0] = x.shape[-1:]
+    elif y is not None and x.shape[:-1] == y.shape[:-1]:
+        signature[0], signature[4] = x.shape[-1:], y.shape[-1:]
     return (check, autocast.dtype_for(tensors[0]), stride, *settings, *signature)
 
 

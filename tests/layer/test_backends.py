@@ -8,7 +8,7 @@ from torch import nn
 
 import dcft_kernels.triton
 from dcft_kernels import DCFTLinear, explain
-from dcft_kernels.backends import see_through, select, why_kernels_cannot
+from dcft_kernels.backends import select, select_for_call, why_kernels_cannot
 from tests.adapter_cases import AdapterShape, adapter_of, random_inputs
 
 PAPER = AdapterShape(48, 64, 1, (8, 8), (8, 8))
@@ -37,7 +37,7 @@ def selected(
 ) -> str:
     adapter = adapter_of(random_inputs(case, dtype=dtype), case)
     found = select(backend, adapter, dtype, strategy)
-    return see_through(found, backend, strategy, traced=traced)
+    return select_for_call(found, backend, strategy, traced=traced)
 
 
 def test_auto_runs_the_kernels_wherever_they_take_the_adapter(gpu) -> None:

@@ -252,12 +252,23 @@ def test_every_tensor_is_checked(argument, spoil, error, text):
         call(**{argument: spoil(good[argument])})
 
 
+def test_every_number_of_tokens_shares_one_check(monkeypatch):
+    monkeypatch.setattr(functional, "_checked_calls", {})
+    for tokens in (1, 2, 3):
+        x, y = torch.randn(tokens, N), torch.randn(tokens, M)
+        linear(x=x)
+        update(y=y, x=x)
+    assert len(functional._checked_calls) == 2
+    with pytest.raises(ValueError, match=r"^y: expected leading dimensions \[3\]"):
+        update(y=y[:2], x=x)
+
+
 def test_the_cache_of_checks_is_bounded(monkeypatch):
-    monkeypatch.setattr(functional, "_found", {})
-    monkeypatch.setattr(functional, "_MAX_FOUND", 2)
+    monkeypatch.setattr(functional, "_checked_calls", {})
+    monkeypatch.setattr(functional, "_MAX_CHECKED_CALLS", 2)
     for outputs in range(M - 4, M + 1):
         linear(weight=WEIGHT[:outputs], bias=None)
-        assert 1 <= len(functional._found) <= 2
+        assert 1 <= len(functional._checked_calls) <= 2
 
 
 def _patched() -> nn.Module:

@@ -1,4 +1,4 @@
-"""LoRA as a hand-written autograd function over cuBLAS or MKL products: as fast as they allow.
+"""LoRA as a hand-written autograd function of cuBLAS or MKL products, in the usual layouts.
 
     y = x W^T + b + (x A^T) B^T
     gB = g^T (x A^T),   gA = (g B)^T x,   gx = g W + (g B) A
