@@ -13,8 +13,8 @@ from benchmarks.tables import NONE, milliseconds, ratio, table
 _DIRECTIONS = {"fwd+bwd": "training", "inference": "inference"}
 _PEFT = ("lora_r1", "lora_r8")
 _SUMMARY = (
-    "Counts are of cases; the worst case follows. The busy neighbour is another process that "
-    "multiplies matrices in one thread."
+    "A goal's line counts the cases that miss it and names the worst. A busy neighbour is another "
+    "process that multiplies matrices in one thread."
 )
 
 
@@ -56,8 +56,8 @@ def _ratios(groups: Sequence[Group]) -> str:
 
 
 def _goals(groups: Sequence[Group]) -> str:
-    """A line per goal, a column per dtype, idle and beside the neighbour."""
-    columns = _by(groups, lambda row: row.dtype + ", neighbour" * row.neighbour)
+    """A line per goal; columns per dtype, idle and with a busy neighbour."""
+    columns = _by(groups, lambda row: row.dtype + ", busy neighbour" * row.neighbour)
 
     def line(title: str, cell: Callable[[list[Group]], str]) -> list[str]:
         return [title, *(cell(found) for found in columns.values())]
@@ -87,7 +87,7 @@ def _goals(groups: Sequence[Group]) -> str:
     ]
     idle = [group for group in groups if not group.first.neighbour]
     for name in ("dcft", *_PEFT):
-        title = f"median slowdown by the neighbour: {LABELS[name]}"
+        title = f"median slowdown with a busy neighbour: {LABELS[name]}"
         lines.append([title, *(_slowdown(name, found, idle) for found in columns.values())])
     return table(["DCFT", *columns], lines)
 
@@ -115,7 +115,7 @@ def _worst(groups: Iterable[Group], others: Sequence[str], limit: float | None =
 
 
 def _slowdown(provider: str, found: Iterable[Group], idle: Iterable[Group]) -> str:
-    """The median over the cases beside the neighbour of their time over that without it."""
+    """A provider's time with a busy neighbour, relative to idle: the median over the cases."""
 
     def times(groups: Iterable[Group]) -> dict[object, float]:
         rows = [row for group in groups if (row := group.of(provider)) is not None]
@@ -125,7 +125,7 @@ def _slowdown(provider: str, found: Iterable[Group], idle: Iterable[Group]) -> s
             if (time := row.milliseconds()) is not None
         }
 
-    without = times(idle)
-    beside = times(group for group in found if group.first.neighbour)
-    slowdowns = [time / without[case] for case, time in beside.items() if case in without]
+    idle_times = times(idle)
+    busy_times = times(group for group in found if group.first.neighbour)
+    slowdowns = [time / idle_times[case] for case, time in busy_times.items() if case in idle_times]
     return ratio(statistics.median(slowdowns)) if slowdowns else NONE

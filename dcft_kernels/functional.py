@@ -296,7 +296,7 @@ def _signature(check: Any, tensors: Sequence[Any], stride: Any, settings: tuple[
             return None
     if signature[0] is None:
         return None
-    # Any number of tokens.
+    # Any number of tokens. The entries of a tensor are four; its shape is the first.
     x, y, *_ = tensors
     if check is _check_layer:
         signature[0] = x.shape[-1:]

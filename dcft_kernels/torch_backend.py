@@ -13,9 +13,9 @@ The matrices are as large as the factors of a LoRA of rank `r`; for tiling windo
 `kron(A, I)`. Overlapping windows and ragged ends are in `spread` alone. No step touches an `[m, n]`
 tensor other than the base weight.
 
-`U` and `Ub` are computed as `[r, T]`: on a CPU, products with few rows are twice as fast as those
-with few columns. Where the CPU has no products in bfloat16, and in float16, whose range `U` may
-exceed, the adapter is computed in float32, a block of rows at a time.
+`U` and `Ub` are computed as `[r, T]`, since CPUs multiply few rows faster than few columns. Where
+the CPU has no products in bfloat16, and in float16, whose range `U` may exceed, the adapter is
+computed in float32, a block of rows at a time.
 """
 
 from __future__ import annotations
@@ -275,10 +275,9 @@ def _collapse(matrix: Tensor, rank: int, side: Side, dtype: torch.dtype) -> Tens
     """The adjoint of `spread`, `[k, L]`: `g[κ, l] = sum_r matrix[κ*w + r, l*s + r]`."""
     if side.span > side.size:
         matrix = F.pad(matrix, (0, side.span - side.size))
-    entries = _entries(matrix, rank, side)
-    if dtype.itemsize < matrix.itemsize:
-        return entries.sum(1).to(dtype)  # a sum that is told the dtype would round every term
-    return entries.sum(1, dtype=dtype)
+    # In the wider dtype: a sum in a narrower one would round every term.
+    wide = torch.promote_types(matrix.dtype, dtype)
+    return _entries(matrix, rank, side).sum(1, dtype=wide).to(dtype)
 
 
 class _Kept(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a case is measured under: threads, gradients, and a busy neighbour."""
+"""The conditions of a case: threads, gradients, and a busy neighbour."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 @contextlib.contextmanager
 def under(case: Case) -> Iterator[None]:
-    """With the case's threads, and without gradients for inference."""
+    """Run the block with the case's threads, and without gradients for inference."""
     before = torch.get_num_threads()
     if case.threads is not None:
         torch.set_num_threads(case.threads)
@@ -40,7 +40,7 @@ def under(case: Case) -> Iterator[None]:
 
 @contextlib.contextmanager
 def busy_neighbour() -> Iterator[subprocess.Popen[str]]:
-    """Beside a process that multiplies matrices in one thread."""
+    """Run the block while another process multiplies matrices in one thread."""
     one_thread = os.environ | dict.fromkeys(_THREADS, "1")
     command = [sys.executable, "-c", _MULTIPLY]
     process = subprocess.Popen(command, env=one_thread, stdout=subprocess.PIPE, text=True)

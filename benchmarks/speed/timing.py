@@ -57,9 +57,9 @@ Stopwatch = Callable[[Step], Sample]
 """Prepares a step and runs it, perhaps several times, and returns how long it took."""
 
 
-# How long a sample of short steps takes, with what is not timed between them. Beside a neighbour it
-# outlasts the time slices of the processes.
-_SAMPLE_S, _SAMPLE_BESIDE_NEIGHBOUR_S = 0.005, 0.05
+# Short steps are repeated for this long, preparation included. With a busy neighbour it is longer
+# than the scheduler's time slices.
+_SAMPLE_S, _BUSY_SAMPLE_S = 0.005, 0.05
 
 
 def host_stopwatch(step: Step, sample_s: float = _SAMPLE_S) -> Sample:
@@ -121,7 +121,7 @@ def stopwatch_for(device: torch.device, neighbour: bool = False) -> Stopwatch:
     if device.type == "cuda":
         return CudaStopwatch(device)
     if neighbour:
-        return functools.partial(host_stopwatch, sample_s=_SAMPLE_BESIDE_NEIGHBOUR_S)
+        return functools.partial(host_stopwatch, sample_s=_BUSY_SAMPLE_S)
     return host_stopwatch
 
 

@@ -77,7 +77,7 @@ def cases(scope: Scope) -> list[Case]:
 
 
 def _cpu_sweep(tiny: bool) -> list[Case]:
-    """Tokens, widths, dtypes, training and inference, threads, and some beside a neighbour."""
+    """Every combination of size, dtype, direction and threads; some also with a busy neighbour."""
     sizes = itertools.product((32,) if tiny else _CPU_TOKENS, (64,) if tiny else _CPU_WIDTHS)
     busy = {(32, 64)} if tiny else set(itertools.product(_BUSY_TOKENS, _BUSY_WIDTHS))
     found = []
