@@ -124,6 +124,25 @@ def test_with_and_without_16_bit_products(case, dtype, slow, monkeypatch) -> Non
     check(random_inputs(case, (37,), dtype, torch.float32), case)
 
 
+def test_the_backward_has_no_16_bit_products_where_the_cpu_has_none(monkeypatch) -> None:
+    """The base layer's included: they would be right, and many times slower."""
+    monkeypatch.setattr(torch_backend, "_SLOW_ON_CPU", {torch.bfloat16})
+    inputs = random_inputs(PAPER, (9,), torch.bfloat16, torch.float32)
+    inputs = inputs.requiring(True, False, False, True, True, True)
+    y = dcft_linear(*inputs.operands, backend="torch")
+    dtypes: set[torch.dtype] = set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "addmm_"):
+                dtypes.update(tensor.dtype for tensor in args)
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        y.backward(inputs.grad)
+    assert dtypes == {torch.float32}
+
+
 @pytest.mark.parametrize("leading", [(), (0,), (1,), (3, 0, 2), (2, 3, 4)], ids=str)
 @every_dtype
 def test_leading_dimensions(leading: tuple[int, ...], dtype: torch.dtype) -> None:
