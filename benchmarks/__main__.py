@@ -9,6 +9,7 @@ off keeps what it has. A provider that cannot run gets a row with the reason.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 import time
@@ -21,10 +22,12 @@ import torch
 from benchmarks import environment, rows
 from benchmarks.speed.cases import DTYPES, Case, Scope, parse_shape
 from benchmarks.speed.levels import LEVELS
-from benchmarks.speed.measure import Outcome, measure
+from benchmarks.speed.measure import Outcome, count_launches, measure
 from benchmarks.speed.provider import BASELINE, Provider
 from benchmarks.speed.timing import Plan
+from benchmarks.stored import CLOCKS
 
+_LEAST_S = 5.0  # a case that is started at the end of the budget still has this for its first round
 TINY_PLAN = Plan(budget_s=1.0, max_rounds=3)
 
 
@@ -69,9 +72,29 @@ def measure_case(
     seconds = time.perf_counter() - start
     say(f"{case}: {len(timed)} of {len(outcomes)} providers, {rounds} rounds, {seconds:.0f} s")
     for outcome in outcomes:
-        if outcome.row.error is not None and not outcome.skipped:
-            say(f"  {outcome.key}: {outcome.row.error}")
+        if device.type == "cuda" or (outcome.row.error is not None and not outcome.skipped):
+            say(f"  {outcome.key}: {_in_short(outcome.row)}")
     return outcomes
+
+
+def _in_short(row: rows.Row) -> str:
+    """Medians in milliseconds, with the ratio to the baseline; or why there are none."""
+    parts = []
+    for clock in CLOCKS:
+        median, ratio = row.milliseconds(clock), row.ratio(clock)
+        if median is not None:
+            parts.append(f"{clock} {median:.4f}" + ("" if ratio is None else f" ({ratio:.3f})"))
+    return ", ".join([*parts, *filter(None, (row.error, row.graph_error))])
+
+
+def add_launches(case: Case, outcomes: Sequence[Outcome], file: Path, device: torch.device) -> None:
+    """Store the rows of a case again, with the launches of each provider."""
+    count_launches(
+        outcomes,
+        lambda: LEVELS[case.level].problem(case, device),
+        device,
+        record=lambda row: rows.append(file, row),
+    )
 
 
 def selected(options: argparse.Namespace) -> list[tuple[Case, list[Provider]]]:
@@ -117,14 +140,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _say(f"{described.device}, torch {described.torch}, commit {described.commit}")
     device = torch.device(options.device)
     failures = 0
+    measured: list[tuple[Case, list[Outcome]]] = []
     start = time.monotonic()
     for number, (case, providers) in enumerate(chosen):
-        spent = time.monotonic() - start
-        if number and options.budget is not None and spent > options.budget:
+        left = options.budget - (time.monotonic() - start)
+        if number and left < 0:
             rest = "; ".join(str(c) for c, _ in chosen[number:])
             _say(f"the budget of {options.budget:.0f} s is spent; not measured: {rest}")
             break
-        outcomes = measure_case(case, providers, file, plan, device, _say)
+        limited = replace(plan, first_round_s=min(plan.first_round_s, max(left, _LEAST_S)))
+        outcomes = measure_case(case, providers, file, limited, device, _say)
+        measured.append((case, outcomes))
         failures += sum(o.row.error is not None and not o.skipped for o in outcomes)
         if device.type == "cuda":
             try:
@@ -132,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except RuntimeError as error:
                 _say(f"{case} broke the GPU's context, leave out what failed first: {error}")
                 return 3
+    for case, outcomes in measured:
+        add_launches(case, outcomes, file, device)
     _say(f"rows: {file}")
     return 1 if failures else 0
 
@@ -157,7 +185,13 @@ def parser() -> argparse.ArgumentParser:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="(a GPU if there is one)",
     )
-    found.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after this")
+    found.add_argument(
+        "--budget",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="start no case and no provider after this",
+    )
     found.add_argument(
         "--case-budget", type=float, metavar="SECONDS", help="time for the rounds of a case (30)"
     )

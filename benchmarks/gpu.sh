@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # What a GPU is needed for, in stages of less than four minutes that can each be run alone:
 #
-#     benchmarks/gpu.sh STAGE...          smoke, headline, tests, tune, profile
+#     benchmarks/gpu.sh STAGE...          smoke, headline, tests, shapes, tune, profile
 #     benchmarks/gpu.sh --dry-run [STAGE...]   the same, tiny, on a CPU under the interpreter
 #
 #   smoke     is every strategy right and repeatable, and what do its kernels take alone
-#   headline  layers at the project's goal shapes against every provider, then further shapes
-#   tests     the tests marked gpu
+#   headline  layers at the project's goal shapes against every provider, a block of Llama-3-8B
+#   tests     the tests marked gpu; failures.txt names those that failed
+#   shapes    layers of other widths and numbers of tokens; torch.compile
 #   tune      measures tiles; a changed tiles.json lies in $OUT afterwards
-#   profile   kernels of a step, and ncu where it is installed
+#   profile   kernels of a step; compute-sanitizer and ncu where they are installed
 #
 # It needs Linux with a GPU and python3 with torch and triton; PYTHON names another interpreter.
 # Nothing is installed or downloaded. Every row is on disk as soon as it is known, in $OUT or
@@ -27,13 +28,13 @@ if [ "${1-}" = --dry-run ]; then
     export TRITON_INTERPRET=1
     OUT=${OUT:-.benchmarks/gpu_dry_run}
     shift
-    [ $# -gt 0 ] || set -- smoke headline tests tune profile
+    [ $# -gt 0 ] || set -- smoke headline tests shapes tune profile
 elif ! "$PYTHON" -c 'import torch, triton; raise SystemExit(not torch.cuda.is_available())'; then
     echo "gpu.sh: $PYTHON finds no GPU, or no torch or triton; --dry-run needs no GPU" >&2
     exit 2
 fi
 if [ $# -eq 0 ]; then
-    echo "gpu.sh: expected some of smoke, headline, tests, tune, profile" >&2
+    echo "gpu.sh: expected some of smoke, headline, tests, shapes, tune, profile" >&2
     exit 2
 fi
 if [ -z "${OUT-}" ]; then
@@ -43,8 +44,10 @@ fi
 mkdir -p "$OUT"
 
 status=0
-run() { # COMMAND...: within what is left of the stage's time
+run() { # COMMAND...: within what is left of the stage's time, and at most MOST seconds
     local left=$((LIMIT - (SECONDS - began)))
+    local most=${MOST:-$left}
+    left=$((left < most ? left : most))
     echo "== $* (at most $left s)"
     timeout --kill-after=5 "$((left > 1 ? left : 1))" "$@" || {
         echo "== failed with status $?: $*" >&2
@@ -52,37 +55,51 @@ run() { # COMMAND...: within what is left of the stage's time
     }
 }
 module() { run "$PYTHON" -m "$@"; }
+# Each of the following is a process of its own: an illegal memory access ends all that its process
+# can do on the GPU.
 measure() { # BUDGET ARGUMENTS...: rows
     local budget=$1
     shift
     if [ -n "$dry" ]; then
-        module benchmarks --device cpu --tiny --out "$OUT" "$@" --dtype fp32 --budget 5 \
-            --case-budget 0.1
+        module benchmarks --device cpu --tiny --out "$OUT" "$@" --dtype fp32 --case-budget 0.1
     else
-        module benchmarks --device cuda --out "$OUT" --budget "$budget" "$@"
+        MOST=$((budget + 40)) module benchmarks --device cuda --out "$OUT" --budget "$budget" "$@"
     fi
+}
+layers() { # BUDGET SHAPES: every provider but torch.compile's, which take most of a minute
+    local shapes=$2
+    [ -z "$dry" ] || shapes='32x64->64'
+    measure "$1" --only "^layer-main-($shapes)-.*-fwd.bwd-(?!.*compiled)" --case-budget 6 \
+        --dtype bf16
 }
 
 smoke() {
-    module benchmarks.speed.smoke --out "$OUT" ${dry:+--tiny}
-    measure 90 --only '^kernel' --case-budget 3
+    local strategy list='from benchmarks.speed.methods import STRATEGIES; print(*STRATEGIES)'
+    for strategy in $("$PYTHON" -c "$list"); do
+        MOST=60 module benchmarks.speed.smoke --strategies "$strategy" --out "$OUT" ${dry:+--tiny}
+    done
+    measure 60 --only '^kernel' --case-budget 4
 }
 headline() {
-    # torch.compile takes most of a minute per shape, so its providers run last and at one shape.
-    measure 150 --only '^layer-main(?!.*compiled)' --dtype bf16 --case-budget 10
-    [ -n "$dry" ] || measure 30 --shapes 8192x4096x4096 --case-budget 5 \
-        --only '^layer.*(dcft|compiled)$'
+    layers 90 '8192x4096->4096|4096x768->768'
+    measure 40 --only '^block-main-(tiny-)?llama(?!.*compiled)' --case-budget 6
     module benchmarks.report "$OUT"
 }
 tests() {
-    if [ -n "$dry" ]; then
-        module pytest -q -p no:cacheprovider -m gpu --collect-only tests/kernels
-    else
-        local jobs
-        jobs=$("$PYTHON" -c 'import os, xdist; print("-n", max(1, os.cpu_count() - 1))' 2> /dev/null)
-        # shellcheck disable=SC2086
-        module pytest -q -p no:cacheprovider -m gpu tests $jobs --maxfail=25
+    # The stage `profile` runs compute-sanitizer, in bounded time.
+    local options=(-v -m gpu tests --deselect tests/kernels/test_gpu.py::test_compute_sanitizer)
+    [ -z "$dry" ] || options=(-q -m gpu --collect-only tests/kernels)
+    if [ -z "$dry" ] && "$PYTHON" -c 'import xdist' 2> /dev/null; then
+        options+=(-n "$(nproc)" --dist worksteal)
     fi
+    module pytest -p no:cacheprovider -p benchmarks.failed_tests --failures "$OUT/failures.txt" \
+        "${options[@]}"
+}
+shapes() {
+    layers 90 '4096x1024->1024|(2048|32768)x4096->4096'
+    [ -n "$dry" ] || measure 30 --shapes 8192x4096x4096 --dtype bf16 --case-budget 5 \
+        --only '^layer.*(dcft|compiled)$'
+    module benchmarks.report "$OUT"
 }
 tune() {
     # An entry takes up to a minute, and the last one starts before the budget is spent.
@@ -92,16 +109,22 @@ tune() {
 }
 profile() {
     module benchmarks.speed.profile --out "$OUT" ${dry:+--tiny}
-    if [ -z "$dry" ] && command -v ncu > /dev/null; then
-        run ncu --csv --set basic --kernel-name 'regex:^_.*_kernel$' --log-file "$OUT/ncu.csv" \
-            "$PYTHON" -m benchmarks.speed.profile --once --out "$OUT"
+    [ -z "$dry" ] || return
+    if command -v compute-sanitizer > /dev/null; then
+        # An allocation for every tensor, so that an access outside of one shows.
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 MOST=40 run compute-sanitizer --tool=memcheck \
+            --error-exitcode=9 --kernel-regex=kns=_kernel "$PYTHON" -m tests.kernels.sanitizer_program
+    fi
+    if command -v ncu > /dev/null; then
+        MOST=50 run ncu --csv --set basic --clock-control none --kernel-name 'regex:^_.*_kernel$' \
+            --log-file "$OUT/ncu.csv" "$PYTHON" -m benchmarks.speed.profile --once --out "$OUT"
     fi
 }
 
 for stage in "$@"; do
     began=$SECONDS
     case $stage in
-        smoke | headline | tests | tune | profile) "$stage" ;;
+        smoke | headline | tests | shapes | tune | profile) "$stage" ;;
         *)
             echo "gpu.sh: no stage '$stage'" >&2
             exit 2

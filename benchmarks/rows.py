@@ -161,14 +161,18 @@ def _parse(path: Path, lines: Iterable[str]) -> Iterator[Row]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of every case the rows of its latest run, which were measured together."""
-    cases: dict[tuple[object, ...], list[Row]] = {}
+    """Of every case the rows of its latest run, which were measured together.
+
+    Of a provider that has several of them, the last one has all that became known.
+    """
+    cases: dict[tuple[object, ...], dict[object, Row]] = {}
     for row in rows:
         of = (row.sweep, row.level, row.model, row.direction, row.dtype, row.shape)
         key = (*of, row.threads, row.neighbour)
-        together = cases.setdefault(key, [])
-        if together and together[0].time < row.time:
+        together = cases.setdefault(key, {})
+        time = next((other.time for other in together.values()), row.time)
+        if time < row.time:
             together.clear()
-        if not together or together[0].time == row.time:
-            together.append(row)
-    return [row for together in cases.values() for row in together]
+        if time <= row.time:
+            together[row.variant] = row
+    return [row for together in cases.values() for row in together.values()]

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks import rows
 from benchmarks.rows import Row
 from benchmarks.speed.cases import Case
-from benchmarks.speed.methods.table import KERNEL_SIZE, RANK
+from benchmarks.speed.methods.table import KERNEL_SIZE, RANK, STRATEGIES
 
 CLOCKS = ("device", "wall", "graph", "host")
 """Of a GPU, the usual one first; see benchmarks/README.md."""
@@ -20,13 +20,14 @@ MAIN_SWEEPS = ("main", "asked")
 # In the order of reports. Other providers follow under the names that they are stored with.
 LABELS = {
     "frozen": "frozen nn.Linear",
+    "frozen_forward": "frozen nn.Linear, forward",
+    "frozen_backward": "frozen nn.Linear, backward",
     "frozen_compiled": "frozen, compiled",
     "copy": "copy",
     "dcft": "DCFT",
     "dcft_compiled": "DCFT, compiled",
     "dcft_in_place": "DCFT, in place",
-    "dcft_row_block": "DCFT, row_block",
-    "dcft_torch": "DCFT, torch",
+    **{f"dcft_{name}": f"DCFT, {name}" for name in STRATEGIES},
     "published": "DCFT as published",
     "published_merged": "DCFT as published, W + DW",
     "lora_r1": "LoRA r=1 (peft)",
@@ -39,6 +40,8 @@ LABELS = {
     "dora": "DoRA r=8 (peft)",
     "full": "full fine-tuning",
     "base_added": "base products, added",
+    "base_added_forward": "base product, added, forward",
+    "base_added_backward": "base product, added, backward",
 }
 _PLACES = {name: place for place, name in enumerate(LABELS)}
 

@@ -51,7 +51,9 @@ _FIELDS = {
     "shrink_expand": ("tokens", "features", "warps", "stages"),
     "backward": ("tokens", "features", "programs", "warps", "stages"),
     "expand": ("tokens", "outputs", "warps"),
-    "expand_backward": ("tokens", "features", "programs", "warps", "stages"),
+    "gemm": ("outputs", "warps", "stages"),
+    "shrink": ("tokens", "warps"),
+    "shrink_backward": ("tokens", "programs", "warps"),
 }
 # Sizes and warps double or halve, the others change by one, between these bounds.
 _BOUNDS = {
@@ -62,8 +64,18 @@ _BOUNDS = {
     "warps": (2, 16),
     "stages": (1, 5),
 }
+_BOUNDS_OF = {
+    "gemm": {"outputs": (128, 256), "warps": (4, 8), "stages": (2, 6)},
+    "shrink": {"tokens": (1, 16), "warps": (1, 16)},
+    "shrink_backward": {"tokens": (1, 16), "warps": (1, 16)},
+}
 _BY_ONE = ("programs", "stages")
 _SIZES = ("tokens", "features", "outputs")
+
+# Kernels whose entries are for a row's products: a feature's are as many as the rank.
+_PASSES = ("shrink", "shrink_backward")
+# Kernels that take fewer rows for few tokens.
+_HALVE_ROWS = ("backward", "shrink_expand", *_PASSES)
 
 _WIN = 0.98  # a smaller gain is noise
 
@@ -87,11 +99,22 @@ class Job(NamedTuple):
     dtype: str
     columns: int  # the most that the entry is for
     classes: tuple[int, ...]  # the keys of ADAPTERS that the entry is for
+    least: int = 0  # columns of the entry before
 
     @property
     def itemsize(self) -> str:
         """The key of the entry's row in the table."""
         return str(DTYPES[self.dtype].itemsize)
+
+    def shapes(self, usual: Sequence[Shape]) -> Sequence[Shape]:
+        """Those of the usual shapes that the entry is for, or one with as long rows as it takes."""
+        if self.kernel not in _PASSES:
+            return usual
+        side = 1 if self.kernel == "shrink" else 2  # whose rows it reads: of x or of g
+        found = [shape for shape in usual if self.least < shape[side] <= self.columns]
+        tokens, other = max(shape[0] for shape in usual), min(shape[1] for shape in usual)
+        n, m = (self.columns, other) if side == 1 else (other, self.columns)
+        return found or [(tokens, n, m)]
 
     def __str__(self) -> str:
         return f"{self.kernel} {self.dtype} {self.columns}"
@@ -128,12 +151,15 @@ def jobs(table: Table, architecture: str, only: str = "") -> list[Job]:
     """Entries to tune: few columns first, then 16 bit, then in the order of the kernels."""
     found = []
     for kernel, dtype in itertools.product(KERNELS, ("bf16", "fp32")):
-        row = table[architecture][kernel].get(str(DTYPES[dtype].itemsize), {})
+        row = table[architecture].get(kernel, {}).get(str(DTYPES[dtype].itemsize), {})
         least = 0
         for columns in sorted(map(int, row)):
-            found.append(
-                Job(kernel, dtype, columns, tuple(c for c in ADAPTERS if least < c <= columns))
-            )
+            classes = tuple(c for c in ADAPTERS if least < c <= columns)
+            if kernel in _PASSES:
+                classes = (min(ADAPTERS),)
+            elif kernel == "gemm":  # the others are of ranks that it does not take
+                classes = classes[:1]
+            found.append(Job(kernel, dtype, columns, classes, least))
             least = columns
     found.sort(key=lambda job: (job.classes[0], job.itemsize))
     return [job for job in found if re.search(only, str(job))]
@@ -154,7 +180,8 @@ def neighbours(kernel: str, tile: Tile) -> list[Tile]:
             value = getattr(candidate, field)
             moved = value + sign if field in _BY_ONE else value * 2 if sign > 0 else value // 2
             candidate = candidate._replace(**{field: moved})
-        within = (_BOUNDS[f][0] <= getattr(candidate, f) <= _BOUNDS[f][1] for f, _ in change)
+        bounds = _BOUNDS | _BOUNDS_OF.get(kernel, {})
+        within = (bounds[f][0] <= getattr(candidate, f) <= bounds[f][1] for f, _ in change)
         if all(within):
             found.append(candidate)
     return list(dict.fromkeys(found))
@@ -211,7 +238,13 @@ class Tuner:
         self.architecture = tiles.architecture(device)
 
     def times(self, job: Job, shape: Shape, columns: int, chosen: Sequence[Tile]) -> Times:
-        """Seconds per launch."""
+        """Seconds per launch; tiles that are the same for so many tokens share one measurement."""
+        bucket = tiles.token_bucket(shape[0], self.device)
+        same: dict[Tile, list[Tile]] = {}
+        for tile in chosen:
+            taken = tile.for_tokens(bucket) if job.kernel in _HALVE_ROWS else tile
+            same.setdefault(taken, []).append(tile)
+        timed = [alike[0] for alike in same.values()]
         case = Case("kernel", *shape, job.dtype, direction=job.kernel, sweep=f"{columns} columns")
         outcomes = measure(
             case,
@@ -220,7 +253,7 @@ class Tuner:
                     "-".join(map(str, tile)),
                     partial(workload, kernel=job.kernel, tile=tile),
                 )
-                for tile in chosen
+                for tile in timed
             ],
             lambda: KernelProblem(case, self.device, columns),
             environment.describe(self.device.type),
@@ -230,7 +263,8 @@ class Tuner:
         )
         return {
             tile: [sample.device or sample.wall for sample in outcome.samples]
-            for tile, outcome in zip(chosen, outcomes, strict=True)
+            for alike, outcome in zip(same.values(), outcomes, strict=True)
+            for tile in alike
             if outcome.samples
         }
 
@@ -240,10 +274,10 @@ class Tuner:
         Raises:
             RuntimeError: the table's own tile is wrong.
         """
-        shapes = self.settings.shapes
         row = read_table(self.table)[self.architecture][job.kernel][job.itemsize]
         first = best = Tile(*row[str(job.columns)])
         tried, ratio = {best}, 1.0
+        shapes = job.shapes(self.settings.shapes)
         for _ in range(self.settings.steps):
             new = [tile for tile in neighbours(job.kernel, best) if tile not in tried]
             right = [best, *new[: self.settings.most_neighbours]]

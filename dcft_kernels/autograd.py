@@ -3,10 +3,9 @@
 Eager calls apply `_Layer`, which runs a strategy's passes. A compiler sees the kernels as opaque
 operators, with the same gradients registered:
 
-    forward(x, weight, bias, y, adapter...)             -> (x W^T + b + dropout(x) DW^T, U)
-    backward(g, x, U, weight, adapter..., needs)        -> six gradients
+    forward(x, weight, bias, y, adapter..., strategy)          -> (x W^T + b + dropout(x) DW^T, U)
+    backward(g, x, U, weight, adapter..., needs, strategy)     -> six gradients
     delta_weight(A, B, C, scaling, geometry)            -> scaling * DW
-    delta_weight_backward(grad, A, B, C, ..., needs)    -> its three gradients
     merge(weight, A, B, C, seed, scaling, geometry)     -> weight + scaling * DW
 
 (Eager calls bypass them because two trips through the dispatcher in each direction cost as much as
@@ -30,11 +29,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from dcft_kernels import autocast, backends, rounding, torch_backend
 from dcft_kernels.adapter import Adapter, Geometry, Gradients, Needs, Side, dtype_of_U
+from dcft_kernels.backends import KERNELS
 from dcft_kernels.nonlinearity import function_of
 
 LIBRARY = torch.library.Library("dcft_kernels", "DEF")
@@ -47,16 +46,14 @@ _ADAPTER = (
 _FACTORS = "Tensor dcft_A, Tensor dcft_B, Tensor dcft_C, float scaling, SymInt[] geometry"
 
 LIBRARY.define(
-    f"forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? y, {_ADAPTER}) -> (Tensor, Tensor)"
+    f"forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? y, {_ADAPTER}, str strategy)"
+    " -> (Tensor, Tensor)"
 )
 LIBRARY.define(
-    f"backward(Tensor g, Tensor? x, Tensor? u, Tensor? weight, {_ADAPTER}, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"backward(Tensor g, Tensor? x, Tensor? u, Tensor? weight, {_ADAPTER}, bool[] needs,"
+    " str strategy) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(f"delta_weight({_FACTORS}) -> Tensor")
-LIBRARY.define(
-    f"delta_weight_backward(Tensor grad, {_FACTORS}, bool[] needs) -> (Tensor, Tensor, Tensor)"
-)
 LIBRARY.define(f"merge(Tensor weight, {_FACTORS}, Tensor? seed) -> Tensor")
 
 
@@ -89,12 +86,13 @@ def linear(
         with autocast.suspended(x):
             return torch_backend.composite_forward(x, weight, bias, base, adapter, h)
     if is_traced(x):
-        return torch.ops.dcft_kernels.forward(x, weight, bias, base, *_flatten(adapter))[0]
+        operands = (x, weight, bias, base, *_flatten(adapter), strategy)
+        return torch.ops.dcft_kernels.forward(*operands)[0]
     if torch.is_grad_enabled():
         factors = (adapter.A, adapter.B, adapter.C)
         return _Layer.apply(x, weight, bias, base, *factors, adapter, strategy)[0]
     with autocast.suspended(x):
-        return _passes(strategy).forward(x, weight, bias, base, adapter)[0]
+        return _forward(strategy, x, weight, bias, base, adapter)[0]
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -130,8 +128,24 @@ def _passes(strategy: str) -> Any:
         from dcft_kernels import reference  # loaded only when it is requested by name
 
         return reference
-    if strategy != "row_block":
-        return torch_backend
+    return torch_backend
+
+
+def _forward(strategy: str, *operands: Any) -> tuple[Tensor, Tensor]:
+    """The forward pass by a strategy; arguments and results as `torch_backend.forward`."""
+    if strategy in KERNELS:
+        return _kernels().forward(*operands, strategy)
+    return torch_backend.forward(*operands)
+
+
+def _backward_passes(strategy: str, *operands: Any) -> Gradients:
+    """The backward pass by a strategy; arguments and results as `torch_backend.backward`."""
+    if strategy in KERNELS:
+        return _kernels().backward(*operands, strategy)
+    return torch_backend.backward(*operands)
+
+
+def _kernels() -> Any:
     from dcft_kernels.triton import passes
 
     return passes
@@ -165,7 +179,7 @@ class _Layer(torch.autograd.Function):
                 # Kept for the backward pass only where they are smaller than what is saved anyway.
                 if sum(matrix.numel() for matrix in matrices) <= x.numel():
                     adapter = prepared
-            y, U = _passes(strategy).forward(x, weight, bias, base, prepared)
+            y, U = _forward(strategy, x, weight, bias, base, prepared)
         _save(ctx, x, weight, U, adapter, strategy)
         return y, U
 
@@ -214,12 +228,13 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_U: Tensor | None) -> tuple[T
     elif grad_U is not None or torch.is_grad_enabled() or _is_transformed(g):
         with autocast.suspended(g):
             gradients = torch_backend.composite_backward(g, x, U, weight, adapter, needs, grad_U)
-    elif ctx.strategy == "row_block" and is_traced(g):
-        results = torch.ops.dcft_kernels.backward(g, x, U, weight, *_flatten(adapter), list(needs))
+    elif ctx.strategy in KERNELS and is_traced(g):
+        operands = (g, x, U, weight, *_flatten(adapter), list(needs), ctx.strategy)
+        results = torch.ops.dcft_kernels.backward(*operands)
         gradients = Gradients(*_those_needed(results, needs))
     else:
         with autocast.suspended(g):
-            gradients = _passes(ctx.strategy).backward(g, x, U, weight, adapter, needs)
+            gradients = _backward_passes(ctx.strategy, g, x, U, weight, adapter, needs)
     grad_x, grad_weight, grad_bias, *grad_factors = gradients
     grad_base = grad_y if ctx.needs_input_grad[3] else None
     return grad_x, grad_weight, grad_bias, grad_base, *grad_factors
@@ -237,26 +252,26 @@ def _is_transformed(g: Tensor) -> bool:
 
 
 @torch.library.impl(LIBRARY, "forward", "CompositeExplicitAutograd")
-def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    weight, bias, base, *adapter = arguments
+def _forward_operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    weight, bias, base, *adapter, strategy = arguments
     with autocast.suspended(x):
-        return _passes("row_block").forward(x, weight, bias, base, _unflatten(*adapter))
+        return _forward(strategy, x, weight, bias, base, _unflatten(*adapter))
 
 
 @torch.library.register_fake("dcft_kernels::forward", lib=LIBRARY)
 def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    _, _, _, A, _, C, _, _, (_, out_features, *_), _ = arguments
+    _, _, _, A, _, C, _, _, (_, out_features, *_), _, _ = arguments
     U = x.new_empty(x.shape[0], A.shape[0] * C.shape[1], dtype=dtype_of_U(x.dtype))
     return x.new_empty(x.shape[0], out_features), U
 
 
 def _operator_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, _, *adapter = inputs
-    _save(ctx, x, weight, output[1], _unflatten(*adapter), "row_block")
+    x, weight, _, _, *adapter, strategy = inputs
+    _save(ctx, x, weight, output[1], _unflatten(*adapter), strategy)
 
 
 def _operator_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    return (*_backward(ctx, *grads), None, None, None, None)
+    return (*_backward(ctx, *grads), None, None, None, None, None)
 
 
 torch.library.register_autograd(
@@ -266,17 +281,16 @@ torch.library.register_autograd(
 
 @torch.library.impl(LIBRARY, "backward", "CompositeExplicitAutograd")
 def _backward_operator(g: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    x, U, weight, *adapter, needs = arguments
+    x, U, weight, *adapter, needs, strategy = arguments
     with autocast.suspended(g):
-        gradients = _passes("row_block").backward(
-            g, x, U, weight, _unflatten(*adapter), Needs(*needs)
-        )
+        operands = (g, x, U, weight, _unflatten(*adapter), Needs(*needs))
+        gradients = _backward_passes(strategy, *operands)
     return _as_tensors(g, gradients)
 
 
 @torch.library.register_fake("dcft_kernels::backward", lib=LIBRARY)
 def _backward_fake(g: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    _, _, _, A, B, C, _, _, geometry, _, needs = arguments
+    _, _, _, A, B, C, _, _, geometry, _, needs, _ = arguments
     (tokens, out_features), in_features = g.shape, geometry[5]
     base_shapes = ((tokens, in_features), (out_features, in_features), (out_features,))
     shapes = (*base_shapes, A.shape, B.shape, C.shape)
@@ -303,7 +317,7 @@ def _those_needed(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tens
 
 def delta_weight(adapter: Adapter, strategy: str) -> Tensor:
     """`scaling * DW`, `[m, n]`, in the factors' common dtype; differentiable."""
-    if strategy != "row_block":
+    if strategy not in KERNELS:
         return _passes(strategy).delta_weight(adapter)
     A, B, C, _, *numbers = _flatten(adapter)
     return torch.ops.dcft_kernels.delta_weight(A, B, C, *numbers[:2])
@@ -311,7 +325,7 @@ def delta_weight(adapter: Adapter, strategy: str) -> Tensor:
 
 def merge(weight: Tensor, adapter: Adapter, seed: Tensor | None, strategy: str) -> Tensor:
     """A new `weight + scaling * DW`, rounded once; strides as `weight`'s. Not differentiable."""
-    if strategy == "row_block":
+    if strategy in KERNELS:
         A, B, C, _, *numbers = _flatten(adapter)
         return torch.ops.dcft_kernels.merge(weight, A, B, C, *numbers[:2], seed)
     out = torch.empty_like(weight)
@@ -325,7 +339,7 @@ def merge_(weight: Tensor, adapter: Adapter, seed: Tensor | None, strategy: str)
         weight.copy_(merge(weight, adapter, seed, strategy))
         return
     _store_sum(weight, adapter, seed, strategy, weight)
-    if strategy == "row_block":
+    if strategy in KERNELS:
         # Kernels write behind autograd's back: whatever it has saved of the weight is stale.
         torch.autograd.graph.increment_version(weight)
 
@@ -334,7 +348,7 @@ def _store_sum(
     weight: Tensor, adapter: Adapter, seed: Tensor | None, strategy: str, out: Tensor
 ) -> None:
     """Write `weight + scaling * DW`, in float32 or wider, to `out`, which may be `weight`."""
-    if strategy == "row_block":
+    if strategy in KERNELS:
         _expand().expand(adapter, out=out, weight=weight, seed=seed)
         return
     dense = _passes(strategy).delta_weight(adapter.widened(weight.dtype))
@@ -368,41 +382,15 @@ def _delta_weight_fake(A: Tensor, B: Tensor, C: Tensor, *numbers: Any) -> Tensor
     return A.new_empty(out_features, in_features, dtype=dtype)
 
 
-@torch.library.impl(LIBRARY, "delta_weight_backward", "CompositeExplicitAutograd")
-def _delta_weight_backward_operator(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *factors, needs = arguments
-    gradients = _expand().expand_backward(grad, _dense(*factors), tuple(needs))
-    return _as_tensors(grad, gradients)
-
-
-@torch.library.register_fake("dcft_kernels::delta_weight_backward", lib=LIBRARY)
-def _delta_weight_backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *factors, _, _, needs = arguments
-    return tuple(
-        factor.new_empty(factor.shape) if needed else grad.new_empty(0)
-        for factor, needed in zip(factors, needs, strict=True)
-    )
-
-
 def _delta_weight_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
     ctx.numbers = inputs[3:]
 
 
 def _delta_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    factors, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
-    gradients: list[Tensor | None]
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        # A double backward, or forward mode: the same values as differentiable operations.
-        wanted = [factor for factor, needed in zip(factors, needs, strict=True) if needed]
-        with torch.enable_grad():
-            dense = torch_backend.delta_weight(_dense(*factors, *ctx.numbers))
-            computed = iter(torch.autograd.grad(dense, wanted, grad, create_graph=True))
-        gradients = [next(computed) if needed else None for needed in needs]
-    else:
-        operator = torch.ops.dcft_kernels.delta_weight_backward
-        gradients = _those_needed(operator(grad, *factors, *ctx.numbers, list(needs)), needs)
-    return (*gradients, None, None)
+    adapter = _dense(*ctx.saved_tensors, *ctx.numbers)
+    needs = ctx.needs_input_grad[:3]
+    return (*torch_backend.delta_weight_gradients(grad, adapter, needs), None, None)
 
 
 torch.library.register_autograd(
@@ -417,7 +405,7 @@ torch.library.register_autograd(
 def _merge_operator(weight: Tensor, *arguments: Any) -> Tensor:
     *factors, seed = arguments
     out = torch.empty_like(weight)
-    _store_sum(weight, _dense(*factors), seed, "row_block", out)
+    _store_sum(weight, _dense(*factors), seed, "triton", out)
     return out
 
 

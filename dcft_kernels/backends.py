@@ -9,17 +9,19 @@
 
 | `strategy` | forward | backward |
 | --- | --- | --- |
+| `seeded` | a pass over `x`, then a product that carries the adapter | the same over `g` |
 | `row_block` | one kernel over rows of `x`, then `y += x W^T` | one over rows of `g`, `gx += g W` |
 | `torch` | the adapter as a LoRA of rank `k*d_in`: products, in place where possible | the same |
 | `composite` | the same as operations that PyTorch sees and differentiates | PyTorch's own |
 
-`"auto"` runs `row_block` wherever the kernels can run on the device (`triton.why_unavailable`) and
-take the adapter (`why_kernels_cannot`), and `torch` otherwise. There is no silent fallback: what
-was requested by name runs or raises. Empty inputs launch no kernel and run in PyTorch.
+`"auto"` runs the kernels wherever they can run on the device (`triton.why_unavailable`) and take
+the adapter (`why_kernels_cannot`), and `torch` otherwise; which of the kernels' strategies is
+decided for every call (`triton.passes`). There is no silent fallback: what was requested by name
+runs or raises. Empty inputs launch no kernel and run in PyTorch.
 
 `composite` cannot be requested. It runs in place of `torch` where a compiler, a tensor subclass,
 `torch.func`, `torch.jit.trace`, forward mode or an export has to see through a call (all but
-compilers and subclasses in place of `row_block` too), and for a layer with a nonlinearity between
+compilers and subclasses in place of the kernels too), and for a layer with a nonlinearity between
 its factors, for which `"triton"` and `"reference"` raise (`check_nonlinear`).
 """
 
@@ -33,7 +35,9 @@ from dcft_kernels.nonlinearity import NONLINEARITIES
 from dcft_kernels.validation import one_of
 
 BACKENDS = ("auto", "torch", "reference", "triton")
-STRATEGIES = ("auto", "row_block", "torch")
+STRATEGIES = ("auto", "seeded", "row_block", "torch")
+# What `select` says where the kernels run: a strategy, or that calls choose one.
+KERNELS = ("triton", "seeded", "row_block")
 
 _TOKEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_WIDTH = 64
@@ -47,7 +51,7 @@ def select(
     strategy: str = "auto",
     nonlinearity: str | None = None,
 ) -> str:
-    """What runs calls of a kind: `"row_block"`, `"torch"`, `"composite"` or `"reference"`.
+    """What runs calls of a kind: one of `KERNELS`, `"torch"`, `"composite"` or `"reference"`.
 
     Args:
         backend: the name that was requested.
@@ -77,8 +81,13 @@ def select(
     if "torch" in (backend, strategy):
         return "torch"
     reason = why_not_triton(adapter, dtype)
+    if reason is None and strategy == "seeded":
+        from dcft_kernels.triton import seeded
+
+        rank, outputs, inputs = adapter.geometry
+        reason = seeded.why_not_constant(dtype, adapter.A.device, rank, *outputs, *inputs)
     if reason is None:
-        return "row_block"
+        return "triton" if strategy == "auto" else strategy
     if strategy != "auto":
         raise RuntimeError(
             f"strategy={strategy!r} cannot run: {reason}; use strategy='auto' or 'torch'"
@@ -102,7 +111,7 @@ def select_for_call(selected: str, backend: str, strategy: str = "auto", *, trac
     """
     if selected in ("reference", "composite"):
         return selected
-    by_name = backend == "triton" or strategy == "row_block"
+    by_name = backend == "triton" or strategy in KERNELS
     if is_transformed():
         if by_name:
             asked = f"{backend=}" if backend == "triton" else f"{strategy=}"

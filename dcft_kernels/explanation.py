@@ -8,7 +8,7 @@ import torch
 
 from dcft_kernels import validation
 from dcft_kernels.adapter import dtype_of_U
-from dcft_kernels.backends import select, why_not_triton
+from dcft_kernels.backends import KERNELS, select, why_not_triton
 from dcft_kernels.torch_backend import compute_dtype
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Explanation(NamedTuple):
 
     layer: str
     tokens: int
-    strategy: str  # "row_block", "torch", "reference", or "merged": one plain product
+    strategy: str  # "seeded", "row_block", "torch", "reference", or "merged": one plain product
     reason: str
     frozen: Work  # the base layer alone, forward and backward with the gradient of its input
     adapter: Work  # what the adapter adds
@@ -70,7 +70,7 @@ def explain(layer: DCFTLinear, *, tokens: int, dtype: torch.dtype | None = None)
         raise TypeError(f"layer: expected a DCFTLinear, got {type(layer).__name__}")
     tokens = validation.positive_int("tokens", tokens)
     dtype = layer.weight.dtype if dtype is None else validation.float_dtype("dtype", dtype)
-    strategy, reason = _choice(layer, dtype)
+    strategy, reason = _choice(layer, tokens, dtype)
     rank, outputs, inputs = layer.geometry
     m, n = outputs.size, inputs.size
     name = f"DCFT layer {n} -> {m}, rank {rank}, kernel {outputs.width}x{inputs.width}, {dtype}"
@@ -81,7 +81,7 @@ def explain(layer: DCFTLinear, *, tokens: int, dtype: torch.dtype | None = None)
     )
 
 
-def _choice(layer: DCFTLinear, dtype: torch.dtype) -> tuple[str, str]:
+def _choice(layer: DCFTLinear, tokens: int, dtype: torch.dtype) -> tuple[str, str]:
     """The strategy that runs, and why."""
     if layer.merged:
         return "merged", "the layer is merged, which leaves one plain product"
@@ -90,6 +90,13 @@ def _choice(layer: DCFTLinear, dtype: torch.dtype) -> tuple[str, str]:
         return "torch", f"{between}, which no kernel takes"
     adapter = layer.adapter
     strategy = select(layer.backend, adapter, dtype, layer.strategy)
+    if strategy in KERNELS:
+        from dcft_kernels.triton import passes
+
+        dropout = layer.training and layer.dropout > 0
+        strategy = passes.forward_strategy(
+            strategy, tokens, layer.geometry, dtype, adapter.A.device, dropout=dropout
+        )
     for argument in ("strategy", "backend"):
         asked = getattr(layer, argument)
         if asked != "auto":
@@ -100,7 +107,7 @@ def _choice(layer: DCFTLinear, dtype: torch.dtype) -> tuple[str, str]:
 def _adapter_work(layer: DCFTLinear, tokens: int, dtype: torch.dtype, strategy: str) -> Work:
     """What the adapter adds to the frozen layer, forward and backward."""
     rank, outputs, inputs = layer.geometry
-    m, n = outputs.size, inputs.size
+    m, n, r = outputs.size, inputs.size, rank * inputs.width
     if strategy == "merged":
         return Work(0, 0)
     if strategy == "reference":
@@ -109,14 +116,19 @@ def _adapter_work(layer: DCFTLinear, tokens: int, dtype: torch.dtype, strategy: 
         return Work(dtype.itemsize * products, 6 * tokens * m * n)
     if strategy == "torch":
         # Six products, each of rank r: U, y, Ub, gx, gP and gQ. U and Ub are read twice.
-        r = rank * inputs.width
         itemsize = compute_dtype(dtype, layer.dcft_A.device).itemsize
         passes = dtype.itemsize * 4 * (n + m) + itemsize * 6 * r
         return Work(tokens * passes, 6 * tokens * r * (n + m))
+    mixing = rank * outputs.width * inputs.width
+    if strategy == "seeded":
+        # The passes read x and g once more, the product of gx reads x. U is written once and read
+        # twice, Ub, Q and P written and read once.
+        passes = tokens * (2 * n + m + 5 * r) + 2 * r * (n + m)
+        # U, Vb and gB in the passes; further columns of both products, and gA.
+        sums = rank * (n + 2 * m) + r * (2 * n + m)
+        return Work(dtype.itemsize * passes, 2 * tokens * (sums + 3 * mixing))
     # Forward: read x, add to y. Backward: read g and x, add to gx. U is written once, read once.
-    passes = dtype.itemsize * (4 * n + 3 * m)
-    passes += dtype_of_U(dtype).itemsize * 2 * rank * inputs.width
+    passes = dtype.itemsize * (4 * n + 3 * m) + dtype_of_U(dtype).itemsize * 2 * r
     # Six sums over a window's features (U, y, Vb, gB, gA, gx), and C four times per token and rank.
     sums = 3 * rank * (n * inputs.width // inputs.stride + m * outputs.width // outputs.stride)
-    mixing = 4 * rank * outputs.width * inputs.width
-    return Work(tokens * passes, 2 * tokens * (sums + mixing))
+    return Work(tokens * passes, 2 * tokens * (sums + 4 * mixing))

@@ -50,7 +50,7 @@ def dcft_linear(
         dropout_p: probability of zeroing an element of the adapter's own view of `x`.
         training: whether dropout is active.
         backend: `"auto"`, `"torch"`, `"reference"` or `"triton"`, see `dcft_kernels.backends`.
-        strategy: `"auto"`, `"row_block"` or `"torch"`, see `dcft_kernels.backends`.
+        strategy: `"auto"`, `"seeded"`, `"row_block"` or `"torch"`, see `dcft_kernels.backends`.
         nonlinearity: None, or `"relu"`, `"gelu"`, `"silu"`, `"tanh"`: the function `h` of
             `y = x W^T + b + scaling * expand(dcft_C h(U))`, where `U` is what `dcft_A` makes of
             `dropout(x)` (MPC_n, see `dcft_kernels.constraints`). There is no `DW` then.

@@ -121,7 +121,7 @@ class DCFTLinear(nn.Linear):
         dtype: of `weight` and `bias`.
         adapter_dtype: of the adapter; None gives float32 over a 16-bit base, where 16-bit
             parameters would lose small optimizer steps, else `dtype`.
-        strategy: `"auto"`, `"row_block"` or `"torch"`, see `dcft_kernels.backends`.
+        strategy: `"auto"`, `"seeded"`, `"row_block"` or `"torch"`, see `dcft_kernels.backends`.
         nonlinearity: None, or `"relu"`, `"gelu"`, `"silu"`, `"tanh"` between the factors (MPC_n,
             see `dcft_kernels.constraints`). Such a layer is computed by PyTorch operations at the
             same cost, has no `DW`, and cannot be merged.

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -227,6 +227,19 @@ def delta_weight(adapter: Adapter) -> Tensor:
     """`scaling * DW` `[m, n]`, in the factors' common dtype; differentiable."""
     P, Q, *_ = matrices(adapter, adapter.dtype, _spread)
     return Q.t() @ P
+
+
+def delta_weight_gradients(
+    grad: Tensor, adapter: Adapter, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `A`, `B` and `C` from `grad`, that of `scaling * DW`; differentiable."""
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    P, Q, S, C = matrices(adapter, dtype, _spread)
+    wide = grad.to(dtype)
+    needed = Needs(False, False, False, *needs)
+    grad_P = Q @ wide if needed.A else None
+    grad_Q = P @ wide.t() if needed.B or needed.C else None
+    return _gradients(grad, None, None, grad_P, grad_Q, S, C, adapter, needed)[3:]
 
 
 Matrices = tuple[Tensor, Tensor, Tensor, Tensor]  # P, Q, S and s C

@@ -32,7 +32,8 @@ TRITON_LAYERS: list[set[str]] = [
     {"__init__", "philox", "tiles", "windows"},
     {"launch"},
     {"partials"},
-    {"expand", "row_block"},
+    {"expand", "gemm", "row_block", "shrink"},
+    {"seeded"},
     {"passes"},
 ]
 

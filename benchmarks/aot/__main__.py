@@ -4,8 +4,10 @@ The package's launchers run on CPU tensors with the tiles of the architecture; T
 they would launch, and the binaries are read. The command fails if a kernel
 
 - spills registers to memory,
-- needs more shared memory than a block of the architecture has, or
-- multiplies 16-bit operands (or in tf32) without matrix instructions.
+- needs more shared memory than a block of the architecture has,
+- fits on a multiprocessor fewer times than its tile counts on,
+- multiplies 16-bit operands (or in tf32) without matrix instructions, or
+- only loads and multiplies, and waits for every product before it issues the next.
 
 Triton caches what it compiles, so a run that was interrupted continues where it stopped.
 """

@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ class Binary(NamedTuple):
     spills: int  # bytes of local memory and stack, or instructions that access them if more
     static_shared_bytes: int
     matrix_instructions: int
+    # The fewest products that a wait in the loop of products leaves running; None if no such loop
+    # has asynchronous products.
+    in_flight: int | None = None
 
 
 def read_binary(kernel: Any, architecture: str) -> Binary:
@@ -67,7 +71,37 @@ def read_sass(sass: str, usage: str, reserved: int = 0) -> Binary:
         max(resources["STACK"] + resources["LOCAL"], local),
         max(resources["SHARED"] - reserved, 0),
         sum(n for opcode, n in counts.items() if _SASS_MATRIX.match(opcode)),
+        _fewest_pending(_sass_loops(sass), " HGMMA", _SASS_WAIT),
     )
+
+
+_SASS_LABEL = re.compile(r"(\.L\w+):")
+_SASS_BRANCH = re.compile(r"@!?U?P\d+ BRA `\((\.L\w+)\)")
+_SASS_WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb\d, 0x([0-9a-f]+)")
+
+
+def _sass_loops(sass: str) -> Iterator[list[str]]:
+    """The lines between a branch and a label before it.
+
+    An unconditional branch ends no loop: code that waits for a barrier is moved to the end, from
+    where it returns so.
+    """
+    lines = sass.splitlines()
+    labels: dict[str, int] = {}
+    for number, line in enumerate(lines):
+        if label := _SASS_LABEL.match(line):
+            labels[label[1]] = number
+        elif (branch := _SASS_BRANCH.search(line)) and branch[1] in labels:
+            yield lines[labels[branch[1]] : number]
+
+
+def _fewest_pending(loops: Iterable[list[str]], product: str, wait: re.Pattern[str]) -> int | None:
+    """The fewest products that a wait in the innermost loop of products leaves pending."""
+    with_products = [loop for loop in loops if any(product in line for line in loop)]
+    if not with_products:
+        return None
+    innermost = min(with_products, key=len)
+    return min((int(found[1], 16) for line in innermost if (found := wait.search(line))), default=0)
 
 
 _GCN = re.compile(r"\t([a-z]\w+)(?:\s|$)")
@@ -87,13 +121,31 @@ def read_amdgcn(assembly: str) -> Binary:
     )
 
 
-_16_BIT_OPERAND = re.compile(r" : tensor<[\dx]+x(bf16|f16)> \*")
+_16_BIT_OPERAND = re.compile(r" : (?:tensor|!ttg\.memdesc)<[\dx]+x(bf16|f16)\W.* \* ")
+_PRODUCT = re.compile(r" (?:tt\.dot|ttng\.warp_group_dot) ")
+_IR_WAIT = re.compile(r" ttng\.warp_group_dot_wait .*pendings = (\d+)")
 
 
-def matrix_products(ttir: str) -> int:
+def matrix_products(ir: str) -> int:
     """Products in Triton's IR that a matrix unit can compute: of 16-bit operands, or in tf32."""
     return sum(
         "inputPrecision = tf32" in line or _16_BIT_OPERAND.search(line) is not None
-        for line in ttir.splitlines()
-        if " tt.dot " in line
+        for line in ir.splitlines()
+        if _PRODUCT.search(line)
     )
+
+
+def products_in_flight(ttgir: str) -> int | None:
+    """As `Binary.in_flight`, of the TTGIR that the binary was compiled from."""
+    return _fewest_pending(_ir_loops(ttgir), " ttng.warp_group_dot ", _IR_WAIT)
+
+
+def _ir_loops(ir: str) -> Iterator[list[str]]:
+    """The bodies of loops, by their indentation."""
+    lines = ir.splitlines()
+    for number, line in enumerate(lines):
+        if " scf.for " in line:
+            inside = " " * (len(line) - len(line.lstrip()) + 1)
+            after = range(number + 1, len(lines))
+            end = next((i for i in after if not lines[i].startswith(inside)), len(lines))
+            yield lines[number + 1 : end]

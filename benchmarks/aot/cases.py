@@ -9,8 +9,13 @@ from typing import NamedTuple
 import torch
 
 from dcft_kernels.adapter import Adapter, Geometry, dtype_of_U
-from dcft_kernels.triton.expand import expand, expand_backward
+from dcft_kernels.triton import gemm
+from dcft_kernels.triton.expand import expand
 from dcft_kernels.triton.row_block import backward, shrink_expand
+from dcft_kernels.triton.shrink import partial_shape, shrink, shrink_backward
+
+# How names begin of the cases that the entries of the tiles' table are made for.
+OF_ENTRIES = ("columns", "products")
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -55,9 +60,15 @@ class LaunchCase(NamedTuple):
             torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def _geometry(width: int = 8, rank: int = 1, stride: int | None = None) -> Geometry:
+def _geometry(
+    width: int = 8,
+    rank: int = 1,
+    stride: int | None = None,
+    n: int = 1024,
+    m: int = 2048,
+) -> Geometry:
     stride = width if stride is None else stride
-    return Geometry.build(1024, 2048, rank, (width, width), (stride, stride))
+    return Geometry.build(n, m, rank, (width, width), (stride, stride))
 
 
 _MAIN = _geometry()
@@ -92,12 +103,55 @@ def _expand(t: Tensors) -> None:
     expand(t.adapter, out=t.weight, weight=t.weight)
 
 
-def _expand_backward(t: Tensors) -> object:
-    return expand_backward(t.weight, t.adapter, (True, True, True))
+def _shrink(t: Tensors) -> None:
+    shrink(t.x, t.adapter, u=t.u, spread=t.y.new_empty(t.y.shape[1], t.u.shape[1]))
+
+
+def _shrink_backward(t: Tensors, needs: tuple[bool, bool] = (True, True)) -> None:
+    partial = torch.empty(partial_shape(t.y, t.adapter, needs)) if any(needs) else None
+    spread = t.x.new_empty(t.u.shape[1], t.x.shape[1])
+    ub = torch.empty_like(t.u, dtype=t.y.dtype)
+    shrink_backward(t.y, t.u, t.adapter, ub=ub, spread=spread, partial=partial, needs=needs)
+
+
+def _linear(t: Tensors, bias: bool = True) -> None:
+    spread = t.y.new_empty(t.y.shape[1], t.u.shape[1])
+    gemm.linear(t.x, t.weight, t.bias if bias else None, t.u, spread, out=t.y)
+
+
+def _input_gradient(t: Tensors, need_A: bool = True) -> None:
+    """Its result in the place of another `x`."""
+    out, spread = torch.empty_like(t.x), t.x.new_empty(t.u.shape[1], t.x.shape[1])
+    if not need_A:
+        gemm.input_gradient(t.y, t.weight, t.u, spread, out=out)
+        return
+    slices = gemm.slices(t.x.shape[0], t.u.shape[1], t.x.device)
+    partial = torch.empty(slices, t.adapter.geometry.rank, t.x.shape[1])
+    gemm.input_gradient(t.y, t.weight, t.u, spread, out=out, x=t.x, partial=partial)
 
 
 def _stochastic(t: Tensors) -> None:
     expand(t.adapter, out=t.weight, weight=t.weight, seed=torch.tensor(0))
+
+
+_ROWS = {
+    # One for each class of a row's products in the tiles' table.
+    "products2048": _geometry(n=768, m=768),
+    "products4096": _geometry(n=4096, m=4096),
+    "products8192": _geometry(n=8192, m=8192),
+    "products16384": _geometry(n=4096, m=14336),
+    "products32768": _geometry(n=28672, m=28672),
+    "rank4": _geometry(rank=4),
+    "width4": _geometry(width=4),
+    "width32": _geometry(width=32),
+    "width64": _geometry(width=64),
+}
+
+_PRODUCTS = {
+    "columns16": _MAIN,
+    "columns64": _geometry(width=16, rank=4),
+    "few-steps": _geometry(n=128, m=128),  # fewer than its loop has buffers
+}
 
 
 def _cases() -> Iterator[LaunchCase]:
@@ -114,8 +168,28 @@ def _cases() -> Iterator[LaunchCase]:
     yield LaunchCase("shrink_expand", "update", _MAIN, _update)
     for needs in ("x", "xBC", "ABC"):
         yield LaunchCase("backward", f"needs-{needs}", _MAIN, partial(_backward, needs=needs))
-    for name, geometry in _GEOMETRIES.items():
-        yield LaunchCase("expand_backward", name, geometry, _expand_backward)
+    for launcher, launch in (("shrink", _shrink), ("shrink_backward", _shrink_backward)):
+        for name, geometry in _ROWS.items():
+            yield LaunchCase(launcher, name, geometry, launch, dtypes=("bf16",))
+        yield LaunchCase(launcher, "fp16", _ROWS["products4096"], launch, dtypes=("fp16",))
+        yield LaunchCase(
+            launcher,
+            "bf16-adapter",
+            _ROWS["products4096"],
+            launch,
+            dtypes=("bf16",),
+            adapter_dtype="bf16",
+        )
+    for name, needs_BC in (("needs-", (False, False)), ("needs-B", (True, False))):
+        launch = partial(_shrink_backward, needs=needs_BC)
+        yield LaunchCase("shrink_backward", name, _ROWS["products4096"], launch, dtypes=("bf16",))
+    for name, geometry in _PRODUCTS.items():
+        yield LaunchCase("gemm", name, geometry, _linear, dtypes=("bf16",))
+        for suffix, need_A in (("", False), ("-A", True)):
+            launch = partial(_input_gradient, need_A=need_A)
+            yield LaunchCase("gemm", f"{name}-backward{suffix}", geometry, launch, dtypes=("bf16",))
+    launch = partial(_linear, bias=False)
+    yield LaunchCase("gemm", "no-bias", _MAIN, launch, dtypes=("bf16",))
     for name in ("columns16", "sliced", "overlap"):
         yield LaunchCase("expand", name, _GEOMETRIES[name], _expand)
     yield LaunchCase("expand", "delta", _MAIN, lambda t: expand(t.adapter, out=t.weight))

@@ -6,13 +6,15 @@ import contextlib
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.aot.binaries import matrix_products, read_binary
-from benchmarks.aot.cases import CASES
-from dcft_kernels.triton.tiles import as_architecture
+from benchmarks.aot.binaries import matrix_products, products_in_flight, read_binary
+from benchmarks.aot.cases import CASES, DTYPES, OF_ENTRIES
+from dcft_kernels.triton.launch import Launch
+from dcft_kernels.triton.tiles import Tile, as_architecture, entries
 
 GPU_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -21,8 +23,38 @@ GPU_TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# The most shared memory (LDS) of a block, in KiB.
-SHARED_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+
+
+class Multiprocessor(NamedTuple):
+    """What programs on a multiprocessor (AMD: compute unit) share."""
+
+    registers: int
+    shared_kib: int
+    reserved_kib: int  # of every program's share, for the system: a program has the rest at most
+
+    def holds(self, threads: int, registers: int, shared_bytes: int) -> int:
+        """How many programs fit; registers of a thread are allocated by eights."""
+        by_registers = self.registers // (-(-registers // 8) * 8 * threads)
+        share = shared_bytes + self.reserved_kib * 1024
+        return min(by_registers, self.shared_kib * 1024 // share) if share else by_registers
+
+
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(1 << 16, 164, 1),
+    "sm_89": Multiprocessor(1 << 16, 100, 1),
+    "sm_90": Multiprocessor(1 << 16, 228, 1),
+    "sm_100": Multiprocessor(1 << 16, 228, 1),
+    "gfx942": Multiprocessor(1 << 17, 64, 0),
+}
+
+# Kernels whose loops only load and multiply: while one product runs, the next can be issued. Those
+# of `row_block` are not: they compute operands in registers, or results from a product's own.
+_KEEP_PRODUCTS_IN_FLIGHT = ("gemm",)
+
+# Kernels whose tiles may count on more programs than fit. `backward` halves rows and warps where
+# tokens are few, and then they do fit; otherwise those that do not fit wait, at no cost that shows
+# between tiles with 1, 2 and 3 programs in results/nvidia-h200/tune.jsonl.
+_MAY_COUNT_ON_MORE = ("backward",)
 
 
 class _Driver:
@@ -41,34 +73,52 @@ class _Driver:
         return 0
 
 
+class Compiled(NamedTuple):
+    """A kernel that a launcher would have launched."""
+
+    name: str
+    kernel: Any
+    programs: int  # that its tile counts on per multiprocessor; 0: any number
+
+
 @contextlib.contextmanager
-def compiling_for(architecture: str) -> Iterator[list[tuple[str, Any]]]:
+def compiling_for(architecture: str) -> Iterator[list[Compiled]]:
     """Compile for an architecture, with its tiles, what launchers would launch.
 
     Yields:
-        Names and compiled kernels, filled in as launchers are called with CPU tensors.
+        What was compiled, filled in as launchers are called with CPU tensors.
 
     Raises:
         RuntimeError: under TRITON_INTERPRET=1.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET: expected unset, got 1, which compiles nothing")
-    compiled: list[tuple[str, Any]] = []
-    run = triton.JITFunction.run
+    compiled: list[Compiled] = []
+    programs: dict[str, int] = {}  # by kernel, of the tile that its last launch was prepared with
+    run, prepare = triton.JITFunction.run, Launch.__init__
+
+    def prepare_seen(
+        self: Any, kernel: Any, device: Any, arguments: Any, tile: Tile, **rest: Any
+    ) -> None:
+        programs[kernel.__name__] = tile.programs
+        prepare(self, kernel, device, arguments, tile, **rest)
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.append((self.__name__.removeprefix("_").removesuffix("_kernel"), kernel))
+        name = self.__name__.removeprefix("_").removesuffix("_kernel")
+        compiled.append(Compiled(name, kernel, programs[self.__name__]))
 
     driver: Any = triton.runtime.driver
     before = driver._active
     driver.set_active(_Driver(architecture))
-    triton.JITFunction.run = compile_only
     try:
-        with as_architecture(architecture):
+        with (
+            mock.patch.object(triton.JITFunction, "run", compile_only),
+            mock.patch.object(Launch, "__init__", prepare_seen),
+            as_architecture(architecture),
+        ):
             yield compiled
     finally:
-        triton.JITFunction.run = run
         driver._active = before
 
 
@@ -93,6 +143,7 @@ def jobs(only: str = "") -> list[Job]:
         for number, case in enumerate(CASES)
         for dtype in case.dtypes
         if not (case.tf32 and architecture.startswith("gfx"))
+        and entries(architecture, case.launcher, DTYPES[dtype].itemsize)
     ]
     return [job for job in found if re.search(only, job.name)]
 
@@ -107,8 +158,11 @@ class Record(NamedTuple):
     registers: int
     spills: int
     shared_bytes: int
+    warps: int
+    programs: int  # see `Compiled`
     products: int  # that a matrix unit can compute
     matrix_instructions: int
+    in_flight: int | None  # see `Binary`; of kernels that are to keep products in flight
     triton: str
 
     def failures(self) -> list[str]:
@@ -116,11 +170,19 @@ class Record(NamedTuple):
         found = []
         if self.spills:
             found.append(f"spills {self.spills} bytes with {self.registers} registers")
-        limit = SHARED_KIB[self.architecture] * 1024
+        multiprocessor = MULTIPROCESSORS[self.architecture]
+        limit = (multiprocessor.shared_kib - multiprocessor.reserved_kib) * 1024
         if self.shared_bytes > limit:
             found.append(f"needs {self.shared_bytes} bytes of shared memory, of {limit}")
+        threads = self.warps * GPU_TARGETS[self.architecture].warp_size
+        fitting = multiprocessor.holds(threads, self.registers, self.shared_bytes)
+        claimed = self.case.startswith(OF_ENTRIES) and self.kernel not in _MAY_COUNT_ON_MORE
+        if claimed and fitting < self.programs:
+            found.append(f"fits {fitting} times, and its tile counts on {self.programs}")
         if self.products and not self.matrix_instructions:
             found.append(f"computes {self.products} products without matrix instructions")
+        if self.kernel in _KEEP_PRODUCTS_IN_FLIGHT and not self.in_flight:
+            found.append("waits for every product before the next")
         return [f"{' '.join(self[:4])}: {text}" for text in found]
 
 
@@ -130,8 +192,11 @@ def compile_job(job: Job) -> list[Record]:
     with compiling_for(job.architecture) as compiled:
         case.run(job.dtype)
     records = []
-    for name, kernel in {kernel.hash: (name, kernel) for name, kernel in compiled}.values():
+    for name, kernel, programs in {each.kernel.hash: each for each in compiled}.values():
         binary = read_binary(kernel, job.architecture)
+        in_flight = None
+        if name in _KEEP_PRODUCTS_IN_FLIGHT:
+            in_flight = min(products_in_flight(kernel.asm["ttgir"]) or 0, binary.in_flight or 0)
         records.append(
             Record(
                 job.architecture,
@@ -141,8 +206,12 @@ def compile_job(job: Job) -> list[Record]:
                 binary.registers,
                 binary.spills,
                 kernel.metadata.shared + binary.static_shared_bytes,
-                matrix_products(str(kernel.asm["ttir"])),
+                kernel.metadata.num_warps,
+                programs,
+                # Gluon kernels begin as TTGIR.
+                matrix_products(str(kernel.asm.get("ttir") or kernel.asm["ttgir"])),
                 binary.matrix_instructions,
+                in_flight,
                 triton.__version__,
             )
         )

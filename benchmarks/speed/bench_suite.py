@@ -19,7 +19,13 @@ import pytest
 import torch
 
 from benchmarks import rows
-from benchmarks.__main__ import TINY_PLAN, measure_case, measurement_name, results_folder
+from benchmarks.__main__ import (
+    TINY_PLAN,
+    add_launches,
+    measure_case,
+    measurement_name,
+    results_folder,
+)
 from benchmarks.speed.cases import Case, Scope
 from benchmarks.speed.levels import LEVELS
 from benchmarks.speed.measure import Outcome
@@ -62,7 +68,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest) -> Callable[[Case], dict[str, Outcome]]:
+def outcomes(
+    request: pytest.FixtureRequest,
+) -> Iterator[Callable[[Case], dict[str, Outcome]]]:
     """Measures a case when it is first asked for, and stores its rows; outcomes by key."""
     option = request.config.getoption
     wanted: dict[Case, set[str]] = {}
@@ -86,7 +94,9 @@ def outcomes(request: pytest.FixtureRequest) -> Callable[[Case], dict[str, Outco
             measured[case] = {outcome.key: outcome for outcome in found}
         return measured[case]
 
-    return measure
+    yield measure
+    for case, found in measured.items():
+        add_launches(case, list(found.values()), folder / rows.ROWS_FILE, device)
 
 
 def _say(config: pytest.Config) -> Callable[[str], None]:

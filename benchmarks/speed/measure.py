@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,8 @@ from benchmarks.environment import Environment
 from benchmarks.rows import Row
 from benchmarks.speed import conditions, memory
 from benchmarks.speed.cases import Case
-from benchmarks.speed.provider import BASELINE, Provider, UnavailableError, Workload
+from benchmarks.speed.provider import BASELINE, Provider, Workload, why_unavailable
 from benchmarks.speed.timing import (
-    LAUNCHES_QUEUED,
     Plan,
     Replay,
     Sample,
@@ -77,6 +77,9 @@ def measure(
     The first round runs every provider once, timed, and checks its results: what is checked is what
     is timed. A provider that fails in any way gets a row with the reason and no times.
 
+    A row is recorded as soon as it has the clocks of eager steps, and again with those of graphs.
+    Launches are counted later (`count_launches`).
+
     Args:
         case: the case that the rows belong to.
         providers: the providers to compare.
@@ -85,21 +88,21 @@ def measure(
         plan: limits.
         device: where to measure.
         stopwatch: replaces the device's own.
-        record: receives every row as soon as it is complete.
+        record: receives every row as soon as it is known, and again when more is.
     """
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     shared = vars(case) | vars(environment) | {"time": started}
     outcomes = [Outcome(p, Row(p.name, d=p.d, k=p.k, stride=p.stride, **shared)) for p in providers]
-    recorded: set[str] = set()
+    recorded: dict[str, Row] = {}
 
-    def complete(outcome: Outcome) -> None:
-        if outcome.key not in recorded:
-            recorded.add(outcome.key)
+    def known(outcome: Outcome) -> None:
+        if recorded.get(outcome.key) != outcome.row:
+            recorded[outcome.key] = outcome.row
             record(outcome.row)
 
     torch.compiler.reset()  # or shapes measured before would count towards its recompile limit
     try:
-        _measure(outcomes, case, problem, plan, stopwatch, device, complete)
+        _measure(outcomes, case, problem, plan, stopwatch, device, known)
     finally:
         for outcome in outcomes:
             outcome.close()
@@ -113,15 +116,15 @@ def _measure(
     plan: Plan,
     stopwatch: Stopwatch | None,
     device: torch.device,
-    complete: Callable[[Outcome], None],
+    known: Callable[[Outcome], None],
 ) -> None:
     try:
         stopwatch = stopwatch or stopwatch_for(device, case.neighbour)
         made = problem()
     except Exception as error:
         for outcome in outcomes:
-            outcome.fail(_reason(error), skipped=_is_unavailable(error))
-            complete(outcome)
+            outcome.fail(_reason(error), skipped=why_unavailable(error) is not None)
+            known(outcome)
         return
     begun = time.perf_counter()
     for outcome in outcomes:
@@ -131,7 +134,7 @@ def _measure(
         else:
             _first_step(outcome, case, made, stopwatch, device, plan)
         if outcome.workload is None:
-            complete(outcome)
+            known(outcome)
 
     ready = {o.key: o for o in outcomes if o.workload is not None}
     first_round = {key: o.first for key, o in ready.items() if o.first is not None}
@@ -153,10 +156,12 @@ def _measure(
     for outcome in ready.values():
         if outcome.samples:
             outcome.row = _with_times(outcome.row, outcome.samples, baseline)
+        known(outcome)
     # Last: a capture that fails can leave PyTorch's memory in a state in which others fail.
-    _time_graphs(ready, problem, plan, stopwatch, device)
+    with conditions.under(case):
+        _time_graphs(ready, problem, plan, stopwatch, device)
     for outcome in ready.values():
-        complete(outcome)
+        known(outcome)
 
 
 def _first_step(
@@ -180,7 +185,7 @@ def _first_step(
         reason = workload.check()
         workload.step.release()
     except Exception as error:
-        outcome.fail(_reason(error), skipped=_is_unavailable(error))
+        outcome.fail(_reason(error), skipped=why_unavailable(error) is not None)
         _free(device)
         return
     if reason is not None:
@@ -194,18 +199,42 @@ def _first_step(
         flops=workload.flops,
     )
     if plan.footprint:
-        _measure_footprint(outcome, workload.step, device)
+        _measure_footprint(
+            outcome, lambda: {"peak_bytes": memory.peak_bytes(workload.step, device)}
+        )
+        workload.step.release()
         _free(device)  # a collection takes longer than a brief case does
 
 
-def _measure_footprint(outcome: Outcome, step: Step, device: torch.device) -> None:
-    """Peak memory and launches; a profiler that is not permitted costs no times."""
+def _measure_footprint(outcome: Outcome, measured: Callable[[], dict[str, Any]]) -> None:
+    """Add columns to a row; a profiler that is not permitted costs no times."""
     try:
-        outcome.row = replace(outcome.row, peak_bytes=memory.peak_bytes(step, device))
-        outcome.row = replace(outcome.row, launches=memory.launches(step, device))
+        outcome.row = replace(outcome.row, **measured())
     except Exception as error:
         outcome.row = replace(outcome.row, footprint_error=_reason(error))
-        step.release()
+
+
+def count_launches(
+    outcomes: Sequence[Outcome],
+    problem: Callable[[], Any],
+    device: torch.device,
+    record: Callable[[Row], None],
+) -> None:
+    """Record the rows of timed providers again, with their launches.
+
+    This comes after all clocks of all cases, because the profiler that counts stays loaded.
+    """
+    timed_on_gpu = [o for o in outcomes if o.samples and device.type == "cuda"]
+    once = functools.cache(problem)
+
+    def launches(provider: Provider) -> dict[str, Any]:
+        step = provider.build(once()).step
+        warm_up(step)
+        return {"launches": memory.launches(step, device)}
+
+    for outcome in timed_on_gpu:
+        _measure_footprint(outcome, functools.partial(launches, outcome.provider))
+        record(outcome.row)
 
 
 def _time_graphs(
@@ -227,13 +256,12 @@ def _time_graphs(
     if not short:
         return
     stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        made = problem()  # inputs for the captures alone, see `Replay`
+    once = functools.cache(problem)  # inputs for the captures alone, see `Replay`
     replays: dict[str, Step] = {}
     for outcome in short:
         try:
             with torch.cuda.stream(stream):
-                workload = outcome.provider.build(made)
+                workload = outcome.provider.build(once())
             replay = Replay(workload.step, stream)
             replay.run()
             torch.cuda.synchronize(device)
@@ -250,13 +278,13 @@ def _time_graphs(
         ready[key].row = replace(ready[key].row, graph_error=_reason(error))
 
     limits = replace(plan, budget_s=min(plan.budget_s, plan.graph_budget_s))
-    found: dict[str, list[float]] = {key: [] for key in replays}
+    found: dict[str, list[float | None]] = {key: [] for key in replays}
     for samples in paired_rounds(replays, {}, limits, stopwatch, failed):
         for key, sample in samples.items():
-            found[key].append(sample.device or sample.wall)
+            found[key].append(sample.device)
     for key, seconds in found.items():
         row = ready[key].row
-        if seconds and row.graph_error is None:
+        if row.graph_error is None:
             ready[key].row = replace(row, **_times("graph", seconds, found.get(BASELINE, [])))
 
 
@@ -264,12 +292,8 @@ def _with_times(row: Row, samples: Sequence[Sample], baseline: Sequence[Sample])
     """Percentiles, ratios and rates."""
     row = replace(row, rounds=len(samples))
     for clock in ("wall", "host", "device"):
-        if clock == "device" and row.launches is not None and row.launches > LAUNCHES_QUEUED:
-            continue
-        seconds = [s for sample in samples if (s := getattr(sample, clock)) is not None]
-        theirs = [s for sample in baseline if (s := getattr(sample, clock)) is not None]
-        if seconds:
-            row = replace(row, **_times(clock, seconds, theirs))
+        seconds, theirs = ([getattr(s, clock) for s in each] for each in (samples, baseline))
+        row = replace(row, **_times(clock, seconds, theirs))
     milliseconds = row.milliseconds()
     if milliseconds and row.moved_bytes is not None:
         row = replace(row, gb_per_s=row.moved_bytes / milliseconds / 1e6)
@@ -278,11 +302,19 @@ def _with_times(row: Row, samples: Sequence[Sample], baseline: Sequence[Sample])
     return row
 
 
-def _times(clock: str, seconds: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
+def _times(
+    clock: str, seconds: Sequence[float | None], baseline: Sequence[float | None]
+) -> dict[str, Any]:
     """A clock's columns; the ratio only where the baseline ran in the same rounds."""
-    found = {f"{clock}_ms_{p}": v for p, v in percentiles(seconds).items()}
+    known = [s for s in seconds if s is not None]
+    if not known:
+        return {}
+    found = {f"{clock}_ms_{p}": v for p, v in percentiles(known).items()}
     if len(baseline) == len(seconds):
-        found[f"ratio_to_frozen_{clock}"] = median_ratio(seconds, baseline)
+        both = zip(seconds, baseline, strict=True)
+        pairs = [(s, b) for s, b in both if s is not None and b is not None]
+        if pairs:
+            found[f"ratio_to_frozen_{clock}"] = median_ratio(*zip(*pairs, strict=True))
     return found
 
 
@@ -294,18 +326,7 @@ def _free(device: torch.device) -> None:
             torch.cuda.empty_cache()
 
 
-def _is_unavailable(error: Exception) -> bool:
-    return isinstance(error, (UnavailableError, ImportError))
-
-
 def _reason(error: Exception) -> str:
     """An exception in one line."""
-    if _is_unavailable(error):
-        return f"cannot run: {_one_line(error)}"
-    text = str(error).strip()
-    return f"{type(error).__name__}: {_one_line(error)}" if text else type(error).__name__
-
-
-def _one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return why_unavailable(error) or ": ".join([type(error).__name__, *lines[:1]])

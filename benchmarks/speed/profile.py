@@ -1,8 +1,8 @@
 """Which kernels does a step run, and how long do they take? `python -m benchmarks.speed.profile`.
 
-Profiles forward and backward of one layer. Each kernel is a line of `profile.jsonl` with its device
-time, or on a CPU its operator's. `--once` runs the steps without PyTorch's profiler, to be watched
-by another one.
+Profiles forward and backward of one layer by every strategy and its peers. Each kernel is a line of
+`profile.jsonl` with its device time, or on a CPU its operator's. `--once` runs a step of every
+strategy without PyTorch's profiler, to be watched by another one.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from benchmarks import environment, rows
 from benchmarks.speed import methods
 from benchmarks.speed.cases import Case
 from benchmarks.speed.levels.layer import LayerProblem, providers_of
+from benchmarks.speed.provider import why_unavailable
 from benchmarks.speed.smoke import SHAPES, TINY_SHAPES
 from benchmarks.speed.timing import warm_up
 
 PROFILE_FILE = "profile.jsonl"
-_PROFILED = ("frozen", "dcft_row_block", "dcft_torch", "lora_by_hand", "lora_r8")
+_PEERS = ("frozen", "lora_by_hand", "lora_r8")
 _STEPS = 5
 
 
@@ -35,17 +36,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, required=True, metavar="DIR", help=f"for {PROFILE_FILE}"
     )
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
-    parser.add_argument("--once", action="store_true", help="run the steps once, store nothing")
+    parser.add_argument("--once", action="store_true", help="run every strategy, store nothing")
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
+    strategies = [f"dcft_{name}" for name in methods.STRATEGIES]
+    peers = () if options.once else _PEERS
     described = vars(environment.describe(device.type))
     for T, n, m in TINY_SHAPES if options.tiny else SHAPES:
         case = Case("layer", T, n, m, "bf16" if gpu else "fp32")
         problem = LayerProblem(case, device)
-        for provider in providers_of(methods.by_name(*_PROFILED)):
+        for provider in providers_of(methods.by_name(*strategies, *peers)):
             step = provider.build(problem).step
-            warm_up(step)
+            try:
+                warm_up(step)
+            except RuntimeError as error:
+                if why_unavailable(error) is None:
+                    raise
+                print(case.shape, provider.key, error, flush=True)
+                continue
             if options.once:
                 continue
             activity = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,15 @@ BASELINE = "frozen"
 
 class UnavailableError(Exception):
     """A provider cannot run on this machine; the message says why."""
+
+
+def why_unavailable(error: Exception) -> str | None:
+    """Why a provider does not run here, by the error that it raised; None if it failed."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, (UnavailableError, ImportError)):
+        return f"cannot run: {line}"
+    # What DCFTLinear says of a strategy that does not take a case.
+    return line if re.match(r"strategy=\S+ cannot run: ", line) else None
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Is it right on this GPU? `python -m benchmarks.speed.smoke --out DIR`.
 
-Every strategy at the project's two goal shapes: forward and all gradients against float64, repeats
-bitwise equal, and the replay of a CUDA graph bitwise equal to eager. Each result is a line of
-`smoke.jsonl` as soon as it is known; a check that fails leaves its traceback there, and the next
-one runs. The exit status is 1 if anything failed.
+Every strategy at the project's two goal shapes: forward and all gradients against float64, the
+first call and later ones bitwise equal, and the replay of a CUDA graph bitwise equal to eager. Each
+result is a line of `smoke.jsonl` as soon as it is known; a check that fails leaves its traceback
+there, a strategy that does not take a case its reason, and the next one runs. The exit status is 1
+if anything failed.
 
     TRITON_INTERPRET=1 python -m benchmarks.speed.smoke --tiny --out DIR     # on a CPU
 """
@@ -26,11 +27,11 @@ from benchmarks import environment, rows
 from benchmarks.speed import gate, methods
 from benchmarks.speed.cases import Case
 from benchmarks.speed.levels.layer import LayerProblem, LayerStep
-from benchmarks.speed.methods import LayerMethod
+from benchmarks.speed.methods import STRATEGIES, LayerMethod
+from benchmarks.speed.provider import why_unavailable
 from benchmarks.speed.timing import Replay
 
 SMOKE_FILE = "smoke.jsonl"
-STRATEGIES = ("dcft_torch", "dcft_row_block")
 SHAPES = ((8192, 4096, 4096), (4096, 768, 768))
 TINY_SHAPES = ((32, 64, 48),)
 _REPEATS = 3
@@ -100,8 +101,10 @@ def run(out: Path, device: torch.device, chosen: Sequence[LayerMethod], *, tiny:
     for shape, method, (name, check) in itertools.product(shapes, chosen, checks.items()):
         try:
             found = check(Case("layer", shape[0], shape[1], shape[2], dtype), device, method)
-        except Exception:  # the next check may still have something to say
+        except Exception as error:  # the next check may still have something to say
+            refused = why_unavailable(error)
             found = {"wrong": ["failed"], "traceback": traceback.format_exc()}
+            found = found if refused is None else {"wrong": [], "refused": refused}
         failures += bool(found["wrong"])
         row = {"check": name, "shape": shape, "provider": method.name, **found}
         print(json.dumps(row), flush=True)
@@ -117,12 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"for {SMOKE_FILE}")
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, also on a CPU")
     options = parser.parse_args(arguments)
     if not options.tiny and not torch.cuda.is_available():
         parser.error("no GPU: PyTorch finds none; --tiny runs on a CPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = methods.by_name(*STRATEGIES)
+    chosen = methods.by_name(*(f"dcft_{name}" for name in options.strategies))
     return 1 if run(options.out, device, chosen, tiny=options.tiny) else 0
 
 

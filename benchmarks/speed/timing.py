@@ -15,16 +15,17 @@ On a GPU a sample has three clocks:
 
 `device` is measured in a separate run: the step is queued behind a sleep that outlasts the
 launches, so the GPU never waits for one, and behind a read of other memory that flushes the L2
-cache. A step of more than `LAUNCHES_QUEUED` launches does not fit the GPU's queue and has no
+cache. A step that waits for the GPU itself, or whose launches do not fit the GPU's queue, has no
 `device` time. A fourth time, `graph`, is the `device` time of the step's CUDA graph (`Replay`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -78,11 +79,11 @@ def host_stopwatch(step: Step, sample_s: float = _SAMPLE_S) -> Sample:
 # Larger than any GPU's last-level cache. It is read, not written: dirty lines would have to be
 # written back while the step runs.
 _FLUSH_BYTES = 256 << 20
-# A clock cycle is half a nanosecond or more; the sleep is longer than the launches took by _MARGIN.
+# A clock cycle is half a nanosecond or more. The sleep is this much longer than the launches took,
+# and then as much as the next one says if the GPU woke up too early.
 _CYCLES_PER_SECOND = 2e9
-_MARGIN = 1.5
+_MARGINS = (1.5, 4.0)
 _LONGEST_SLEEP_S = 0.5
-LAUNCHES_QUEUED = 1000
 
 
 class CudaStopwatch:
@@ -100,19 +101,27 @@ class CudaStopwatch:
         host = time.perf_counter() - start
         torch.cuda.synchronize(self._device)
         wall = time.perf_counter() - start
-        step.release()
+        for margin in _MARGINS:
+            step.release()
+            device = self._device_time(step, min(host * margin, _LONGEST_SLEEP_S))
+            if device is not None:
+                break
+        return Sample(wall, device, host)
 
+    def _device_time(self, step: Step, sleep_s: float) -> float | None:
+        """Seconds of a run that is queued behind a sleep; None if the GPU woke up too early."""
         step.prepare()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self._device)
         sleep: Any = torch.cuda._sleep
-        sleep(int(min(host * _MARGIN, _LONGEST_SLEEP_S) * _CYCLES_PER_SECOND))
+        sleep(int(sleep_s * _CYCLES_PER_SECOND))
         self._flush.sum()
         begin.record()
         step.run()
         end.record()
+        waited = begin.query()
         torch.cuda.synchronize(self._device)
-        return Sample(wall, begin.elapsed_time(end) / 1e3, host)
+        return None if waited else begin.elapsed_time(end) / 1e3
 
 
 @functools.cache
@@ -139,23 +148,28 @@ class Replay:
     their AccumulateGrad nodes run on the stream of their first use, and a capture cannot wait for
     another stream.
 
+    A graph holds addresses, not tensors. What it writes, gradients included, is in memory that it
+    owns, because `prepare` leaves no gradients that the step would add to. What it reads, the step
+    holds: inputs, parameters, and what a layer keeps from an earlier step. So the step is kept
+    here, and must not run again except as a replay.
+
     Raises:
         Exception: what the capture raises.
     """
 
     def __init__(self, step: Step, stream: torch.cuda.Stream) -> None:
+        self._step = step
         with torch.cuda.stream(stream):
-            for _ in range(3):
+            for _ in range(3):  # compiles, loads, and allocates workspaces of this stream
                 warm_up(step)
             step.prepare()
         stream.synchronize()
-        # Keep the step alive: replays read its parameters' memory.
-        self._step = step
         self._graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream()
         cause: Exception | None = None
         try:
-            with torch.cuda.graph(self._graph, stream=stream):
+            # A collection might destroy an earlier graph, which is not permitted in a capture.
+            with _no_collections(), torch.cuda.graph(self._graph, stream=stream):
                 try:
                     step.run()
                 except Exception as error:  # the capture's own error says less
@@ -187,9 +201,9 @@ class Plan:
     # With fewer rounds than this, the first round counts as well instead of being a warm-up: a step
     # then takes seconds, and a warm-up does not matter.
     enough_rounds: int = 5
-    graph_s: float = 0.005  # GPU steps shorter than this are also timed as CUDA graphs
+    graph_s: float = 0.05  # GPU steps shorter than this are also timed as CUDA graphs
     graph_budget_s: float = 2.0
-    footprint: bool = True  # whether peak memory and launches are measured, in separate runs
+    footprint: bool = True  # whether peak memory is measured, in a separate run
 
     def brief(self) -> Plan:
         """For one of many cases."""
@@ -207,10 +221,17 @@ Round = Mapping[str, Sample]
 
 def timed(step: Step, stopwatch: Stopwatch) -> Sample:
     """One sample of a step, with the garbage collector off."""
+    with _no_collections():
+        return stopwatch(step)
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Run the block with the garbage collector off."""
     enabled = gc.isenabled()
     gc.disable()
     try:
-        return stopwatch(step)
+        yield
     finally:
         if enabled:
             gc.enable()

@@ -37,6 +37,8 @@ class Launch:
         device: torch.device,
         arguments: Sequence[Any],
         tile: Tile,
+        *,
+        may_overlap: bool = False,
         **constants: Any,
     ) -> None:
         """Prepare a launch.
@@ -47,6 +49,8 @@ class Launch:
             arguments: in the kernel's order, up to its first constant; with `PER_CALL` for each
                 value that calls pass.
             tile: for its number of warps and stages.
+            may_overlap: whether the kernel may start while the launch before it still runs (it
+                waits for that one itself: programmatic dependent launch).
             **constants: the kernel's remaining arguments, in its order.
 
         Raises:
@@ -61,6 +65,8 @@ class Launch:
         self._kernel = kernel
         self._index = device.index  # None on the CPU, where only the interpreter runs
         self._options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        if may_overlap:
+            self._options["launch_pdl"] = True
         self._arguments = [*arguments, *constants.values()]
         self._slots = [i for i, each in enumerate(arguments) if each is PER_CALL]
         # By the alignment of a call's tensors: all else is the same for every call.

@@ -1,10 +1,13 @@
-"""The strategy `row_block`: a layer's passes as launches.
+"""A layer's passes as launches, by one of two strategies.
 
-    forward     shrink and expand to `y`, then `y += x W^T`
-    backward    gradients and the adapter's part of `gx`, then `gx += g W`
+    seeded      a pass over the tokens, then a product of ours that carries the adapter
+    row_block   a pass that writes the adapter's part of the result, then the vendor's product
+                added to it (`addmm_`, which rounds once more than a single product does)
 
-`+=` is the matrix product's own addition (`addmm_`), which rounds once more than a single product
-does.
+Left to choose, `seeded` runs where it can (`seeded.why_not`), without dropout, and where the base
+layer's product is computed here: forward, if it has enough tiles (`seeded.has_work`), backward, if
+the gradient of `x` is needed. Everything else runs by `row_block`, also what `seeded` was requested
+for and has no product. What is kept for the backward pass is the same for both.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dcft_kernels.adapter import Adapter, Gradients, Needs, dtype_of_U, saved
-from dcft_kernels.triton import row_block
+from dcft_kernels.adapter import Adapter, Geometry, Gradients, Needs, dtype_of_U, saved
+from dcft_kernels.triton import row_block, seeded
+from dcft_kernels.triton.partials import NO_GRADS
 
 
 def forward(
@@ -22,9 +26,17 @@ def forward(
     bias: Tensor | None,
     base: Tensor | None,
     adapter: Adapter,
+    strategy: str = "triton",
 ) -> tuple[Tensor, Tensor]:
-    """The layer's `y [T, m]`, and `U [T, k*d_in]` for the backward; see `torch_backend`."""
-    rank, outputs, inputs = adapter.geometry
+    """The layer's `y [T, m]`, and `U [T, k*d_in]` for the backward; see `torch_backend`.
+
+    `strategy` is a strategy's name, or `"triton"` to leave the choice.
+    """
+    tokens, dropout = x.shape[0], adapter.seed is not None
+    rank, outputs, inputs = geometry = adapter.geometry
+    strategy = forward_strategy(strategy, tokens, geometry, x.dtype, x.device, dropout=dropout)
+    if strategy == "seeded" and weight is not None and tokens > 0:
+        return seeded.forward(x, weight, bias, adapter)
     u = x.new_empty(x.shape[0], rank * inputs.width, dtype=dtype_of_U(x.dtype))
     y = x.new_empty(x.shape[0], outputs.size)
     if x.shape[0] > 0:
@@ -41,11 +53,62 @@ def backward(
     weight: Tensor | None,
     adapter: Adapter,
     needs: Needs,
+    strategy: str = "triton",
 ) -> Gradients:
-    """The gradients that `needs` asks for; arguments as `torch_backend.backward`."""
+    """The gradients that `needs` asks for; arguments as `torch_backend.backward` and `forward`."""
+    if needs.x and weight is not None and _backward_runs_seeded(g, adapter, strategy):
+        found = seeded.backward(g, x, U, weight, adapter, needs)
+    else:
+        found = _row_block_backward(g, x, U, weight, adapter, needs)
+    return found._replace(
+        weight=g.t() @ saved(x) if needs.weight else None,
+        bias=g.sum(0) if needs.bias else None,
+    )
+
+
+def forward_strategy(
+    strategy: str,
+    tokens: int,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    dropout: bool,
+) -> str:
+    """The strategy of a forward pass with a base layer, `"seeded"` or `"row_block"`.
+
+    Raises:
+        RuntimeError: `"seeded"` was requested, and there is dropout.
+    """
+    if strategy == "seeded" and dropout:
+        raise RuntimeError(
+            "strategy='seeded' cannot run: it takes no dropout; use strategy='auto' or 'row_block'"
+        )
+    if strategy != "triton":
+        return strategy
+    if dropout or not seeded.has_work(tokens, geometry.outputs.size, device):
+        return "row_block"
+    return "seeded" if seeded.why_not(geometry, dtype, device) is None else "row_block"
+
+
+def _backward_runs_seeded(g: Tensor, adapter: Adapter, strategy: str) -> bool:
+    """Whether the gradient of `x` is to be a product of `seeded`'s."""
+    if strategy == "row_block" or g.shape[0] == 0 or adapter.seed is not None:
+        return False
+    return strategy == "seeded" or seeded.why_not(adapter.geometry, g.dtype, g.device) is None
+
+
+def _row_block_backward(
+    g: Tensor,
+    x: Tensor | None,
+    U: Tensor | None,
+    weight: Tensor | None,
+    adapter: Adapter,
+    needs: Needs,
+) -> Gradients:
     gx = g.new_empty(g.shape[0], adapter.geometry.inputs.size) if needs.x else None
     factors = (needs.A, needs.B, needs.C)
-    grads: row_block.Grads = (None, None, None)
+    grads = NO_GRADS
     if g.shape[0] == 0:
         found = zip(adapter[:3], factors, strict=True)
         grads = tuple([torch.zeros_like(factor) if needed else None for factor, needed in found])
@@ -60,9 +123,4 @@ def backward(
         )
     if gx is not None and weight is not None:
         gx.addmm_(g, weight)
-    return Gradients(
-        gx,
-        g.t() @ saved(x) if needs.weight else None,
-        g.sum(0) if needs.bias else None,
-        *grads,
-    )
+    return Gradients(gx, None, None, *grads)

@@ -4,9 +4,10 @@
 run time: the first step of a new shape costs a compilation of its kernel at most, never a search.
 
 A table is keyed by kernel, by bytes per element of the tokens (2 or 4), and by the columns that
-the tokens are shrunk to (`windows.Layout.columns`); a call takes the entry with the fewest columns
-that hold its own. A GPU without a table takes that of the nearest older architecture whose tiles
-fit into its shared memory.
+the tokens are shrunk to (`windows.Layout.columns`; the passes in `shrink` count a row's products
+instead); a call takes the entry with the fewest columns that hold its own. Kernels that an
+architecture never runs have no entries. A GPU without a table takes that of the nearest older
+architecture whose tiles fit into its shared memory.
 """
 
 from __future__ import annotations
@@ -22,13 +23,20 @@ import torch
 
 TABLE = Path(__file__).with_name("tiles.json")
 
-KERNEL_NAMES = ("shrink_expand", "backward", "expand", "expand_backward")
+KERNEL_NAMES = (
+    "shrink_expand",
+    "backward",
+    "expand",
+    "gemm",
+    "shrink",
+    "shrink_backward",
+)
 
 
 class Tile(NamedTuple):
     """The shape of one program, and how it is compiled."""
 
-    tokens: int  # rows of x, g and y that a program holds (rows of DW: expand, expand_backward)
+    tokens: int  # rows of x, g and y that a program holds (rows of DW: expand)
     features: int  # columns of x or g per step of its loop
     outputs: int  # columns of the result that it owns; 0 where it owns whole rows
     programs: int  # programs per multiprocessor, each looping over blocks; 0: one per block
@@ -172,7 +180,7 @@ def architecture(device: torch.device) -> str:
 @functools.cache
 def entries(arch: str, kernel: str, itemsize: int) -> dict[int, Tile]:
     """The tiles of a kernel by number of columns, fewest first."""
-    rows = _table()[arch][kernel].get(str(itemsize), {})
+    rows = _table()[arch].get(kernel, {}).get(str(itemsize), {})
     return {int(columns): Tile(*rows[columns]) for columns in sorted(rows, key=int)}
 
 

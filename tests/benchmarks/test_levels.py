@@ -85,7 +85,7 @@ def test_cpu_sweep_has_rows_of_every_setting(tmp_path: Path) -> None:
         ("block", "dcft lora_by_hand published"),
         ("step", "dcft lora_r1 full dora"),
         ("merge", "copy dcft dcft_in_place lora_r8 lokr"),
-        ("kernel", "base_added copy"),
+        ("kernel", "frozen_forward base_added base_added_backward copy"),
     ],
 )
 def test_levels_pass_their_gates(tmp_path: Path, level: str, providers: str) -> None:

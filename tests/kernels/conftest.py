@@ -7,6 +7,7 @@ its own: `make test` runs both. Without it the tests in this folder need a GPU.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -35,3 +36,26 @@ def device() -> torch.device:
 @pytest.fixture
 def backend() -> str:
     return "triton"
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU that runs `seeded`; under the interpreter, its tiles on two multiprocessors.
+
+    The Gluon kernel runs in an interpreter of its own, which also checks how its loads, products
+    and stores synchronise, and that it waits for the launch before it.
+    """
+    if not INTERPRETED:
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs a GPU of compute capability 9.0")
+        yield
+        return
+    from dcft_kernels import functional
+    from dcft_kernels.triton import gemm, tiles
+    from tests.kernels.gluon_interpreter import Interpreter
+
+    kernel = Interpreter(gemm._gemm_kernel, late=("u", "spread"))
+    monkeypatch.setattr(gemm, "_gemm_kernel", kernel)
+    monkeypatch.setattr(functional, "_checked_calls", {})
+    with tiles.as_architecture("sm_90"):
+        yield

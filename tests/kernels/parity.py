@@ -32,6 +32,7 @@ def run(
     *,
     scaling: float = SCALING,
     dropout_p: float = 0.0,
+    strategy: str = "auto",
 ) -> tuple[Tensor, ...]:
     """The output of `dcft_linear` and all six gradients; the same seed for every call."""
     inputs = inputs.requiring()
@@ -42,15 +43,18 @@ def run(
         scaling=scaling,
         dropout_p=dropout_p,
         backend=backend,
+        strategy=strategy,
     )
     return (y.detach(), *torch.autograd.grad(y, inputs.operands, inputs.grad))
 
 
-def check(inputs: Inputs, case: AdapterShape, *, dropout_p: float = 0.0) -> tuple[Tensor, ...]:
+def check(
+    inputs: Inputs, case: AdapterShape, *, dropout_p: float = 0.0, strategy: str = "auto"
+) -> tuple[Tensor, ...]:
     """Check all that the kernels compute from `inputs`, and return it."""
     wide = inputs.to(torch.float64)
     squares = Inputs(*(tensor.square() for tensor in wide))
-    actual = run(inputs, case, "triton", dropout_p=dropout_p)
+    actual = run(inputs, case, "triton", dropout_p=dropout_p, strategy=strategy)
     results = (
         actual,
         run(inputs, case, "reference", dropout_p=dropout_p),

@@ -1,4 +1,4 @@
-"""Launch every kernel once, on small ragged shapes: what a sanitizer watches.
+"""Launch every kernel on small shapes, ragged where it takes them: what a sanitizer watches.
 
     compute-sanitizer --tool memcheck python -m tests.kernels.sanitizer_program
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from dcft_kernels import add_delta_weight_, dcft_linear, dcft_update, delta_weight
+from dcft_kernels.backends import STRATEGIES
 from tests.adapter_cases import AdapterShape, Inputs, random_inputs
 
 RAGGED = AdapterShape(21, 19, 1, (8, 8), (8, 8))
 OVERLAP = AdapterShape(20, 17, 2, (5, 7), (2, 3))
+TILING = AdapterShape(264, 328, 1, (8, 8), (8, 8))  # what every strategy takes
 TOKENS = 37
 
 
@@ -23,6 +25,17 @@ def main(device: torch.device) -> None:
     for case, dropout_p in ((RAGGED, 0.0), (RAGGED, 0.3), (OVERLAP, 0.3)):
         inputs = _inputs(case, device)
         y = dcft_linear(*inputs.operands, stride=case.stride, dropout_p=dropout_p, backend="triton")
+        _differentiate([y], inputs.operands, [inputs.grad])
+
+    for strategy in STRATEGIES:
+        inputs = _inputs(TILING, device)
+        try:
+            y = dcft_linear(*inputs.operands, stride=TILING.stride, strategy=strategy)
+        except RuntimeError as error:
+            if "cannot run" not in str(error):
+                raise
+            print(error)
+            continue
         _differentiate([y], inputs.operands, [inputs.grad])
 
     for case in (RAGGED, OVERLAP):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dcft_kernels import add_delta_weight_
+from dcft_kernels import DCFTLinear, add_delta_weight_
+from dcft_kernels.backends import KERNELS, STRATEGIES
 from dcft_kernels.dropout import draw_seed
-from tests.adapter_cases import AdapterShape
+from tests.adapter_cases import AdapterShape, Inputs, random_inputs
+from tests.kernels.parity import to
 from tests.layer.test_autograd import (  # noqa: F401 - tests, with this folder's fixtures
     OPS,
     SMALL,
@@ -37,31 +39,61 @@ from tests.layer.test_autograd import (  # noqa: F401 - tests, with this folder'
 )
 
 
-@small_case
-@with_and_without_dropout
-def test_opcheck(case: AdapterShape, dropout_p: float, backend, device) -> None:
-    inputs = drawn(case, 5, device, backend).requiring()
-    x, weight, bias, *factors = inputs.operands
+def check_operators(inputs: Inputs, case: AdapterShape, strategy: str, seed: Tensor | None) -> None:
+    """`opcheck` of both directions, with a base layer and without one."""
+    x, weight, bias, *factors = inputs.requiring().operands
     geometry = case.geometry
     flat = [geometry.rank, *geometry.outputs, *geometry.inputs]
-    seed = draw_seed(device) if dropout_p else None
-    adapter = (*factors, seed, 0.7, flat, dropout_p)
+    adapter = (*factors, seed, 0.7, flat, 0.0 if seed is None else 0.3)
     y = inputs.grad.clone().requires_grad_()
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if dropout_p and case is SMALL[1]:
+    if seed is not None and case is SMALL[1]:
         tests.append("test_aot_dispatch_dynamic")
     for base in ((weight, bias, None), (weight, None, None), (None, None, y)):
-        torch.library.opcheck(OPS.forward.default, (x, *base, *adapter), test_utils=tests)
+        torch.library.opcheck(OPS.forward.default, (x, *base, *adapter, strategy), test_utils=tests)
     with torch.no_grad():
-        g, u = OPS.forward(x, weight, bias, None, *adapter)
+        g, u = OPS.forward(x, weight, bias, None, *adapter, strategy)
     detached = [a.detach() if isinstance(a, Tensor) else a for a in (x, weight, *adapter)]
     x, weight, *adapter = detached
     for needs in ([True] * 6, [False, True] * 3):
         torch.library.opcheck(
             OPS.backward.default,
-            (g, x, u, weight, *adapter, needs),
+            (g, x, u, weight, *adapter, needs, strategy),
             test_utils=["test_schema", "test_faketensor"],
         )
+
+
+@small_case
+@with_and_without_dropout
+def test_opcheck(case: AdapterShape, dropout_p: float, backend, device) -> None:
+    inputs = drawn(case, 5, device, backend)
+    check_operators(inputs, case, "triton", draw_seed(device) if dropout_p else None)
+
+
+# Nothing that a tile divides, on a GPU that runs `seeded`.
+SEEDABLE = AdapterShape(264, 328, 2, (8, 8), (8, 8))
+
+
+@pytest.mark.parametrize("strategy", KERNELS)
+def test_opcheck_of_strategies(strategy: str, device, hopper) -> None:
+    inputs = to(random_inputs(SEEDABLE, (5,), torch.bfloat16, torch.float32), device)
+    check_operators(inputs, SEEDABLE, strategy, None)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[:-1])
+def test_compiled_strategies_equal_eager(strategy: str, device, hopper) -> None:
+    """Of any number of tokens, by the same kernels."""
+    layer = DCFTLinear(264, 328, rank=2, dtype=torch.bfloat16, strategy=strategy, device=device)
+    nn.init.normal_(layer.dcft_B)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (5, 140):
+        x = torch.randn(tokens, 264, dtype=torch.bfloat16, device=device, requires_grad=True)
+        operands = (x, layer.dcft_A, layer.dcft_B, layer.dcft_C)
+        results = []
+        for run in (compiled, layer):
+            y = run(x)
+            results.append([y, *torch.autograd.grad(y, operands, torch.ones_like(y))])
+        assert all(map(torch.equal, *results))
 
 
 @small_case
@@ -73,12 +105,8 @@ def test_opcheck_of_delta_weight_and_merge(device, backend, case) -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(OPS.delta_weight.default, factors, test_utils=tests)
     detached = tuple(each.detach() if isinstance(each, Tensor) else each for each in factors)
-    grad = torch.randn(case.out_features, case.in_features, device=device)
-    torch.library.opcheck(
-        OPS.delta_weight_backward.default, (grad, *detached, [True, False, True]), test_utils=tests
-    )
     for seed in (None, draw_seed(device)):
-        weight = torch.randn_like(grad).bfloat16()
+        weight = inputs.weight.detach().bfloat16()
         torch.library.opcheck(OPS.merge.default, (weight, *detached, seed), test_utils=tests)
 
 

@@ -63,7 +63,7 @@ def test_mask_of_the_forward(device, case: AdapterShape) -> None:
     assert A.shape == case.geometry.shape_A
     x = torch.ones(TOKENS, case.in_features, device=device)
     y = torch.zeros(TOKENS, case.out_features, device=device)
-    _, u = OPS.forward(x, None, None, y, *arguments(case, A))
+    _, u = OPS.forward(x, None, None, y, *arguments(case, A), "triton")
     mask = mask_in_windows(mask_of(TOKENS, case, device), case)
     assert torch.equal(u, mask.flatten(1))
 
@@ -74,7 +74,7 @@ def test_mask_of_the_backward(device, case: AdapterShape) -> None:
     A = torch.ones(case.geometry.shape_A, device=device)
     g = torch.ones(TOKENS, case.out_features, device=device)
     needs = [True, False, False, False, False, False]
-    gx, *_ = OPS.backward(g, None, None, None, *arguments(case, A), needs)
+    gx, *_ = OPS.backward(g, None, None, None, *arguments(case, A), needs, "triton")
     assert torch.equal(gx != 0, mask_of(TOKENS, case, device))
 
 
@@ -85,7 +85,7 @@ def test_mask_of_the_gradient_of_A(device, case: AdapterShape) -> None:
     x = torch.ones(1, case.in_features, device=device)
     g = torch.ones(1, case.out_features, device=device)
     needs = [False, False, False, True, False, False]
-    *_, grad_A, _, _ = OPS.backward(g, x, None, None, *arguments(case, A), needs)
+    *_, grad_A, _, _ = OPS.backward(g, x, None, None, *arguments(case, A), needs, "triton")
     # Every feature's Ub is the sum of all that the output windows cover.
     outputs = case.geometry.outputs
     covered = sum(

@@ -86,25 +86,29 @@ def test_cached_launch_matches_first_launch(device, dtype: torch.dtype) -> None:
 
 def compiled_kernels() -> dict[str, int]:
     """How many variants of each kernel are compiled in this process."""
-    from dcft_kernels.triton import row_block
+    from dcft_kernels.triton import gemm, partials, row_block, shrink
 
     return {
         name: sum(len(cache[0]) for cache in kernel.device_caches.values())
-        for name, kernel in vars(row_block).items()
+        for module in (gemm, partials, row_block, shrink)
+        for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     }
 
 
 @on_a_gpu
-def test_no_kernel_is_compiled_again_for_other_tokens(device) -> None:
+@pytest.mark.parametrize("strategy", ["row_block", "seeded"])
+def test_no_kernel_is_compiled_again_for_other_tokens(device, strategy: str, request) -> None:
     """The number of tokens is an ordinary argument: three heights of tiles serve them all."""
+    if strategy == "seeded":
+        request.getfixturevalue("hopper")
     busy = multiprocessors(device)  # blocks that it takes to have a program for each
-    case = AdapterShape(136, 152, 1, (8, 8), (8, 8))
+    case = AdapterShape(264, 328, 1, (8, 8), (8, 8))
     inputs = to(random_inputs(case, (100 * busy,), torch.bfloat16), device)
 
     def step(tokens: int) -> None:
         some = inputs._replace(x=inputs.x[:tokens], grad=inputs.grad[:tokens]).requiring()
-        dcft_linear(*some.operands, backend="triton").backward(some.grad)
+        dcft_linear(*some.operands, strategy=strategy).backward(some.grad)
 
     for rows in (10, 40, 100):  # blocks of 16, 32 and 64 rows
         step(rows * busy)
@@ -115,7 +119,7 @@ def test_no_kernel_is_compiled_again_for_other_tokens(device) -> None:
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["training", "inference"])
-def test_five_calls_from_module_to_launch(device, monkeypatch, recorded: bool) -> None:
+def test_six_calls_from_module_to_launch(device, monkeypatch, recorded: bool) -> None:
     """The package's functions on the stack when the forward's kernel is launched."""
     stacks: list[list[str]] = []
     package = dcft_kernels.__path__[0]
@@ -137,5 +141,6 @@ def test_five_calls_from_module_to_launch(device, monkeypatch, recorded: bool) -
         layer(torch.randn(3, 16, device=device))
     # `autograd.linear` calls the passes by way of the autograd function, or directly.
     middle = ["forward"] * recorded
-    # Each calls the next one, and the last one launches: at most five calls.
-    assert stacks == [["forward", "dcft_linear", "linear", *middle, "forward", "shrink_expand"]]
+    passes = ["_forward", "forward"]  # of whatever strategy, and of the kernels'
+    # Each calls the next one, and the last one launches: at most six calls.
+    assert stacks == [["forward", "dcft_linear", "linear", *middle, *passes, "shrink_expand"]]

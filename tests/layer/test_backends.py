@@ -41,10 +41,10 @@ def selected(
 
 
 def test_auto_runs_the_kernels_wherever_they_take_the_adapter(gpu) -> None:
-    assert selected() == "row_block"
+    assert selected() == selected("triton") == "triton"
     assert selected(case=TOO_WIDE) == "torch"
     assert selected(dtype=torch.float64) == "torch"
-    assert selected("triton") == selected(strategy="row_block") == "row_block"
+    assert selected(strategy="row_block") == selected("triton", "row_block") == "row_block"
     assert selected("torch") == selected(strategy="torch") == "torch"
     assert selected("reference") == "reference"
 
@@ -62,7 +62,8 @@ def test_kernels_requested_by_name_refuse_transforms(gpu) -> None:
 
 
 def test_compilers_see_the_operations_of_torch_and_not_of_the_kernels(gpu) -> None:
-    assert selected(traced=True) == selected("triton", traced=True) == "row_block"
+    assert selected(traced=True) == selected("triton", traced=True) == "triton"
+    assert selected(strategy="row_block", traced=True) == "row_block"
     assert selected("torch", traced=True) == selected(case=TOO_WIDE, traced=True) == "composite"
     assert selected("reference", traced=True) == "reference"
 
@@ -74,14 +75,17 @@ def test_auto_runs_torch_without_a_gpu(no_gpu) -> None:
         selected("triton")
     with pytest.raises(RuntimeError, match=r"strategy='row_block' cannot run: no GPU here; use st"):
         selected(strategy="row_block")
+    with pytest.raises(RuntimeError, match=r"strategy='seeded' cannot run: no GPU here; use strat"):
+        selected(strategy="seeded")
 
 
 @pytest.mark.parametrize(
     ("backend", "strategy", "message"),
     [
         ("cuda", "auto", r"^backend: expected one of 'auto', 'torch', .*got 'cuda'"),
-        ("auto", "fused", r"^strategy: expected one of 'auto', 'row_block', 'torch', got 'fused'"),
+        ("auto", "fused", r"^strategy: expected one of 'auto', 'seeded', .*'torch', got 'fused'"),
         ("torch", "row_block", r"^strategy: 'row_block' is one of .*got backend='torch'"),
+        ("torch", "seeded", r"^strategy: 'seeded' is one of .*got backend='torch'"),
         ("reference", "row_block", r"^strategy: 'row_block' is one of .*got backend='reference'"),
         ("triton", "torch", r"^strategy: 'torch' is not one of backend='triton'"),
     ],

@@ -53,7 +53,9 @@ class KernelProblem:
         self.weight = self._draw(self.m, self.n) * self.n**-0.5
         self.bias = self._draw(self.m)
         self._expected: dict[torch.dtype, dict[str, Tensor]] = {}
-        self.u = self.expected(torch.float64)["U"].to(dtype_of_U(self.dtype))
+        truth = self.expected(torch.float64)
+        self.u = truth["U"].to(dtype_of_U(self.dtype))
+        self.ub, self.Q, self.P = (truth[name].to(self.dtype) for name in ("Ub", "Q", "P"))
 
     def _draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(
@@ -79,16 +81,21 @@ class KernelProblem:
         y = torch.einsum("tkq,jk->tjq", U @ C.t(), B).flatten(1)[:, : self.m]
         delta = torch.kron(B @ A, C)[: self.m, : self.n]
         gradients = torch.autograd.grad(y, (x, A, B, C), g)
-        of_delta = torch.autograd.grad(delta, (A, B, C), W)
+        Q = torch.kron(B, C)[: self.m]
+        P = torch.kron(A, torch.eye(self.width, dtype=dtype, device=self.device))[:, : self.n]
         found = {
             "x": x,
             "U": U.flatten(1),
+            "Ub": g @ Q,
+            "Q": Q,
+            "P": P,
             "y": y + self.bias.to(dtype),
             "W + DW": W + delta,
             "x W^T": x @ W.t(),
             "g W": g @ W,
+            "layer y": y + x @ W.t() + self.bias.to(dtype),
+            "layer gx": gradients[0] + g @ W,
             **dict(zip(("gx", "gA", "gB", "gC"), gradients, strict=True)),
-            **dict(zip(("gA of DW", "gB of DW", "gC of DW"), of_delta, strict=True)),
         }
         return {name: value.detach() for name, value in found.items()}
 
@@ -98,9 +105,11 @@ class KernelCall(NamedTuple):
 
     launch: Callable[[], Outputs]  # returns its outputs, by the names of `expected`
     written: tuple[Tensor, ...]  # outputs that the caller allocated
-    moved: str  # the tensors that have to move: x, y, W, U
+    moved: str  # the tensors that have to move: x, y, W, U, Q, P
     products: int = 0  # multiply-adds
     fill: float = math.nan  # what `written` holds before, so that an unwritten element shows
+    # Results by their names from the output "partial", programs' shares of them.
+    total: Callable[[Tensor], Outputs] | None = None
 
 
 def _shrink_expand(p: KernelProblem) -> KernelCall:
@@ -139,14 +148,67 @@ def _expand(p: KernelProblem) -> KernelCall:
     return KernelCall(launch, (out,), "W W", p.n * p.m)
 
 
-def _expand_backward(p: KernelProblem) -> KernelCall:
-    from dcft_kernels.triton.expand import expand_backward
+def _shrink(p: KernelProblem) -> KernelCall:
+    from dcft_kernels.triton.shrink import shrink
+
+    u, Q = torch.empty_like(p.u), torch.empty_like(p.Q)
 
     def launch() -> Outputs:
-        gA, gB, gC = expand_backward(p.weight, p.adapter, (True, True, True))
-        return {"gA of DW": gA, "gB of DW": gB, "gC of DW": gC}
+        shrink(p.x, p.adapter, u=u, spread=Q)
+        return {"U": u, "Q": Q}
 
-    return KernelCall(launch, (), "W", 3 * p.n * p.m)
+    return KernelCall(launch, (u, Q), "x U Q", p.T * p.rank * p.n)
+
+
+def _shrink_backward(p: KernelProblem) -> KernelCall:
+    from dcft_kernels.triton.shrink import partial_shape, shrink_backward
+
+    ub, P = torch.empty_like(p.ub), torch.empty_like(p.P)
+    needs = (True, True)
+
+    def launch() -> Outputs:
+        shape = partial_shape(p.g, p.adapter, needs)
+        partial = p.g.new_empty(shape, dtype=torch.float32)
+        shrink_backward(p.g, p.u, p.adapter, ub=ub, spread=P, partial=partial, needs=needs)
+        return {"Ub": ub, "P": P, "partial": partial}
+
+    def total(partial: Tensor) -> Outputs:
+        shape_B, shape_C = p.adapter.geometry.shape_B, p.adapter.geometry.shape_C
+        gB, gC = partial.sum(0).split([math.prod(shape_B), math.prod(shape_C)])
+        return {"gB": gB.view(shape_B), "gC": gC.view(shape_C)}
+
+    return KernelCall(launch, (ub, P), "y U U P", 2 * p.T * p.rank * p.m, total=total)
+
+
+def _gemm_forward(p: KernelProblem) -> KernelCall:
+    from dcft_kernels.triton.gemm import linear
+
+    y = p.empty(p.T, p.m)
+
+    def launch() -> Outputs:
+        linear(p.x, p.weight, p.bias, p.u, p.Q, out=y)
+        return {"layer y": y}
+
+    return KernelCall(launch, (y,), "x W U Q y", p.T * p.m * (p.n + p.rank * p.width))
+
+
+def _gemm_backward(p: KernelProblem) -> KernelCall:
+    from dcft_kernels.triton.gemm import input_gradient, slices
+
+    gx = p.empty(p.T, p.n)
+
+    def launch() -> Outputs:
+        shape = (slices(p.T, p.ub.shape[1], p.device), p.rank, p.n)
+        partial = p.g.new_empty(shape, dtype=torch.float32)
+        input_gradient(p.g, p.weight, p.ub, p.P, out=gx, x=p.x, partial=partial)
+        return {"layer gx": gx, "partial": partial}
+
+    def total(partial: Tensor) -> Outputs:
+        by_feature = torch.nn.functional.pad(partial.sum(0), (0, -p.n % p.width))
+        return {"gA": by_feature.unflatten(1, (-1, p.width)).sum(2)}
+
+    products = p.T * p.n * (p.m + p.rank * p.width + p.rank)
+    return KernelCall(launch, (gx,), "y W U P x x", products, total=total)
 
 
 def _copy(p: KernelProblem) -> KernelCall:
@@ -154,37 +216,62 @@ def _copy(p: KernelProblem) -> KernelCall:
     return KernelCall(lambda: {"x": out.copy_(p.x)}, (out,), "x x")
 
 
-def _base_products(p: KernelProblem) -> KernelCall:
-    """The base layer, forward and backward."""
-    y, gx = p.empty(p.T, p.m), p.empty(p.T, p.n)
+def _base_product(p: KernelProblem, *, forward: bool, added: bool = False) -> KernelCall:
+    """The base layer in one direction, on its own or `added` to the adapter's part."""
+    z, weight = (p.x, p.weight.t()) if forward else (p.g, p.weight)
+    out, name = (p.empty(p.T, p.m), "x W^T") if forward else (p.empty(p.T, p.n), "g W")
 
     def launch() -> Outputs:
-        return {
-            "x W^T": torch.mm(p.x, p.weight.t(), out=y),
-            "g W": torch.mm(p.g, p.weight, out=gx),
-        }
+        return {name: out.addmm_(z, weight) if added else torch.mm(z, weight, out=out)}
 
-    return KernelCall(launch, (y, gx), "x W y y W x", 2 * p.T * p.n * p.m)
+    moved = ("x W y" if forward else "y W x") + (" y" if forward else " x") * added
+    return KernelCall(launch, (out,), moved, p.T * p.n * p.m, fill=0.0 if added else math.nan)
 
 
-def _added_products(p: KernelProblem) -> KernelCall:
-    """The base layer added to the adapter's part."""
-    y, gx = p.empty(p.T, p.m), p.empty(p.T, p.n)
+Build = Callable[[KernelProblem], KernelCall]
 
-    def launch() -> Outputs:
-        return {"x W^T": y.addmm_(p.x, p.weight.t()), "g W": gx.addmm_(p.g, p.weight)}
 
-    return KernelCall(launch, (y, gx), "x W y y y W x x", 2 * p.T * p.n * p.m, fill=0.0)
+def _both(forward: Build, backward: Build) -> Build:
+    """The calls of both directions as one."""
+
+    def build(p: KernelProblem) -> KernelCall:
+        a, b = forward(p), backward(p)
+        return KernelCall(
+            lambda: {**a.launch(), **b.launch()},
+            (*a.written, *b.written),
+            f"{a.moved} {b.moved}",
+            a.products + b.products,
+            a.fill,
+            b.total,
+        )
+
+    return build
 
 
 # By their names in the tiles' table, the most valuable first.
-KERNELS: dict[str, Callable[[KernelProblem], KernelCall]] = {
+KERNELS: dict[str, Build] = {
     "backward": _backward,
     "shrink_expand": _shrink_expand,
+    "gemm": _both(_gemm_forward, _gemm_backward),
+    "shrink_backward": _shrink_backward,
+    "shrink": _shrink,
     "expand": _expand,
-    "expand_backward": _expand_backward,
 }
-_OF_TORCH = {BASELINE: _base_products, "base_added": _added_products, "copy": _copy}
+_GEMM = {"gemm_forward": _gemm_forward, "gemm_backward": _gemm_backward}
+SEEDED = ("gemm", "shrink", "shrink_backward", *_GEMM)
+
+
+def _of_torch(name: str, added: bool = False) -> dict[str, Build]:
+    forward = functools.partial(_base_product, forward=True, added=added)
+    backward = functools.partial(_base_product, forward=False, added=added)
+    return {
+        name: _both(forward, backward),
+        f"{name}_forward": forward,
+        f"{name}_backward": backward,
+    }
+
+
+_OF_TORCH = {**_of_torch(BASELINE), **_of_torch("base_added", added=True), "copy": _copy}
 
 
 class LaunchStep:
@@ -206,23 +293,34 @@ class LaunchStep:
 
     def check(self) -> str | None:
         """Why the results of the last run are wrong, or None."""
-        p = self.problem
+        p, results = self.problem, dict(self.results)
+        if self.call.total is not None and (partial := results.pop("partial")) is not None:
+            results |= self.call.total(partial)
         peer, truth = (
-            {name: p.expected(dtype)[name] for name in self.results}
+            {name: p.expected(dtype)[name] for name in results}
             for dtype in (p.dtype, torch.float64)
         )
-        return gate.check_against_peer(self.results, peer, truth, p.dtype, few=True)
+        return gate.check_against_peer(results, peer, truth, p.dtype, few=True)
+
+
+def _why_not(p: KernelProblem, name: str) -> str | None:
+    """Why a kernel cannot run, or None if it can."""
+    reason = triton.why_unavailable(p.device)
+    if reason is None and name in SEEDED:
+        from dcft_kernels.triton import seeded
+
+        return seeded.why_not(p.adapter.geometry, p.dtype, p.device)
+    return reason
 
 
 def _workload(problem: KernelProblem, name: str) -> Workload:
     p = problem
-    reason = triton.why_unavailable(p.device)
-    if name in KERNELS and reason is not None:
+    if name not in _OF_TORCH and (reason := _why_not(p, name)) is not None:
         raise UnavailableError(reason)
-    call = (KERNELS | _OF_TORCH)[name](p)
+    call = (KERNELS | _GEMM | _OF_TORCH)[name](p)
     step = LaunchStep(p, call)
-    sizes = {"x": p.x.nbytes, "y": p.g.nbytes, "W": p.weight.nbytes, "U": p.u.nbytes}
-    moved = sum(sizes[tensor] for tensor in call.moved.split())
+    sizes = {"x": p.x, "y": p.g, "W": p.weight, "U": p.u, "Q": p.Q, "P": p.P}
+    moved = sum(sizes[tensor].nbytes for tensor in call.moved.split())
     return Workload(step, step.check, moved_bytes=moved, flops=2 * call.products)
 
 
@@ -230,7 +328,8 @@ def providers(case: Case) -> Sequence[Provider]:
     """The base layer's products, a copy, and every kernel."""
     rank, width = ADAPTERS[16]
     build = functools.partial
+    kernels = (*KERNELS, *_GEMM)
     return [
         *(Provider(name, build(_workload, name=name)) for name in _OF_TORCH),
-        *(Provider(name, build(_workload, name=name), width, rank, width) for name in KERNELS),
+        *(Provider(name, build(_workload, name=name), width, rank, width) for name in kernels),
     ]

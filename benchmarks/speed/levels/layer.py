@@ -22,10 +22,13 @@ Shape = tuple[int, int, int]
 
 # A projection of BERT-base, its feed-forward layer, and a projection of a 7B model.
 _CPU_SHAPES: tuple[Shape, ...] = ((2048, 768, 768), (2048, 768, 3072), (1024, 4096, 4096))
-# The project's two goals first, then layers of Llama-3-8B and RoBERTa-large.
+# The project's two goals, other widths and tokens, then layers of Llama-3-8B and RoBERTa-large.
 _GPU_SHAPES: tuple[Shape, ...] = (
     (8192, 4096, 4096),
     (4096, 768, 768),
+    (4096, 1024, 1024),
+    (2048, 4096, 4096),
+    (32768, 4096, 4096),
     (8192, 4096, 14336),
     (8192, 14336, 4096),
     (8192, 4096, 1024),

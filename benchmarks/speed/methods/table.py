@@ -17,9 +17,11 @@ from benchmarks.speed.methods import peft_methods, published
 from benchmarks.speed.methods.adapted_layer import AdaptedLayer, Parameters, with_increment
 from benchmarks.speed.methods.lora_by_hand import LoRALinear
 from benchmarks.speed.provider import BASELINE, Provider, UnavailableError, Workload
-from dcft_kernels import DCFTLinear, triton
+from dcft_kernels import DCFTLinear, backends
 
 RANK, KERNEL_SIZE = 1, 8
+STRATEGIES = tuple(name for name in backends.STRATEGIES if name != "auto")
+"""Each is the method `dcft_NAME`."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,14 @@ def _dcft(
     rank: int,
     kernel_size: int,
     stride: int,
-    backend: str = "auto",
     strategy: str = "auto",
 ) -> AdaptedLayer:
-    if backend == "triton":
-        reason = triton.why_unavailable(base.weight.device)
-        if reason is not None:
-            raise UnavailableError(f"backend='triton': {reason}")
     layer = DCFTLinear.from_linear(
         base,
         rank=rank,
         kernel_size=kernel_size,
         stride=stride,
         alpha=rank,  # a scaling of one, as in the increment below
-        backend=backend,
         strategy=strategy,
     )
     m, n = base.weight.shape
@@ -161,8 +157,7 @@ LAYER_METHODS: tuple[LayerMethod, ...] = (
     LayerMethod(
         "lora_r8_16bit", functools.partial(peft_methods.lora, rank=8, sixteen_bit=True), k=8
     ),
-    _sized("dcft_row_block", _dcft, backend="triton", strategy="row_block"),
-    _sized("dcft_torch", _dcft, backend="torch"),
+    *(_sized(f"dcft_{name}", _dcft, strategy=name) for name in STRATEGIES),
     LayerMethod("full", _full),
     _sized("published_merged", _published, merged=True),
     LayerMethod("frozen_compiled", _frozen, compiled=True),
