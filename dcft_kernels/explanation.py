@@ -95,7 +95,7 @@ def _choice(layer: DCFTLinear, tokens: int, dtype: torch.dtype) -> tuple[str, st
 
         dropout = layer.training and layer.dropout > 0
         strategy = passes.forward_strategy(
-            strategy, tokens, layer.geometry, dtype, adapter.A.device, dropout=dropout
+            strategy, tokens, layer.weight, layer.geometry, dtype, dropout=dropout
         )
     for argument in ("strategy", "backend"):
         asked = getattr(layer, argument)

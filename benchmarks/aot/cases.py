@@ -11,6 +11,7 @@ import torch
 from dcft_kernels.adapter import Adapter, Geometry, dtype_of_U
 from dcft_kernels.triton import gemm
 from dcft_kernels.triton.expand import expand
+from dcft_kernels.triton.partials import prepare_sums
 from dcft_kernels.triton.row_block import backward, shrink_expand
 from dcft_kernels.triton.shrink import partial_shape, shrink, shrink_backward
 
@@ -130,6 +131,15 @@ def _input_gradient(t: Tensors, need_A: bool = True) -> None:
     gemm.input_gradient(t.y, t.weight, t.u, spread, out=out, x=t.x, partial=partial)
 
 
+def _sums(t: Tensors, needs: tuple[bool, bool, bool] = (True, True, True)) -> None:
+    """With the shares of gA by feature."""
+    A, B, C, _, geometry, *_ = t.adapter
+    dtypes = (A.dtype, B.dtype, C.dtype)
+    sums = prepare_sums(geometry, needs, dtypes, t.x.device, by_feature=True)
+    by_feature = torch.empty(4, geometry.rank, geometry.inputs.size) if needs[0] else None
+    sums.total(torch.empty(4, sums.columns) if sums.columns else None, t.adapter, by_feature)
+
+
 def _stochastic(t: Tensors) -> None:
     expand(t.adapter, out=t.weight, weight=t.weight, seed=torch.tensor(0))
 
@@ -149,8 +159,8 @@ _ROWS = {
 
 _PRODUCTS = {
     "columns16": _MAIN,
+    "columns32": _geometry(rank=4),
     "columns64": _geometry(width=16, rank=4),
-    "few-steps": _geometry(n=128, m=128),  # fewer than its loop has buffers
 }
 
 
@@ -190,6 +200,9 @@ def _cases() -> Iterator[LaunchCase]:
             yield LaunchCase("gemm", f"{name}-backward{suffix}", geometry, launch, dtypes=("bf16",))
     launch = partial(_linear, bias=False)
     yield LaunchCase("gemm", "no-bias", _MAIN, launch, dtypes=("bf16",))
+    for name, needs_ABC in (("sums", (True, True, True)), ("sums-A", (True, False, False))):
+        launch = partial(_sums, needs=needs_ABC)
+        yield LaunchCase("gemm", name, _MAIN, launch, dtypes=("bf16",))
     for name in ("columns16", "sliced", "overlap"):
         yield LaunchCase("expand", name, _GEOMETRIES[name], _expand)
     yield LaunchCase("expand", "delta", _MAIN, lambda t: expand(t.adapter, out=t.weight))

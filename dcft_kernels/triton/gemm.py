@@ -155,7 +155,7 @@ def _gemm_kernel(
     tiles = tiles_t * tiles_n
     steps = gl.cdiv(K, BLOCK_K)
     # The step that loads u, when the pipeline is full; x follows in parts, a part a step. Every
-    # tile has as many steps: `seeded` takes no layers with fewer features.
+    # tile has steps for all parts and buffers: `seeded` takes no layers with fewer features.
     lead = gl.minimum(4, steps - PARTS)
     tile = gl.program_id(0)
     t, n = _tile_origin(tile, tiles_t, tiles_n, GROUP, BLOCK_T, BLOCK_N)
@@ -307,9 +307,7 @@ def _product(
 ) -> None:
     tokens, columns = u.shape
     rank = None if partial is None else partial.shape[1]
-    plan = _prepare(
-        z.shape[1], out.shape[1], columns, rank, z.dtype, z.device, bias is not None, forward
-    )
+    plan = _prepare(z.shape[1], out.shape[1], columns, rank, z.device, bias is not None, forward)
     tensors = (z, weight, u, spread, out if x is None else x, out)
     descriptors = [
         _descriptor(tensor, block, layout)
@@ -347,7 +345,6 @@ def _prepare(
     N: int,
     columns: int,
     rank: int | None,
-    dtype: torch.dtype,
     device: torch.device,
     has_bias: bool,
     forward: bool,
@@ -367,7 +364,6 @@ def _prepare(
         [rows, _PART_COLUMNS],
         [rows, outputs],
     ]
-    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
     tiles_n = -(-N // outputs)
     launch = Launch(
         _gemm_kernel,
@@ -378,12 +374,10 @@ def _prepare(
         RANK=rank or 1, WIDTH=columns // (rank or 1), BUFFERS=tile.stages, GROUP=_GROUP,
         FORWARD=forward, HAS_BIAS=has_bias, NEED_A=rank is not None,
     )  # fmt: skip
-    # A program that goes on to another tile loads ahead into that tile alone.
-    persistent = -(-K // step) >= tile.stages
     return _Plan(
         launch,
         rows,
         tiles_n,
-        tile.programs * multiprocessors(device) if persistent else 1 << 31,
-        [(shape, gl.NVMMASharedLayout.get_default_for(shape, element)) for shape in shapes],
+        tile.programs * multiprocessors(device),
+        [(shape, gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)) for shape in shapes],
     )

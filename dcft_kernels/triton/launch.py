@@ -71,6 +71,7 @@ class Launch:
         self._slots = [i for i, each in enumerate(arguments) if each is PER_CALL]
         # By the alignment of a call's tensors: all else is the same for every call.
         self._compiled: dict[tuple[bool, ...], Any] = {}
+        self._types: list[object] | None = None  # of the first call, under the interpreter
 
     def __call__(self, programs: int, *values: Any) -> None:
         """Launch `programs` programs on the current stream, with a value for each `PER_CALL`."""
@@ -90,9 +91,18 @@ class Launch:
             compiled[(programs, 1, 1)](*arguments)
             return
         compiled = self._kernel[(programs,)](*arguments, **self._options)
-        # The interpreter compiles nothing. On AMD, Triton also specialises on a tensor's size.
-        if compiled is not None and compiled.metadata.target.backend == "cuda":
+        if compiled is None:
+            self._check_types(values)
+        # On AMD, Triton also specialises on a tensor's size.
+        elif compiled.metadata.target.backend == "cuda":
             self._compiled[aligned] = compiled
+
+    def _check_types(self, values: tuple[Any, ...]) -> None:
+        """Check that a compiled kernel would serve every call; the interpreter compiles none."""
+        types = [each.dtype if isinstance(each, Tensor) else type(each) for each in values]
+        self._types = self._types or types
+        if types != self._types:
+            raise AssertionError(f"launch: prepared for {self._types}, got {types}")
 
 
 def signatures(tensors: Sequence[Tensor | None]) -> tuple[Signature, ...]:

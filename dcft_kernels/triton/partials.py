@@ -42,13 +42,13 @@ def _sum_partials_kernel(
     RANK: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr,
     NEED_A: tl.constexpr, NEED_B: tl.constexpr, NEED_C: tl.constexpr, BY_FEATURE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HAS_PARTIAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`out[c] = sum over programs of partial[program, c]`, cut into the gradients of A, B and C.
 
     | tensor | shape | |
     | --- | --- | --- |
-    | `partial` | `[programs, total]` | read once |
+    | `partial` | `[programs, total]` | read once (`HAS_PARTIAL`) |
     | `by_feature` | `[slices, RANK, n]` | read once (`BY_FEATURE`): the shares of A's gradient |
     | `a`, `b`, `c` | contiguous, as the factors | written once |
 
@@ -74,7 +74,7 @@ def _sum_partials_kernel(
             window = first // WIDTH + tl.arange(0, BLOCK_F // WIDTH)
             where = a_ptr + kappa * I + window
             tl.store(where, sums.to(a_ptr.dtype.element_ty), mask=window < I)
-    if block >= blocks:
+    if HAS_PARTIAL and block >= blocks:
         column = (block - blocks) * BLOCK + tl.arange(0, BLOCK)
         result = _sum_slices(partial_ptr, total, programs, column, column < total, BLOCK, BLOCK_P)
         if NEED_A and not BY_FEATURE:
@@ -141,10 +141,11 @@ class Sums(NamedTuple):
 def prepare_sums(
     geometry: Geometry,
     needs: tuple[bool, bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     device: torch.device,
     by_feature: bool = False,
 ) -> Sums:
-    """How to sum the gradients of those of `A`, `B` and `C` that are needed.
+    """How to sum the gradients of those of `A`, `B` and `C` that are needed, factors in `dtypes`.
 
     `by_feature`: whether the shares of A's gradient are in a buffer of their own.
     """
@@ -173,6 +174,7 @@ def prepare_sums(
         RANK=rank, WIDTH=inputs.width if by_feature else 1,
         BLOCK=_TILE.outputs, BLOCK_P=_TILE.tokens,
         BLOCK_F=_FEATURE_TILE.outputs, BLOCK_S=_FEATURE_TILE.tokens,
-        NEED_A=needs_A, NEED_B=needs_B, NEED_C=needs_C, BY_FEATURE=by_feature, OVERLAP=overlap,
+        NEED_A=needs_A, NEED_B=needs_B, NEED_C=needs_C, BY_FEATURE=by_feature,
+        HAS_PARTIAL=columns > 0, OVERLAP=overlap,
     )  # fmt: skip
     return Sums(columns, offset_b, offset_c, needs, blocks, launch)

@@ -5,9 +5,10 @@
                 added to it (`addmm_`, which rounds once more than a single product does)
 
 Left to choose, `seeded` runs where it can (`seeded.why_not`), without dropout, and where the base
-layer's product is computed here: forward, if it has enough tiles (`seeded.has_work`), backward, if
-the gradient of `x` is needed. Everything else runs by `row_block`, also what `seeded` was requested
-for and has no product. What is kept for the backward pass is the same for both.
+layer's product is computed here, with a weight that needs no copy (`seeded.is_describable`):
+forward, if it has enough tiles (`seeded.has_work`), backward, if the gradient of `x` is needed.
+Everything else runs by `row_block`, also what `seeded` was requested for and has no product. What
+is kept for the backward pass is the same for both.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def forward(
     """
     tokens, dropout = x.shape[0], adapter.seed is not None
     rank, outputs, inputs = geometry = adapter.geometry
-    strategy = forward_strategy(strategy, tokens, geometry, x.dtype, x.device, dropout=dropout)
+    strategy = forward_strategy(strategy, tokens, weight, geometry, x.dtype, dropout=dropout)
     if strategy == "seeded" and weight is not None and tokens > 0:
         return seeded.forward(x, weight, bias, adapter)
     u = x.new_empty(x.shape[0], rank * inputs.width, dtype=dtype_of_U(x.dtype))
@@ -56,7 +57,7 @@ def backward(
     strategy: str = "triton",
 ) -> Gradients:
     """The gradients that `needs` asks for; arguments as `torch_backend.backward` and `forward`."""
-    if needs.x and weight is not None and _backward_runs_seeded(g, adapter, strategy):
+    if needs.x and weight is not None and _backward_runs_seeded(g, weight, adapter, strategy):
         found = seeded.backward(g, x, U, weight, adapter, needs)
     else:
         found = _row_block_backward(g, x, U, weight, adapter, needs)
@@ -69,13 +70,13 @@ def backward(
 def forward_strategy(
     strategy: str,
     tokens: int,
+    weight: Tensor | None,
     geometry: Geometry,
     dtype: torch.dtype,
-    device: torch.device,
     *,
     dropout: bool,
 ) -> str:
-    """The strategy of a forward pass with a base layer, `"seeded"` or `"row_block"`.
+    """The strategy of a forward pass, `"seeded"` or `"row_block"`.
 
     Raises:
         RuntimeError: `"seeded"` was requested, and there is dropout.
@@ -86,16 +87,21 @@ def forward_strategy(
         )
     if strategy != "triton":
         return strategy
-    if dropout or not seeded.has_work(tokens, geometry.outputs.size, device):
+    if dropout or weight is None or not seeded.is_describable(weight):
         return "row_block"
-    return "seeded" if seeded.why_not(geometry, dtype, device) is None else "row_block"
+    if not seeded.has_work(tokens, geometry.outputs.size, weight.device):
+        return "row_block"
+    return "seeded" if seeded.why_not(geometry, dtype, weight.device) is None else "row_block"
 
 
-def _backward_runs_seeded(g: Tensor, adapter: Adapter, strategy: str) -> bool:
+def _backward_runs_seeded(g: Tensor, weight: Tensor, adapter: Adapter, strategy: str) -> bool:
     """Whether the gradient of `x` is to be a product of `seeded`'s."""
     if strategy == "row_block" or g.shape[0] == 0 or adapter.seed is not None:
         return False
-    return strategy == "seeded" or seeded.why_not(adapter.geometry, g.dtype, g.device) is None
+    if strategy == "seeded":
+        return True
+    can = seeded.why_not(adapter.geometry, g.dtype, g.device) is None
+    return can and seeded.is_describable(weight)
 
 
 def _row_block_backward(

@@ -551,7 +551,8 @@ def _prepare_backward(
         tile = tile._replace(tokens=tile.tokens // 2)
     tile = tile.for_tokens(bucket)
     needs_A, needs_B, needs_C = needs
-    sums = prepare_sums(geometry, needs, device)
+    dtypes = tuple([found[0] for found in (A, B, C) if found is not None])
+    sums = prepare_sums(geometry, needs, dtypes, device)
     launch = Launch(
         _backward_kernel,
         device,

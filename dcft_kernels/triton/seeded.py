@@ -29,6 +29,7 @@ _WIDTHS = (4, 8, 16, 32, 64)
 _MAX_COLUMNS = 64
 # Descriptors describe matrices whose rows begin at multiples of 16 bytes: of 8 elements.
 _ALIGNMENT = 8
+# Four steps of `gemm`: as many as it has buffers, and parts of a tile of x.
 _LEAST_FEATURES = 256
 # The usual tile of a product, and fewest of them per multiprocessor: measured on an H200, where
 # forward passes with 64 tiles take 0.86 to 1.13 of `row_block`'s time, with 32 1.00 to 1.60.
@@ -137,16 +138,22 @@ def backward(
     factors = (needs.A, needs.B, needs.C)
     grads = NO_GRADS
     if any(factors):
-        sums = prepare_sums(adapter.geometry, factors, g.device, by_feature=True)
+        dtypes = (adapter.A.dtype, adapter.B.dtype, adapter.C.dtype)
+        sums = prepare_sums(adapter.geometry, factors, dtypes, g.device, by_feature=True)
         grads = sums.total(partial, adapter, by_feature)
     return Gradients(gx, None, None, *grads)
 
 
-def _aligned(matrix: Tensor) -> Tensor:
-    """The matrix, or a copy that a descriptor can describe; its rows must not overlap either."""
+def is_describable(matrix: Tensor) -> bool:
+    """Whether a descriptor can describe the matrix: rows that are contiguous, aligned, apart."""
     stride, step = matrix.stride()
     aligned = stride % _ALIGNMENT == 0 and matrix.data_ptr() % (_ALIGNMENT * matrix.itemsize) == 0
-    if step == 1 and stride >= matrix.shape[1] and aligned:
+    return step == 1 and stride >= matrix.shape[1] and aligned
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy that a descriptor can describe."""
+    if is_describable(matrix):
         return matrix
     return matrix.clone(memory_format=torch.contiguous_format)
 

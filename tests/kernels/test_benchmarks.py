@@ -10,26 +10,22 @@ pytest.importorskip("triton")
 from benchmarks.speed.cases import Case
 from benchmarks.speed.levels import kernel
 from benchmarks.speed.provider import UnavailableError
-from dcft_kernels.triton import gemm, tiles
 from tests.kernels.conftest import INTERPRETED
-from tests.kernels.gluon_interpreter import Interpreter
 
 if not INTERPRETED:
     pytest.skip("the benchmarks run their gates on a GPU", allow_module_level=True)
 
 
 def workload_of(name: str):
-    case = Case("kernel", 140, 264, 264, "bf16")
+    case = Case("kernel", 140, 264, 328, "bf16")
     return kernel._workload(kernel.KernelProblem(case, torch.device("cpu")), name)
 
 
 @pytest.mark.parametrize("name", kernel.SEEDED)
-def test_kernels_of_seeded_pass_their_gates(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "_gemm_kernel", Interpreter(gemm._gemm_kernel, late=("u", "spread")))
-    with tiles.as_architecture("sm_90"):
-        workload = workload_of(name)
-        workload.step.prepare()
-        workload.step.run()
+def test_kernels_of_seeded_pass_their_gates(name: str, hopper) -> None:
+    workload = workload_of(name)
+    workload.step.prepare()
+    workload.step.run()
     assert workload.check() is None
     for result in workload.step.results.values():
         before = result.clone()

@@ -201,8 +201,8 @@ def test_expanded_gradient(rows: bool) -> None:
     "wanted", [each for each in itertools.product([False, True], repeat=4) if any(each)], ids=str
 )
 def test_every_subset_of_gradients(wanted: tuple[bool, ...], launched: list[str]) -> None:
-    """What is requested does not change its value; without that of `x` there is no product."""
-    inputs = drawn(SMALL, 140)
+    """What is requested does not change that of `x`; without that, there is no product."""
+    inputs = drawn(SMALL, 20)
 
     def gradients(*flags: bool) -> list[Tensor | None]:
         some = inputs.requiring(flags[0], False, False, *flags[1:])
@@ -214,11 +214,8 @@ def test_every_subset_of_gradients(wanted: tuple[bool, ...], launched: list[str]
     assert launched == FORWARD["seeded"] + BACKWARD[strategy]
     assert [grad is not None for grad in found] == list(wanted)
     if strategy == "seeded":
-        complete = gradients(True, True, True, True)
-        for grad, expected in zip(found, complete, strict=True):
-            assert grad is None or torch.equal(grad, expected)
-    else:
-        _check_factors(inputs, found[1:])
+        assert torch.equal(found[0], gradients(True, True, True, True)[0])
+    _check_factors(inputs, found[1:])
 
 
 def test_trained_weight_and_frozen_A() -> None:
@@ -425,3 +422,23 @@ def test_update_runs_row_block(launched: list[str]) -> None:
     y = dcft_update(torch.zeros_like(inputs.grad), *operands, backend="triton")
     torch.autograd.grad(y, operands, inputs.grad)
     assert launched == FORWARD["row_block"] + BACKWARD["row_block"]
+
+
+def test_auto_copies_no_weight(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transposed weight, such as a Conv1D's, is left to `row_block`, and `explain` says so."""
+    monkeypatch.setattr(seeded, "multiprocessors", lambda device: 2)
+    layer = DCFTLinear(264, 328, dtype=DTYPE, device=DEVICE)
+    layer.weight = torch.nn.Parameter(transposed(layer.weight.data), requires_grad=False)
+    x = torch.randn(5, 264, dtype=DTYPE, device=DEVICE, requires_grad=True)
+    y = layer(x)
+    y.backward(torch.randn_like(y))
+    assert launched == FORWARD["row_block"] + BACKWARD["row_block"]
+    assert explain(layer, tokens=5).strategy == "row_block"
+
+
+def test_another_gluon_leaves_all_to_row_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seeded, "_why_no_gemm", "it needs another Gluon")
+    seeded.why_not.cache_clear()
+    assert seeded.why_not(SMALL.geometry, DTYPE, DEVICE) == "it needs another Gluon"
+    monkeypatch.undo()
+    seeded.why_not.cache_clear()
