@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from dcft_kernels.adapter import Adapter, Geometry
-from dcft_kernels.triton.launch import PER_CALL, Launch
+from dcft_kernels.triton.launch import PER_CALL, Launch, may_overlap
 from dcft_kernels.triton.tiles import Tile, prepared
 
 
@@ -160,7 +160,7 @@ def prepare_sums(
         blocks += rank * -(-inputs.size // _FEATURE_TILE.outputs)
     if blocks == 0:
         return Sums(columns, offset_b, offset_c, needs, blocks, None)
-    overlap = by_feature and device.type == "cuda"  # the launch before is `gemm`'s
+    overlap = by_feature and may_overlap(device)  # the launch before is `gemm`'s
     launch = Launch(
         _sum_partials_kernel,
         device,
