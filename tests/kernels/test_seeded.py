@@ -443,12 +443,17 @@ def test_auto(
     layer = DCFTLinear(264, 328, dtype=DTYPE, dropout=dropout, device=DEVICE)
     x = torch.randn(5, 264, dtype=DTYPE, device=DEVICE, requires_grad=True)
     y = layer(x)
-    told = explain(layer, tokens=5).strategy
-    assert told == ("seeded" if enough and not dropout else "row_block")
-    assert launched == FORWARD[told]
+    told = explain(layer, tokens=5)
+    assert told.strategy == ("seeded" if enough and not dropout else "row_block")
+    assert launched == FORWARD[told.strategy]
     launched.clear()
     y.backward(torch.randn_like(y))
     assert launched == BACKWARD["row_block" if dropout else "seeded"]
+    mixed = not enough and not dropout
+    assert mixed == told.reason.endswith("kernels take this layer; its backward pass runs seeded")
+    if mixed:  # forward `x`, `y` twice, `U`; backward `g`, `x`, `U`, `Ub` twice, and `P` twice
+        elements = 5 * (264 + 2 * 328 + 8 + 328 + 264 + 3 * 8) + 2 * 8 * 264
+        assert told.adapter.bytes == 2 * elements
 
 
 def test_update_runs_row_block(launched: list[str]) -> None:
