@@ -30,7 +30,7 @@ _WIDTHS = (4, 8, 16, 32, 64)
 _MAX_COLUMNS = 64
 # Descriptors describe matrices whose rows begin at multiples of 16 bytes: of 8 elements.
 _ALIGNMENT = 8
-# Four steps of `gemm`: as many as it has buffers, and parts of a tile of x.
+# Four steps of `gemm`: it loads at most as many ahead, and a tile of `x` in as many parts.
 _LEAST_FEATURES = 256
 # The usual tile of a product, and fewest of them per multiprocessor: measured on an H200, where
 # forward passes with 64 tiles take 0.86 to 1.13 of `row_block`'s time, with 32 1.00 to 1.60.
