@@ -2,8 +2,8 @@
 
 The factors' gradients are sums over all tokens. Every program sums its own share into its own slice
 of a buffer, and a second, small launch adds the slices in a fixed order, so results are bitwise
-repeatable. The number of slices is bounded by the GPU's size or by the rows of a tile, and the
-buffer with it.
+repeatable. There are at most as many slices as the GPU runs programs at once, or one for each row
+of tiles of a product, which keeps the buffer small.
 """
 
 from __future__ import annotations
