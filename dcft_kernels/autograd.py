@@ -390,7 +390,9 @@ def _delta_weight_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _delta_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     adapter = _dense(*ctx.saved_tensors, *ctx.numbers)
     needs = ctx.needs_input_grad[:3]
-    return (*torch_backend.delta_weight_gradients(grad, adapter, needs), None, None)
+    with autocast.suspended(grad):
+        gradients = torch_backend.delta_weight_gradients(grad, adapter, needs)
+    return (*gradients, None, None)
 
 
 torch.library.register_autograd(

@@ -38,7 +38,9 @@ class Explanation(NamedTuple):
 
     layer: str
     tokens: int
-    strategy: str  # "seeded", "row_block", "torch", "reference", or "merged": one plain product
+    # "seeded", "row_block", "torch", "reference", or "merged": one plain product. Of the forward
+    # pass; where another one runs the backward pass, the reason says so.
+    strategy: str
     reason: str
     frozen: Work  # the base layer alone, forward and backward with the gradient of its input
     adapter: Work  # what the adapter adds
@@ -70,41 +72,45 @@ def explain(layer: DCFTLinear, *, tokens: int, dtype: torch.dtype | None = None)
         raise TypeError(f"layer: expected a DCFTLinear, got {type(layer).__name__}")
     tokens = validation.positive_int("tokens", tokens)
     dtype = layer.weight.dtype if dtype is None else validation.float_dtype("dtype", dtype)
-    strategy, reason = _choice(layer, tokens, dtype)
+    strategy, backward, reason = _choice(layer, tokens, dtype)
     rank, outputs, inputs = layer.geometry
     m, n = outputs.size, inputs.size
     name = f"DCFT layer {n} -> {m}, rank {rank}, kernel {outputs.width}x{inputs.width}, {dtype}"
     # y = x W^T and gx = g W, each reading two matrices and writing one.
     frozen = Work(2 * dtype.itemsize * (tokens * (n + m) + m * n), 4 * tokens * m * n)
-    return Explanation(
-        name, tokens, strategy, reason, frozen, _adapter_work(layer, tokens, dtype, strategy)
-    )
+    adapter = _adapter_work(layer, tokens, dtype, strategy, backward)
+    return Explanation(name, tokens, strategy, reason, frozen, adapter)
 
 
-def _choice(layer: DCFTLinear, tokens: int, dtype: torch.dtype) -> tuple[str, str]:
-    """The strategy that runs, and why."""
+def _choice(layer: DCFTLinear, tokens: int, dtype: torch.dtype) -> tuple[str, str, str]:
+    """The strategies that run forward and backward, and why."""
     if layer.merged:
-        return "merged", "the layer is merged, which leaves one plain product"
+        return "merged", "merged", "the layer is merged, which leaves one plain product"
     if layer.nonlinearity is not None:
         between = f"nonlinearity={layer.nonlinearity!r} is between the factors"
-        return "torch", f"{between}, which no kernel takes"
+        return "torch", "torch", f"{between}, which no kernel takes"
     adapter = layer.adapter
-    strategy = select(layer.backend, adapter, dtype, layer.strategy)
-    if strategy in KERNELS:
+    forward = backward = select(layer.backend, adapter, dtype, layer.strategy)
+    if forward in KERNELS:
         from dcft_kernels.triton import passes
 
         dropout = layer.training and layer.dropout > 0
-        strategy = passes.forward_strategy(
-            strategy, tokens, layer.weight, layer.geometry, dtype, dropout=dropout
-        )
-    for argument in ("strategy", "backend"):
+        call = (layer.weight, layer.geometry, dtype)
+        forward = passes.forward_strategy(forward, tokens, *call, dropout=dropout)
+        backward = passes.backward_strategy(backward, *call, dropout=dropout)
+    reason = why_not_triton(adapter, dtype) or "the kernels take this layer"
+    for argument in ("backend", "strategy"):
         asked = getattr(layer, argument)
         if asked != "auto":
-            return strategy, f"requested by {argument}={asked!r}"
-    return strategy, why_not_triton(adapter, dtype) or "the kernels take this layer"
+            reason = f"requested by {argument}={asked!r}"
+    if backward != forward:
+        reason += f"; its backward pass runs {backward}"
+    return forward, backward, reason
 
 
-def _adapter_work(layer: DCFTLinear, tokens: int, dtype: torch.dtype, strategy: str) -> Work:
+def _adapter_work(
+    layer: DCFTLinear, tokens: int, dtype: torch.dtype, strategy: str, backward: str
+) -> Work:
     """What the adapter adds to the frozen layer, forward and backward."""
     rank, outputs, inputs = layer.geometry
     m, n, r = outputs.size, inputs.size, rank * inputs.width
@@ -119,16 +125,34 @@ def _adapter_work(layer: DCFTLinear, tokens: int, dtype: torch.dtype, strategy: 
         itemsize = compute_dtype(dtype, layer.dcft_A.device).itemsize
         passes = dtype.itemsize * 4 * (n + m) + itemsize * 6 * r
         return Work(tokens * passes, 6 * tokens * r * (n + m))
-    mixing = rank * outputs.width * inputs.width
+    there, _ = _kernels_work(layer, tokens, dtype, strategy)
+    _, back = _kernels_work(layer, tokens, dtype, backward)
+    return Work(there.bytes + back.bytes, there.flops + back.flops)
+
+
+def _kernels_work(
+    layer: DCFTLinear, tokens: int, dtype: torch.dtype, strategy: str
+) -> tuple[Work, Work]:
+    """What the adapter adds forward, and backward, by a strategy of the kernels."""
+    rank, outputs, inputs = layer.geometry
+    m, n, r = outputs.size, inputs.size, rank * inputs.width
+    mixing = 2 * tokens * rank * outputs.width * inputs.width  # of C and one of U, V, Vb, gC
     if strategy == "seeded":
         # The passes read x and g once more, the product of gx reads x. U is written once and read
         # twice, Ub, Q and P written and read once.
-        passes = tokens * (2 * n + m + 5 * r) + 2 * r * (n + m)
-        # U, Vb and gB in the passes; further columns of both products, and gA.
-        sums = rank * (n + 2 * m) + r * (2 * n + m)
-        return Work(dtype.itemsize * passes, 2 * tokens * (sums + 3 * mixing))
-    # Forward: read x, add to y. Backward: read g and x, add to gx. U is written once, read once.
-    passes = dtype.itemsize * (4 * n + 3 * m) + dtype_of_U(dtype).itemsize * 2 * r
-    # Six sums over a window's features (U, y, Vb, gB, gA, gx), and C four times per token and rank.
-    sums = 3 * rank * (n * inputs.width // inputs.stride + m * outputs.width // outputs.stride)
-    return Work(tokens * passes, 2 * tokens * (sums + 4 * mixing))
+        forward = tokens * (n + 2 * r) + 2 * r * m
+        backward = tokens * (n + m + 3 * r) + 2 * r * n
+        # U in a pass, then columns of a product; Vb and gB in a pass, then columns and gA.
+        forward_flops = 2 * tokens * (rank * n + r * m)
+        backward_flops = 4 * tokens * (rank * m + r * n) + 3 * mixing
+    else:
+        # Forward: read x, add to y. Backward: read g and x, add to gx. U is written and read once.
+        u = tokens * r * dtype_of_U(dtype).itemsize // dtype.itemsize
+        forward, backward = tokens * (n + 2 * m) + u, tokens * (3 * n + m) + u
+        # Sums over a window's features: U and y; then Vb, gB, gA and gx.
+        sums = sum(2 * tokens * rank * s.size * s.width // s.stride for s in (inputs, outputs))
+        forward_flops, backward_flops = sums + mixing, 2 * sums + 3 * mixing
+    return (
+        Work(dtype.itemsize * forward, forward_flops),
+        Work(dtype.itemsize * backward, backward_flops),
+    )

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
 import torch
+import triton
 from torch import Tensor
 
 from dcft_kernels.triton.tiles import Tile, architecture
@@ -103,6 +104,11 @@ class Launch:
         self._types = self._types or types
         if types != self._types:
             raise AssertionError(f"launch: prepared for {self._types}, got {types}")
+
+
+def may_overlap(device: torch.device) -> bool:
+    """Whether a launch may start before the one before it ends; not under the interpreter."""
+    return architecture(device) == "sm_90" and not triton.knobs.runtime.interpret
 
 
 def signatures(tensors: Sequence[Tensor | None]) -> tuple[Signature, ...]:

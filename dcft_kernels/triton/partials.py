@@ -2,8 +2,8 @@
 
 The factors' gradients are sums over all tokens. Every program sums its own share into its own slice
 of a buffer, and a second, small launch adds the slices in a fixed order, so results are bitwise
-repeatable. The number of slices is bounded by the GPU's size or by the rows of a tile, and the
-buffer with it.
+repeatable. There are at most as many slices as the GPU runs programs at once, or one for each row
+of tiles of a product, which keeps the buffer small.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from dcft_kernels.adapter import Adapter, Geometry
-from dcft_kernels.triton.launch import PER_CALL, Launch
+from dcft_kernels.triton.launch import PER_CALL, Launch, may_overlap
 from dcft_kernels.triton.tiles import Tile, prepared
 
 
@@ -160,7 +160,7 @@ def prepare_sums(
         blocks += rank * -(-inputs.size // _FEATURE_TILE.outputs)
     if blocks == 0:
         return Sums(columns, offset_b, offset_c, needs, blocks, None)
-    overlap = by_feature and device.type == "cuda"  # the launch before is `gemm`'s
+    overlap = by_feature and may_overlap(device)  # the launch before is `gemm`'s
     launch = Launch(
         _sum_partials_kernel,
         device,

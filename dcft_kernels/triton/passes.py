@@ -57,7 +57,9 @@ def backward(
     strategy: str = "triton",
 ) -> Gradients:
     """The gradients that `needs` asks for; arguments as `torch_backend.backward` and `forward`."""
-    if needs.x and weight is not None and _backward_runs_seeded(g, weight, adapter, strategy):
+    dropout = adapter.seed is not None
+    strategy = backward_strategy(strategy, weight, adapter.geometry, g.dtype, dropout=dropout)
+    if strategy == "seeded" and needs.x and weight is not None and g.shape[0] > 0:
         found = seeded.backward(g, x, U, weight, adapter, needs)
     else:
         found = _row_block_backward(g, x, U, weight, adapter, needs)
@@ -81,6 +83,26 @@ def forward_strategy(
     Raises:
         RuntimeError: `"seeded"` was requested, and there is dropout.
     """
+    chosen = backward_strategy(strategy, weight, geometry, dtype, dropout=dropout)
+    if strategy == "triton" and chosen == "seeded" and weight is not None:
+        enough = seeded.has_work(tokens, geometry.outputs.size, weight.device)
+        return "seeded" if enough else "row_block"
+    return chosen
+
+
+def backward_strategy(
+    strategy: str,
+    weight: Tensor | None,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    *,
+    dropout: bool,
+) -> str:
+    """The strategy of a backward pass in which the gradient of `x` is needed.
+
+    Raises:
+        RuntimeError: as `forward_strategy`.
+    """
     if strategy == "seeded" and dropout:
         raise RuntimeError(
             "strategy='seeded' cannot run: it takes no dropout; use strategy='auto' or 'row_block'"
@@ -89,19 +111,7 @@ def forward_strategy(
         return strategy
     if dropout or weight is None or not seeded.is_describable(weight):
         return "row_block"
-    if not seeded.has_work(tokens, geometry.outputs.size, weight.device):
-        return "row_block"
     return "seeded" if seeded.why_not(geometry, dtype, weight.device) is None else "row_block"
-
-
-def _backward_runs_seeded(g: Tensor, weight: Tensor, adapter: Adapter, strategy: str) -> bool:
-    """Whether the gradient of `x` is to be a product of `seeded`'s."""
-    if strategy == "row_block" or g.shape[0] == 0 or adapter.seed is not None:
-        return False
-    if strategy == "seeded":
-        return True
-    can = seeded.why_not(adapter.geometry, g.dtype, g.device) is None
-    return can and seeded.is_describable(weight)
 
 
 def _row_block_backward(

@@ -4,7 +4,8 @@
     backward    Ub, P and shares of gB, gC from `g`;    gx = g W + Ub P, and shares of gA
 
 Nothing of the size of `y` or `gx` is written but these themselves. The product of a direction may
-start before its pass ends: it needs the pass's results last.
+start before its pass ends: it needs the pass's results last. So nothing is launched between the
+two, and what has to be copied is copied before.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _WIDTHS = (4, 8, 16, 32, 64)
 _MAX_COLUMNS = 64
 # Descriptors describe matrices whose rows begin at multiples of 16 bytes: of 8 elements.
 _ALIGNMENT = 8
-# Four steps of `gemm`: as many as it has buffers, and parts of a tile of x.
+# Four steps of `gemm`: it loads at most as many ahead, and a tile of `x` in as many parts.
 _LEAST_FEATURES = 256
 # The usual tile of a product, and fewest of them per multiprocessor: measured on an H200, where
 # forward passes with 64 tiles take 0.86 to 1.13 of `row_block`'s time, with 32 1.00 to 1.60.
@@ -98,12 +99,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`y [T, m]` and `U [T, k*d_in]`; at least one token."""
     x, weight, adapter = _aligned(x), _aligned(weight), _contiguous(adapter)
+    bias = None if bias is None else bias.contiguous()
     rank, outputs, inputs = adapter.geometry
     u = x.new_empty(x.shape[0], rank * inputs.width)
     spread = x.new_empty(outputs.size, rank * inputs.width)
     y = x.new_empty(x.shape[0], outputs.size)
     shrink.shrink(x, adapter, u=u, spread=spread)
-    bias = None if bias is None else bias.contiguous()
     gemm.linear(x, weight, bias, u, spread, out=y)
     return y, u
 
@@ -118,6 +119,7 @@ def backward(
 ) -> Gradients:
     """The gradients of `x` and of the factors that `needs` asks for; at least one token."""
     g, weight, adapter = _aligned(g), _aligned(weight), _contiguous(adapter)
+    x = _aligned(saved(x)) if needs.A else None
     rank, _, inputs = adapter.geometry
     tokens, columns = g.shape[0], rank * inputs.width
     ub = g.new_empty(tokens, columns)
@@ -133,8 +135,7 @@ def backward(
     if needs.A:
         shape = (gemm.slices(tokens, columns, g.device), rank, inputs.size)
         by_feature = g.new_empty(shape, dtype=torch.float32)
-        x = _aligned(saved(x))
-    gemm.input_gradient(g, weight, ub, spread, out=gx, x=x if needs.A else None, partial=by_feature)
+    gemm.input_gradient(g, weight, ub, spread, out=gx, x=x, partial=by_feature)
     factors = (needs.A, needs.B, needs.C)
     grads = NO_GRADS
     if any(factors):

@@ -24,7 +24,14 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from dcft_kernels.adapter import Adapter, Geometry, Side
-from dcft_kernels.triton.launch import PER_CALL, Launch, Signature, signatures, strides
+from dcft_kernels.triton.launch import (
+    PER_CALL,
+    Launch,
+    Signature,
+    may_overlap,
+    signatures,
+    strides,
+)
 from dcft_kernels.triton.tiles import (
     Tile,
     TokenBucket,
@@ -161,11 +168,6 @@ def shrink(x: Tensor, adapter: Adapter, *, u: Tensor, spread: Tensor) -> None:
 _WARP_COLUMNS = 32 * 8
 
 
-def _may_overlap(device: torch.device) -> bool:
-    """Whether to let the product start before the pass ends; the interpreter does not know how."""
-    return device.type == "cuda"
-
-
 def _windows_per_step(tile: Tile, side: Side) -> int:
     """Windows of a row that its warps load at once; warps without a row of their own share one."""
     return _WARP_COLUMNS * max(1, tile.warps // tile.tokens) // side.width
@@ -201,7 +203,7 @@ def _prepare_forward(
         stride_xt=strides(tensors[0], 2)[0], n=inputs.size, I=inputs.windows,
         K=rank, W_IN=inputs.width, W_OUT=outputs.width,
         BLOCK_T=tile.tokens, BLOCK_L=windows, STEPS=-(-inputs.windows // windows),
-        OVERLAP=_may_overlap(device),
+        OVERLAP=may_overlap(device),
     )  # fmt: skip
     return _ForwardPlan(launch, tile.tokens, -(-outputs.size // windows))
 
@@ -418,7 +420,7 @@ def _prepare_backward(
         BLOCK_T=tile.tokens, BLOCK_L=windows, STEPS=-(-outputs.windows // windows),
         BLOCK_N=block_n,
         NEED_B=needs[0], NEED_C=needs[1], WRITE_UB=ub is not None, WRITE_P=spread is not None,
-        OVERLAP=_may_overlap(device),
+        OVERLAP=may_overlap(device),
     )  # fmt: skip
     return _BackwardPlan(
         launch,

@@ -54,6 +54,25 @@ def test_cases_with_most_registers_fit(architecture: str, launcher: str, case: s
     assert [failure for record in records for failure in record.failures()] == []
 
 
+@pytest.mark.parametrize(
+    ("launcher", "case", "instruction"),
+    [
+        ("shrink", "products4096", "launch_dependents"),
+        ("shrink_backward", "products4096", "launch_dependents"),
+        ("gemm", "columns16", "wait"),
+        ("gemm", "sums", "wait"),
+    ],
+)
+def test_dependent_launches_are_compiled(launcher: str, case: str, instruction: str) -> None:
+    """What a Hopper GPU runs: a launch that starts early waits for the one before it."""
+    job = main_job("sm_90", launcher, case)
+    with compiling_for("sm_90") as compiled:
+        CASES[job.case].run("bf16")
+    (found,) = compiled
+    assert f"griddepcontrol.{instruction}" in found.kernel.asm["ptx"]
+    assert found.kernel.metadata.launch_pdl == (instruction == "wait")
+
+
 def test_every_architecture_kernel_and_dtype_has_jobs() -> None:
     assert set(GPU_TARGETS) == set(MULTIPROCESSORS) == set(tiles.architectures()) - {"interpreter"}
     found = {(job.architecture, CASES[job.case].launcher, job.dtype) for job in jobs()}

@@ -270,7 +270,7 @@ class Program:
             allocate_shared_memory=self.allocate,
             thread_barrier=self.synchronise,
             barrier=self.synchronise,
-            **LANGUAGE,
+            **LANGUAGE | {"store": self.store},
         )
         barriers = Namespace(
             title="mbarrier",
@@ -319,6 +319,10 @@ class Program:
 
     def dependency_wait(self) -> None:
         self.late = ()
+
+    def store(self, pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
+        assert not self.late, f"{pointer.name}: it is stored before gdc_wait"
+        LANGUAGE["store"](pointer, value, mask)
 
     def function(self, jit: Any) -> FunctionType:
         """A jitted function's Python function, with this program's language."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcft_kernels import DCFTLinear, add_delta_weight_
+from dcft_kernels import DCFTLinear, add_delta_weight_, delta_weight
 from dcft_kernels.backends import KERNELS, STRATEGIES
 from dcft_kernels.dropout import draw_seed
 from tests.adapter_cases import AdapterShape, Inputs, random_inputs
@@ -94,6 +94,18 @@ def test_compiled_strategies_equal_eager(strategy: str, device, hopper) -> None:
             y = run(x)
             results.append([y, *torch.autograd.grad(y, operands, torch.ones_like(y))])
         assert all(map(torch.equal, *results))
+
+
+def test_backward_of_delta_weight_inside_autocast(device, backend) -> None:
+    """It computes what one outside of it computes."""
+    factors = to(random_inputs(SEEDABLE, (1,), torch.float32), device).requiring().operands[3:]
+    dense = delta_weight(*factors, in_features=264, out_features=328, backend=backend)
+    grad = torch.randn_like(dense)
+    results = []
+    for inside in (True, False):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=inside):
+            results.append(torch.autograd.grad(dense, factors, grad, retain_graph=True))
+    assert all(map(torch.equal, *results))
 
 
 @small_case

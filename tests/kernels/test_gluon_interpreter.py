@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
 
 from tests.kernels.gluon_interpreter import Interpreter
 
@@ -189,6 +191,44 @@ def test_missing_thread_barrier(late: bool) -> None:
     assert torch.equal(x, torch.eye(64, dtype=x.dtype) * 4)
     with pytest.raises(AssertionError, match=r"buf: it is stored into, but thread_barrier has not"):
         kernel(descriptor, BARRIER=False, LATE=late, num_warps=4)
+
+
+@gluon.jit
+def _dependent_kernel(x_desc, out_ptr, WAIT: gl.constexpr):
+    """Load x, then store one; waiting before both, before the store, or never."""
+    buf = gl.allocate_shared_memory(x_desc.dtype, x_desc.block_type.shape, x_desc.layout)
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar, count=1)
+    if WAIT == 0:
+        gdc_wait()
+    mbarrier.expect(bar, x_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(x_desc, [0, 0], bar, buf)
+    mbarrier.wait(bar, 0)
+    if WAIT == 1:
+        gdc_wait()
+    gl.store(out_ptr, 1)
+
+
+@pytest.mark.parametrize(
+    ("wait", "late", "message"),
+    [
+        (0, "x_desc", None),
+        (1, "x_desc", "x_desc: it is loaded before gdc_wait"),
+        (1, "another", None),
+        (2, "another", "out_ptr: it is stored before gdc_wait"),
+    ],
+)
+def test_dependent_launch(wait: int, late: str, message: str | None) -> None:
+    x, out = torch.zeros(64, 64, dtype=torch.bfloat16), torch.zeros(1)
+    layout = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
+    descriptor = TensorDescriptor.from_tensor(x, [64, 64], layout)
+    launch = Interpreter(_dependent_kernel, late=(late,))[(1,)]
+    launch(descriptor, out, WAIT=2)  # without dependent launch, there is nothing to wait for
+    expected = contextlib.nullcontext()
+    if message is not None:
+        expected = pytest.raises(AssertionError, match=message)
+    with expected:
+        launch(descriptor, out, WAIT=wait, launch_pdl=True)
 
 
 @gluon.jit

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcft_kernels import DCFTLinear, dcft_linear, dcft_update, explain
 from tests.adapter_cases import AdapterShape, Inputs, random_inputs
@@ -172,6 +173,40 @@ def test_any_strides(rearrange: Callable[[Tensor], Tensor]) -> None:
         for name, a, b in zip(NAMES, actual, expected, strict=True):
             # The gradients of the weight and of the bias are PyTorch's.
             assert torch.equal(a, b) or name in ("gW", "gb"), f"{name}, {which} {rearrange}"
+
+
+class Operations(TorchDispatchMode):
+    """Records the names of PyTorch's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_copies_come_before_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product waits for the launch before it, and that has to be the pass."""
+    operations = Operations()
+
+    def between(launcher: Callable[..., None], following: Callable[..., None]) -> None:
+        def launch(*arguments: object, **named: object) -> None:
+            launcher(*arguments, **named)
+            operations.__enter__()
+
+        def follow(*arguments: object, **named: object) -> None:
+            operations.__exit__(None, None, None)
+            following(*arguments, **named)
+
+        monkeypatch.setattr(shrink, launcher.__name__, launch)
+        monkeypatch.setattr(gemm, following.__name__, follow)
+
+    between(shrink.shrink, gemm.linear)
+    between(shrink.shrink_backward, gemm.input_gradient)
+    run(Inputs(*map(apart, drawn(SMALL, 20))), SMALL, "triton", strategy="seeded")
+    assert operations.names <= {"aten::new_empty"}
 
 
 @pytest.mark.parametrize("which", ["x", "weight", "grad"])
@@ -408,12 +443,17 @@ def test_auto(
     layer = DCFTLinear(264, 328, dtype=DTYPE, dropout=dropout, device=DEVICE)
     x = torch.randn(5, 264, dtype=DTYPE, device=DEVICE, requires_grad=True)
     y = layer(x)
-    told = explain(layer, tokens=5).strategy
-    assert told == ("seeded" if enough and not dropout else "row_block")
-    assert launched == FORWARD[told]
+    told = explain(layer, tokens=5)
+    assert told.strategy == ("seeded" if enough and not dropout else "row_block")
+    assert launched == FORWARD[told.strategy]
     launched.clear()
     y.backward(torch.randn_like(y))
     assert launched == BACKWARD["row_block" if dropout else "seeded"]
+    mixed = not enough and not dropout
+    assert mixed == told.reason.endswith("kernels take this layer; its backward pass runs seeded")
+    if mixed:  # forward `x`, `y` twice, `U`; backward `g`, `x`, `U`, `Ub` twice, and `P` twice
+        elements = 5 * (264 + 2 * 328 + 8 + 328 + 264 + 3 * 8) + 2 * 8 * 264
+        assert told.adapter.bytes == 2 * elements
 
 
 def test_update_runs_row_block(launched: list[str]) -> None:

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dcft_kernels.triton import tiles
+pytest.importorskip("triton")
+
+from dcft_kernels.triton import gemm, seeded, tiles
 from dcft_kernels.triton.launch import may_use_tf32
 from dcft_kernels.triton.tiles import (
     Tile,
@@ -38,6 +40,14 @@ def test_every_architecture_has_a_complete_table() -> None:
     for architecture in GPUS:
         runs = architecture == "sm_90"
         assert [bool(entries(architecture, kernel, 2)) for kernel in SEEDED] == [runs] * 3
+
+
+def test_smallest_layers_fill_the_buffers_of_products() -> None:
+    """A product loads `stages - 1` steps ahead, into the next tile at most, and x in parts."""
+    for tile in entries("sm_90", "gemm", 2).values():
+        steps = seeded._LEAST_FEATURES // tile.features
+        assert tile.stages - 1 <= steps
+        assert tile.outputs // gemm._PART_COLUMNS <= steps
 
 
 def test_lookup_takes_the_narrowest_entry_that_fits() -> None:
