@@ -48,7 +48,7 @@ def _tile_origin(
     """First row and column of a tile; `GROUP` rows of tiles are done together, to share `W`."""
     per_group = GROUP * tiles_n
     first = tile // per_group * GROUP
-    rows = gl.minimum(tiles_t - first, GROUP)
+    rows = gl.maximum(gl.minimum(tiles_t - first, GROUP), 1)  # past the last tile there are none
     inside = tile % per_group
     return (first + inside % rows) * BLOCK_T, inside // rows * BLOCK_N
 

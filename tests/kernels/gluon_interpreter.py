@@ -52,11 +52,10 @@ class Block(Tensor):
     __iadd__, __isub__, __imul__ = Tensor.__add__, Tensor.__sub__, Tensor.__mul__
     __itruediv__, __iand__, __ior__ = Tensor.__truediv__, Tensor.__and__, Tensor.__or__
 
-    # As on a GPU: quotients are truncated, and division by zero gives some number.
+    # Quotients are truncated, and the compiler may assume that nothing is divided by zero.
     def __floordiv__(self, other: Any) -> Any:
-        divisor = torch.as_tensor(other)
-        nonzero = torch.where(divisor == 0, 1, divisor)
-        return torch.where(divisor == 0, -1, torch.div(self, nonzero, rounding_mode="trunc"))
+        assert bool(torch.as_tensor(other).all()), "division by zero"
+        return torch.div(self, other, rounding_mode="trunc")
 
     def __mod__(self, other: Any) -> Any:
         return self - self // other * other

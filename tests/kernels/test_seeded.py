@@ -85,6 +85,7 @@ def drawn(
         (shape(512, 512), 256),
         (shape(264, 776), 257),
         (shape(256, 264), 1100),  # more rows of tiles than are done together
+        (shape(256, 256), 1024),  # just as many
         (shape(776, 264, 2), 150),
         (shape(328, 392, 4, 16), 130),
         (SMALL, 129),
