@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -95,9 +96,10 @@ def _choice(layer: DCFTLinear, tokens: int, dtype: torch.dtype) -> tuple[str, st
         from dcft_kernels.triton import passes
 
         dropout = layer.training and layer.dropout > 0
-        call = (layer.weight, layer.geometry, dtype)
-        forward = passes.forward_strategy(forward, tokens, *call, dropout=dropout)
-        backward = passes.backward_strategy(backward, *call, dropout=dropout)
+        strategy_for = functools.partial(
+            passes.strategy_for, backward, layer.weight, layer.geometry, dtype, dropout=dropout
+        )
+        forward, backward = strategy_for(forward_tokens=tokens), strategy_for()
     reason = why_not_triton(adapter, dtype) or "the kernels take this layer"
     for argument in ("backend", "strategy"):
         asked = getattr(layer, argument)

@@ -285,7 +285,7 @@ def input_gradient(
 
 
 def slices(tokens: int, columns: int, device: torch.device) -> int:
-    """How many slices of tokens have a share of their own, for `Ub [tokens, columns]`."""
+    """The number of slices that the tokens are split into: one partial gradient of `A` for each."""
     return -(-tokens // _tile(columns, device).tokens)
 
 
@@ -319,7 +319,7 @@ def _product(
 
 
 def _descriptor(tensor: Tensor, block: list[int], layout: Any) -> TensorDescriptor:
-    """A descriptor without its constructor's checks, which take as long as a launch."""
+    """A descriptor without its constructor's checks; `seeded` makes sure of them."""
     descriptor = TensorDescriptor.__new__(TensorDescriptor)
     descriptor.__dict__.update(
         base=tensor,
@@ -334,7 +334,7 @@ def _descriptor(tensor: Tensor, block: list[int], layout: Any) -> TensorDescript
 class _Plan(NamedTuple):
     launch: Launch
     rows: int  # of a tile
-    tiles_n: int  # beside each other
+    tiles_n: int  # of the result, along its columns
     max_programs: int
     blocks: list[tuple[list[int], Any]]  # of the descriptors: what they load or store at once
 

@@ -147,7 +147,7 @@ def prepare_sums(
 ) -> Sums:
     """How to sum the gradients of those of `A`, `B` and `C` that are needed, factors in `dtypes`.
 
-    `by_feature`: whether the shares of A's gradient are in a buffer of their own.
+    `by_feature`: whether the partial gradients of `A` are in a separate buffer.
     """
     needs_A, needs_B, needs_C = needs
     rank, outputs, inputs = geometry

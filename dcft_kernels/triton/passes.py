@@ -33,14 +33,17 @@ def forward(
 
     `strategy` is a strategy's name, or `"triton"` to leave the choice.
     """
-    tokens, dropout = x.shape[0], adapter.seed is not None
+    tokens = x.shape[0]
     rank, outputs, inputs = geometry = adapter.geometry
-    strategy = forward_strategy(strategy, tokens, weight, geometry, x.dtype, dropout=dropout)
+    dropout = adapter.seed is not None
+    strategy = strategy_for(
+        strategy, weight, geometry, x.dtype, dropout=dropout, forward_tokens=tokens
+    )
     if strategy == "seeded" and weight is not None and tokens > 0:
         return seeded.forward(x, weight, bias, adapter)
-    u = x.new_empty(x.shape[0], rank * inputs.width, dtype=dtype_of_U(x.dtype))
-    y = x.new_empty(x.shape[0], outputs.size)
-    if x.shape[0] > 0:
+    u = x.new_empty(tokens, rank * inputs.width, dtype=dtype_of_U(x.dtype))
+    y = x.new_empty(tokens, outputs.size)
+    if tokens > 0:
         row_block.shrink_expand(x, adapter, u=u, y=y, bias=bias, base=base)
     if weight is not None:
         y.addmm_(x, weight.t())
@@ -58,7 +61,7 @@ def backward(
 ) -> Gradients:
     """The gradients that `needs` asks for; arguments as `torch_backend.backward` and `forward`."""
     dropout = adapter.seed is not None
-    strategy = backward_strategy(strategy, weight, adapter.geometry, g.dtype, dropout=dropout)
+    strategy = strategy_for(strategy, weight, adapter.geometry, g.dtype, dropout=dropout)
     if strategy == "seeded" and needs.x and weight is not None and g.shape[0] > 0:
         found = seeded.backward(g, x, U, weight, adapter, needs)
     else:
@@ -69,39 +72,22 @@ def backward(
     )
 
 
-def forward_strategy(
+def strategy_for(
     strategy: str,
-    tokens: int,
     weight: Tensor | None,
     geometry: Geometry,
     dtype: torch.dtype,
     *,
     dropout: bool,
+    forward_tokens: int | None = None,
 ) -> str:
-    """The strategy of a forward pass, `"seeded"` or `"row_block"`.
+    """The strategy of a pass, `"seeded"` or `"row_block"`.
+
+    The pass is a forward one over `forward_tokens` tokens, or, if that is None, a backward one in
+    which the gradient of `x` is needed.
 
     Raises:
         RuntimeError: `"seeded"` was requested, and there is dropout.
-    """
-    chosen = backward_strategy(strategy, weight, geometry, dtype, dropout=dropout)
-    if strategy == "triton" and chosen == "seeded" and weight is not None:
-        enough = seeded.has_work(tokens, geometry.outputs.size, weight.device)
-        return "seeded" if enough else "row_block"
-    return chosen
-
-
-def backward_strategy(
-    strategy: str,
-    weight: Tensor | None,
-    geometry: Geometry,
-    dtype: torch.dtype,
-    *,
-    dropout: bool,
-) -> str:
-    """The strategy of a backward pass in which the gradient of `x` is needed.
-
-    Raises:
-        RuntimeError: as `forward_strategy`.
     """
     if strategy == "seeded" and dropout:
         raise RuntimeError(
@@ -111,7 +97,12 @@ def backward_strategy(
         return strategy
     if dropout or weight is None or not seeded.is_describable(weight):
         return "row_block"
-    return "seeded" if seeded.why_not(geometry, dtype, weight.device) is None else "row_block"
+    if seeded.why_not(geometry, dtype, weight.device) is not None:
+        return "row_block"
+    if forward_tokens is None:
+        return "seeded"
+    enough = seeded.has_work(forward_tokens, geometry.outputs.size, weight.device)
+    return "seeded" if enough else "row_block"
 
 
 def _row_block_backward(

@@ -169,7 +169,7 @@ _WARP_COLUMNS = 32 * 8
 
 
 def _windows_per_step(tile: Tile, side: Side) -> int:
-    """Windows of a row that its warps load at once; warps without a row of their own share one."""
+    """Windows that the warps of a row load at once: several warps, if they outnumber the rows."""
     return _WARP_COLUMNS * max(1, tile.warps // tile.tokens) // side.width
 
 
@@ -218,8 +218,7 @@ def _shrink_backward_kernel(
     stride_gt: tl.constexpr, m: tl.constexpr, J: tl.constexpr,
     K: tl.constexpr, W_IN: tl.constexpr, W_OUT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, STEPS: tl.constexpr, BLOCK_N: tl.constexpr,
-    NEED_B: tl.constexpr, NEED_C: tl.constexpr, WRITE_UB: tl.constexpr, WRITE_P: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    NEED_B: tl.constexpr, NEED_C: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """All that the adapter's backward pass does with `g`.
 
@@ -233,8 +232,8 @@ def _shrink_backward_kernel(
     | `g` | `[T, m]` | read once |
     | `U` | `[T, K*W_IN]` | any float dtype; read once (`NEED_B` or `NEED_C`) |
     | `A`, `B`, `C` | `[K, I]`, `[J, K]`, `[W_OUT, W_IN]` | any float dtype |
-    | `Ub` | `[T, K*W_IN]` | written once (`WRITE_UB`), in its own dtype |
-    | `P` | `[K*W_IN, n]` | written once (`WRITE_P`), in its own dtype |
+    | `Ub` | `[T, K*W_IN]` | written once, in its own dtype |
+    | `P` | `[K*W_IN, n]` | written once, in its own dtype |
     | `partial` | `[row_programs, ...]` | float32: of B `[J, K]`, C `[W_OUT, W_IN]` |
 
     Grid: `(row_programs + cdiv(n, BLOCK_N),)`, the first ones each owning every row_programs-th
@@ -249,7 +248,6 @@ def _shrink_backward_kernel(
     program = tl.program_id(0)
     p = tl.arange(0, W_IN)
     if program < row_programs:
-        NEED_VB: tl.constexpr = WRITE_UB or NEED_C
         q = tl.arange(0, W_OUT)
         C = tl.load(C_ptr + q[:, None] * W_IN + p[None, :]).to(tl.float32) * scaling
         if NEED_B:
@@ -279,22 +277,19 @@ def _shrink_backward_kernel(
                 window = step * BLOCK_L + tl.arange(0, BLOCK_L)
                 sums = ()
                 for kappa in tl.static_range(K):
-                    if NEED_VB:
-                        b = tl.load(B_ptr + window * K + kappa, mask=window < J, other=0.0)
-                        sums += (vb[kappa] + g * b.to(tl.float32)[None, :, None],)
+                    b = tl.load(B_ptr + window * K + kappa, mask=window < J, other=0.0)
+                    sums += (vb[kappa] + g * b.to(tl.float32)[None, :, None],)
                     if NEED_B:
                         sums_B += (grad_B[step * K + kappa] + tl.sum(g * v[kappa], axis=2),)
                 vb = sums
             if NEED_B:
                 grad_B = sums_B
-            if NEED_VB:
-                for kappa in tl.static_range(K):
-                    total = tl.sum(vb[kappa], axis=1)[:, :, None]  # Vb / scaling
-                    if NEED_C:
-                        grad_C += total * u[kappa]
-                    if WRITE_UB:
-                        ub = tl.sum(C[None, :, :] * total, axis=1).to(ub_ptr.dtype.element_ty)
-                        tl.store(ub_ptr + column + kappa * W_IN, ub, mask=inside)
+            for kappa in tl.static_range(K):
+                total = tl.sum(vb[kappa], axis=1)[:, :, None]  # Vb / scaling
+                if NEED_C:
+                    grad_C += total * u[kappa]
+                ub = tl.sum(C[None, :, :] * total, axis=1).to(ub_ptr.dtype.element_ty)
+                tl.store(ub_ptr + column + kappa * W_IN, ub, mask=inside)
         if NEED_B or NEED_C:
             partial_ptr += program.to(tl.int64) * stride_partial
         if NEED_B:
@@ -306,7 +301,7 @@ def _shrink_backward_kernel(
         if NEED_C:
             where = partial_ptr + offset_c + q[:, None] * W_IN + p[None, :]
             tl.store(where, tl.sum(grad_C, axis=0) * scaling)
-    elif WRITE_P:
+    else:
         _write_input_factor(p_ptr, A_ptr, program - row_programs, n, I, K, W_IN, BLOCK_N)
 
 
@@ -352,8 +347,8 @@ def shrink_backward(
     u: Tensor | None,
     adapter: Adapter,
     *,
-    ub: Tensor | None,
-    spread: Tensor | None,
+    ub: Tensor,
+    spread: Tensor,
     partial: Tensor | None,
     needs: tuple[bool, bool],
 ) -> None:
@@ -363,8 +358,8 @@ def shrink_backward(
         g: `[T, m]`, 16-bit, with contiguous columns.
         u: `[T, K*d_in]`, contiguous, from `shrink`; read for the gradients.
         adapter: as in the forward.
-        ub: `[T, K*d_in]`, any float dtype, contiguous; written, if given.
-        spread: `[K*d_in, n]`, contiguous; written, if given.
+        ub: `[T, K*d_in]`, any float dtype, contiguous; written.
+        spread: `[K*d_in, n]`, contiguous; written.
         partial: `partial_shape(g, adapter, needs)`, float32, contiguous; written. In its rows the
             gradient of `B`, `[J, K]`, precedes that of `C`, `[d_out, d_in]`. None if neither is
             needed.
@@ -399,7 +394,6 @@ def _prepare_backward(
 ) -> _BackwardPlan:
     """The launch for `g`, `U`, `A`, `B`, `C`, `Ub` and `P` with these signatures."""
     rank, outputs, inputs = geometry
-    g, *_, ub, spread = tensors
     tile = _backward_tile(geometry, bucket, device)
     windows = _windows_per_step(tile, outputs)
     columns_B, columns_C = _columns(geometry, needs)
@@ -415,16 +409,15 @@ def _prepare_backward(
             PER_CALL, PER_CALL, PER_CALL, inputs.size, inputs.windows,
         ],
         tile,
-        stride_gt=strides(g, 2)[0], m=outputs.size, J=outputs.windows,
+        stride_gt=strides(tensors[0], 2)[0], m=outputs.size, J=outputs.windows,
         K=rank, W_IN=inputs.width, W_OUT=outputs.width,
         BLOCK_T=tile.tokens, BLOCK_L=windows, STEPS=-(-outputs.windows // windows),
         BLOCK_N=block_n,
-        NEED_B=needs[0], NEED_C=needs[1], WRITE_UB=ub is not None, WRITE_P=spread is not None,
-        OVERLAP=may_overlap(device),
+        NEED_B=needs[0], NEED_C=needs[1], OVERLAP=may_overlap(device),
     )  # fmt: skip
     return _BackwardPlan(
         launch,
         tile.tokens,
         tile.programs * multiprocessors(device),
-        0 if spread is None else -(-inputs.size // block_n),
+        -(-inputs.size // block_n),
     )

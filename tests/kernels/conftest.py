@@ -42,8 +42,8 @@ def backend() -> str:
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A GPU that runs `seeded`; under the interpreter, its tiles on two multiprocessors.
 
-    The Gluon kernel runs in an interpreter of its own, which also checks how its loads, products
-    and stores synchronise, and that it waits for the launch before it.
+    The Gluon kernel runs in `gluon_interpreter`, which also checks how its loads, products and
+    stores synchronise, and that it waits for the launch before it.
     """
     if not INTERPRETED:
         if torch.cuda.get_device_capability() != (9, 0):

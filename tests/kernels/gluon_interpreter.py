@@ -119,7 +119,7 @@ class Shared:
         return self._view(self.name, lambda each: each.view(*shape))
 
     def reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Shared:
-        """Only a matrix as its parts beside each other, as a swizzle of 128 bytes stores them."""
+        """A matrix as its column blocks, in the order that the 128-byte swizzle stores them."""
         parts, rows, columns = shape
         assert (dtype, [rows, parts * columns]) == (self.dtype, self.shape), self.name
         assert columns * dtype.itemsize % 128 == 0, f"{self.name}: parts of less than 128 bytes"

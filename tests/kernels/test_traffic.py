@@ -259,7 +259,7 @@ def seeded_step(
 
 
 def test_step_of_the_seeded_strategy(hopper, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass reads `x` or `g` once, and the product as often as tiles of 256 are beside others."""
+    """A pass reads `x` or `g` once; the product reads it once per column of tiles of the result."""
     case, tokens, rows = AdapterShape(264, 776, 2, (8, 8), (8, 8)), 257, 3
     tensors, forward, backward, made = seeded_step(case, tokens, monkeypatch)
     x, g, W, y, U, gx, Q, Ub, P = tensors.values()
