@@ -42,14 +42,24 @@ _SETTINGS = ("rank", "kernel_size", "stride", "alpha", "dropout", "init")
 
 
 @dataclasses.dataclass(frozen=True)
-class _LayerRecord:
+class LayerRecord:
     """What the config says of one layer."""
 
     in_features: int
     out_features: int
     options: DCFTOptions
 
+    @property
+    def geometry(self) -> Geometry:
+        """The adapter's shapes."""
+        kernel_size = validation.pair("kernel_size", self.options.kernel_size)
+        stride = validation.stride_pair(self.options.stride, kernel_size)
+        return Geometry.build(
+            self.in_features, self.out_features, self.options.rank, kernel_size, stride
+        )
+
     def to_json(self) -> dict[str, Any]:
+        """The layer's entry in the config."""
         record = {name: getattr(self, name) for name in _SIZES}
         record |= {name: getattr(self.options, name) for name in _SETTINGS}
         # Only if it is set: versions without nonlinearities read all other files, and refuse these,
@@ -59,7 +69,8 @@ class _LayerRecord:
         return record
 
     @classmethod
-    def from_json(cls, record: Any, dtype: torch.dtype) -> _LayerRecord:
+    def from_json(cls, record: Any, dtype: torch.dtype) -> LayerRecord:
+        """Check an entry of the config; ValueError or TypeError for one that is no layer's."""
         if not isinstance(record, dict):
             found = reprlib.repr(record)
             raise ValueError(f"expected an object with the layer's settings, got {found}")
@@ -74,7 +85,8 @@ class _LayerRecord:
         return cls(n, m, DCFTOptions(**settings, adapter_dtype=dtype))
 
     @classmethod
-    def of(cls, layer: DCFTLinear) -> _LayerRecord:
+    def of(cls, layer: DCFTLinear) -> LayerRecord:
+        """The record of a layer of a model."""
         options = layer.options
         if options.alpha is None:
             # As a number, so that a saved adapter does not depend on the scaling of `init`.
@@ -115,7 +127,7 @@ def save_adapter(
     if modules_to_save is not None:
         check_patterns("modules_to_save", modules_to_save)
     names = canonical_names(model)
-    records = {names[name]: _LayerRecord.of(layer).to_json() for name, layer in layers.items()}
+    records = {names[name]: LayerRecord.of(layer).to_json() for name, layer in layers.items()}
     factors, others, left_out = _tensors_to_save(model, records.keys(), modules_to_save)
     config: dict[str, Any] = {"format_version": 2 if others else 1, "layers": records}
     config |= {"modules_to_save": sorted(others)} if others else {}
@@ -146,7 +158,7 @@ def _tensors_to_save(
     def take(name: str, module: nn.Module) -> None:
         tensors, trained = own_tensors(module), trained_names(module)
         if isinstance(module, DCFTLinear) and name in layers:
-            for factor, shape in _factor_shapes(module.geometry).items():
+            for factor, shape in factor_shapes(module.geometry).items():
                 if factor not in tensors:
                     raise ValueError(f"model: {name}.{factor}: {_NO_TENSOR}")
                 key = f"{name}.{factor}"
@@ -190,7 +202,8 @@ def _copied(name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return values.cpu().clone(memory_format=torch.contiguous_format)
 
 
-def _factor_shapes(geometry: Geometry) -> dict[str, tuple[int, int]]:
+def factor_shapes(geometry: Geometry) -> dict[str, tuple[int, int]]:
+    """The shape of each factor, by its name."""
     shapes = (geometry.shape_A, geometry.shape_B, geometry.shape_C)
     return dict(zip(FACTORS, shapes, strict=True))
 
@@ -218,7 +231,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     """
     validation.module("model", model)
     path = _as_path(folder)
-    records, tensors = once(model, lambda: _read(path))
+    records, tensors = once(model, lambda: read_adapter(path))
     names = canonical_names(model)
     swapped = {names[name]: layer for name, layer in find_dcft_layers(model).items()}
     merged = [name for name, layer in swapped.items() if layer.merged]
@@ -263,7 +276,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     return [actual[name] for name in records]
 
 
-def _read(folder: Path) -> tuple[dict[str, _LayerRecord], dict[str, Tensor]]:
+def read_adapter(folder: Path) -> tuple[dict[str, LayerRecord], dict[str, Tensor]]:
     """Read and check both files, without a model."""
     config, tensors = adapter_folder.read(folder)
     layers, others = config["layers"], config.get("modules_to_save", [])
@@ -280,8 +293,8 @@ def _read(folder: Path) -> tuple[dict[str, _LayerRecord], dict[str, Tensor]]:
 
 
 def _as_named_in(
-    names: dict[str, str], records: dict[str, _LayerRecord], tensors: dict[str, Tensor]
-) -> tuple[dict[str, _LayerRecord], dict[str, Tensor]]:
+    names: dict[str, str], records: dict[str, LayerRecord], tensors: dict[str, Tensor]
+) -> tuple[dict[str, LayerRecord], dict[str, Tensor]]:
     """Rename layers as in the model: earlier versions saved names with wrappers."""
     known = set(names.values())
     renamed = {
@@ -297,17 +310,14 @@ def _as_named_in(
     )
 
 
-def _checked_record(path: Path, name: str, record: Any, tensors: dict[str, Tensor]) -> _LayerRecord:
+def _checked_record(path: Path, name: str, record: Any, tensors: dict[str, Tensor]) -> LayerRecord:
     """One layer of the config, checked against its tensors."""
     try:
-        checked = _LayerRecord.from_json(record, tensors[f"{name}.dcft_A"].dtype)
-        n, m, options = checked.in_features, checked.out_features, checked.options
-        kernel_size = validation.pair("kernel_size", options.kernel_size)
-        stride = validation.stride_pair(options.stride, kernel_size)
-        geometry = Geometry.build(n, m, options.rank, kernel_size, stride)
+        checked = LayerRecord.from_json(record, tensors[f"{name}.dcft_A"].dtype)
+        geometry = checked.geometry
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: layer {name!r}: {error}") from None
-    for factor, shape in _factor_shapes(geometry).items():
+    for factor, shape in factor_shapes(geometry).items():
         tensor = tensors[f"{name}.{factor}"]
         if tensor.dtype not in validation.FLOAT_DTYPES:
             raise ValueError(f"{path}: {name}.{factor}: expected a float dtype, got {tensor.dtype}")
@@ -319,7 +329,7 @@ def _checked_record(path: Path, name: str, record: Any, tensors: dict[str, Tenso
 
 
 def _differences_of_swapped(
-    swapped: dict[str, DCFTLinear], records: dict[str, _LayerRecord]
+    swapped: dict[str, DCFTLinear], records: dict[str, LayerRecord]
 ) -> list[str]:
     """Why the adapters cannot be copied into layers that are swapped already."""
     differences = [
@@ -329,7 +339,7 @@ def _differences_of_swapped(
         if name not in swapped:
             differences.append(f"{name}: adapted in the file, not in the model")
             continue
-        here, there = _LayerRecord.of(swapped[name]).to_json(), record.to_json()
+        here, there = LayerRecord.of(swapped[name]).to_json(), record.to_json()
         # Neither changes what a loaded adapter computes.
         for setting in ("dropout", "init"):
             del here[setting], there[setting]
@@ -385,7 +395,7 @@ def _difference_of_value(here: Tensor, there: Tensor) -> str | None:
 
 
 def _differences_of_base(
-    model: nn.Module, actual: dict[str, str], records: dict[str, _LayerRecord]
+    model: nn.Module, actual: dict[str, str], records: dict[str, LayerRecord]
 ) -> list[str]:
     """Why the layers of a base model cannot be swapped as the file says."""
     if "" in records:
@@ -399,7 +409,7 @@ def _differences_of_base(
     return [f"{name}: {difference}" for name, difference in differences.items() if difference]
 
 
-def _difference_of_base(layer: nn.Module, record: _LayerRecord) -> str | None:
+def _difference_of_base(layer: nn.Module, record: LayerRecord) -> str | None:
     reason = why_not_adaptable(layer)
     if reason is not None:
         return reason

@@ -70,7 +70,7 @@ def swap_each(model: nn.Module, options: dict[str, DCFTOptions]) -> list[str]:
             adapted[linear] = DCFTLinear.wrap(linear, layer_options)
     # Nothing can fail from here on.
     replace_modules(model, adapted)
-    _leave_fused_paths(model)
+    leave_fused_paths(model, DCFTLinear)
     _keep_settings_out_of_ddp(model)
     for layer in adapted.values():
         layer.freeze_base()
@@ -87,16 +87,16 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, Any]) -> Non
                     parent._initialize()  # type: ignore[operator]
 
 
-def _leave_fused_paths(model: nn.Module) -> None:
-    """Turn off PyTorch's fused encoder, which reads weights without calling the layers."""
+def leave_fused_paths(model: nn.Module, adapted: type[nn.Module]) -> None:
+    """Turn off PyTorch's fused encoder, which reads weights without calling the adapted layers."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(child, DCFTLinear) for child in module.children()
+            isinstance(child, adapted) for child in module.children()
         ):
             # Disables the fused path.
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(inner, DCFTLinear) for inner in module.modules()
+            isinstance(inner, adapted) for inner in module.modules()
         ):
             module.use_nested_tensor = False
 

@@ -257,6 +257,14 @@ def matrices(
     return P, _mix(C.t(), S, rank).to(dtype), S, C
 
 
+def lora_factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """`lora_A [r, n]` and `lora_B [m, r]` in float64, `lora_B @ lora_A = s DW`, `r = k*min(d)`."""
+    P, Q, S, C = matrices(adapter, torch.float64, _spread)
+    if C.shape[1] <= C.shape[0]:
+        return P, Q.t()
+    return _mix(C, P, adapter.geometry.rank), S.t()
+
+
 def _spread(factor: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
     """`spread(f)[κ*w + r, l*s + r] = f[κ, l]`, zeros elsewhere, `[k*w, size]`; differentiable."""
     rank, width, span = factor.shape[0], side.width, side.span

@@ -1,0 +1,143 @@
+"""`DCFTConfig`, and how PEFT comes to know the method."""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+
+from dcft_kernels import validation
+from dcft_kernels.initialization import INITS
+
+
+class DcftType(enum.StrEnum):
+    """The method's entry in PEFT's tables, whose keys are the members of such an enum."""
+
+    DCFT = "DCFT"
+
+
+@dataclass
+class DCFTConfig(PeftConfig):
+    """The settings of a DCFT adapter (arXiv 2503.01419) in PEFT.
+
+    Layer patterns are as in `peft.LoraConfig`: their keys are names, endings of names or regular
+    expressions, and the first that matches a layer counts.
+
+    Args:
+        r: `k`, the rank of `dcft_B @ dcft_A`; the paper uses 1.
+        kernel_size: `d`, an int or a pair `(out, in)`; need not divide the layers' sizes.
+        stride: distance between windows, an int or a pair `(out, in)`; None is the kernel size.
+        alpha: `scaling = alpha / r`; None takes the scaling that belongs to `init_weights`.
+        dropout: probability of zeroing an element of the adapter's own view of the input.
+        init_weights: True or `"balanced"`, `"zero"`: start at the base model; `"paper"`: near it
+            (see `dcft_kernels.initialization`). False: start away from it, for tests.
+        target_modules: names or endings of names; a regular expression; or `"all-linear"`. None
+            takes what PEFT adapts with LoRA in this architecture.
+        exclude_modules: names, endings or a regular expression of layers to leave alone.
+        layers_to_transform: indices of the transformer layers to adapt; with a list of names only.
+        layers_pattern: the name of the list of layers that these count, such as `"layers"`.
+        rank_pattern: `r` of single layers.
+        kernel_size_pattern: `kernel_size` of single layers.
+        stride_pattern: `stride` of single layers.
+        alpha_pattern: `alpha` of single layers.
+        bias: which biases to train: `"none"`, `"all"` or `"dcft_only"`, those of adapted layers.
+        modules_to_save: modules to train in full and save, such as a new classification head.
+        layer_sizes: `[out, in]` features of the adapted layers, which PEFT's files do not show.
+            Written by saving; loading into a model with other sizes is then an error.
+
+    Raises:
+        TypeError, ValueError: naming the argument, for values that no layer can have.
+    """
+
+    r: int = 1
+    kernel_size: int | list[int] = 8
+    stride: int | list[int] | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
+    init_weights: bool | str = True
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    kernel_size_pattern: dict[str, int | list[int]] = field(default_factory=dict)
+    stride_pattern: dict[str, int | list[int]] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    layer_sizes: dict[str, list[int]] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = DcftType.DCFT
+        # Lists, as JSON has them, so that a saved config equals the one that was saved.
+        self.kernel_size = _plain(self.kernel_size)
+        self.stride = _plain(self.stride)
+        for name in ("kernel_size_pattern", "stride_pattern"):
+            pattern = getattr(self, name) or {}
+            setattr(self, name, {key: _plain(value) for key, value in pattern.items()})
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        self._check()
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` cannot be used when `target_modules` is a str. Select the layers in "
+                    "that regular expression, or pass a list of names."
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
+            )
+
+    def _check(self) -> None:
+        ranks = {"r": self.r} | _items("rank_pattern", self.rank_pattern)
+        for name, rank in ranks.items():
+            validation.positive_int(name, rank)
+        kernel_sizes = {"kernel_size": self.kernel_size}
+        for name, size in (
+            kernel_sizes | _items("kernel_size_pattern", self.kernel_size_pattern)
+        ).items():
+            validation.pair(name, size)
+        if self.stride is not None and not (self.kernel_size_pattern or self.stride_pattern):
+            validation.stride_pair(self.stride, validation.pair("kernel_size", self.kernel_size))
+        for name, stride in _items("stride_pattern", self.stride_pattern).items():
+            validation.pair(name, stride)
+        alphas = {} if self.alpha is None else {"alpha": self.alpha}
+        for name, alpha in (alphas | _items("alpha_pattern", self.alpha_pattern)).items():
+            validation.finite_number(name, alpha)
+        validation.probability("dropout", self.dropout)
+        if not isinstance(self.init_weights, bool) and self.init_weights not in INITS:
+            raise ValueError(
+                f"init_weights: expected True, False or one of {', '.join(map(repr, INITS))}, "
+                f"got {self.init_weights!r}"
+            )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, with the `layer_sizes` of the model being saved, if any."""
+        super().save_pretrained(save_directory, **kwargs)
+        # They belong to that file: the config may be used for another model next.
+        self.layer_sizes = None
+
+
+def exactly(name: str) -> str:
+    """The key of a pattern that matches the layer of this name alone."""
+    return "^" + re.escape(name)
+
+
+def _plain(value: Any) -> Any:
+    """A pair as a list."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _items(name: str, pattern: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a pattern by how a message calls them."""
+    if not isinstance(pattern, dict):
+        raise TypeError(f"{name}: expected a dict from layer names to values, got {pattern!r}")
+    return {f"{name}[{key!r}]": value for key, value in pattern.items()}

@@ -1,0 +1,178 @@
+"""Adapters from one kind of file to another: PEFT's, `save_adapter`'s, the published code's."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dcft_kernels import adapter_folder, validation
+from dcft_kernels.adapter_files import LayerRecord
+from dcft_kernels.linear import DCFTOptions
+from dcft_kernels.peft import saved
+from dcft_kernels.peft.config import DCFTConfig, exactly
+
+_PUBLISHED = ("lora_A", "lora_B", "lora_C")
+
+
+def convert_adapter(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Convert a folder of `PeftModel.save_pretrained` to one of `save_adapter`, or back.
+
+    Nothing is lost: the factors keep their bits and dtypes, each layer its settings, and what else
+    was trained its names; PEFT loads it as `modules_to_save`, each of these modules whole.
+
+    Args:
+        source: the folder to read; its files tell which kind it is.
+        target: the folder to write, in the other kind.
+
+    Raises:
+        ValueError: files that are truncated or of another method; or settings that PEFT's config
+            has no place for: nonlinearities, trained parameters of adapted layers, and dropout or
+            initialisations that differ between layers.
+        FileNotFoundError, NotADirectoryError, OSError: folders that cannot be read or written.
+        What was in `target` is intact then.
+    """
+    adapter = saved.read(source)
+    if (Path(source) / adapter_folder.CONFIG_FILE).exists():
+        saved.write(target, _config(adapter), adapter.factors | adapter.others)
+        return
+    layers = {name: record.to_json() for name, record in adapter.layers.items()}
+    config: dict[str, Any] = {"format_version": 2 if adapter.others else 1, "layers": layers}
+    config |= {"modules_to_save": sorted(adapter.others)} if adapter.others else {}
+    tensors = {key: t.contiguous() for key, t in (adapter.factors | adapter.others).items()}
+    adapter_folder.write(Path(target), config, tensors)
+
+
+def import_published(
+    checkpoint: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    alpha: float,
+    r: float,
+    modules_to_save: Sequence[str] = (),
+) -> None:
+    """Convert a checkpoint of the code published with arXiv 2503.01419 to a folder of PEFT.
+
+    That code has `lora_A [k, I]`, `lora_B [J, k]` and `lora_C [1, 1, d, d]`, the transpose of
+    `dcft_C`, for layers whose sizes `d` divides, and the scaling `alpha / (r + 1e-5)`, where `r` is
+    only a divisor. The checkpoint holds neither number: the training scripts have `lora_alpha` 32
+    and `lora_r` 8 or 3.
+
+    Args:
+        checkpoint: a file of `torch.save`, of which only tensors are loaded, or of safetensors;
+            with or without the base model's tensors.
+        target: the folder to write; `convert_adapter` makes one of `save_adapter` from it.
+        alpha: `lora_alpha` of the training.
+        r: `lora_r` of the training.
+        modules_to_save: modules to take along, such as `["pooler", "classifier"]`.
+
+    Raises:
+        ValueError: a file that is truncated, or has no such adapter, or holds more than tensors;
+            shapes that do not fit; a module that it does not hold.
+        FileNotFoundError, NotADirectoryError, OSError: files that cannot be read or written.
+    """
+    scaling = validation.finite_number("alpha", alpha) / (validation.finite_number("r", r) + 1e-5)
+    state = _read_checkpoint(Path(checkpoint))
+    names = [key.removesuffix(".lora_C") for key in state if key.endswith(".lora_C")]
+    if not names:
+        raise ValueError(
+            f"{checkpoint}: has no tensors <layer>.lora_A, .lora_B and .lora_C; is it of that code?"
+        )
+    layers: dict[str, LayerRecord] = {}
+    factors: dict[str, Tensor] = {}
+    for name in names:
+        A, B, C = (_published(checkpoint, state, f"{name}.{factor}") for factor in _PUBLISHED)
+        kernel = tuple(C.shape[-2:])
+        if C.shape != (1, 1, *kernel) or kernel[0] != kernel[1] or A.shape[0] != B.shape[1]:
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in (A, B, C))
+            raise ValueError(
+                f"{checkpoint}: {name}: expected lora_A [k, I], lora_B [J, k] and lora_C "
+                f"[1, 1, d, d], got {shapes}"
+            )
+        rank, d = A.shape[0], kernel[0]
+        options = DCFTOptions(rank, d, alpha=scaling * rank, init="paper")
+        layers[name] = LayerRecord(A.shape[1] * d, B.shape[0] * d, options)
+        factors |= {f"{name}.dcft_A": A, f"{name}.dcft_B": B, f"{name}.dcft_C": C[0, 0].t()}
+    others: dict[str, Tensor] = {}
+    for module in modules_to_save:
+        found = {key: value for key, value in state.items() if key.startswith(f"{module}.")}
+        if not found:
+            raise ValueError(f"modules_to_save: {checkpoint} has no tensors of {module!r}")
+        others |= found
+    left_out = [key for key in state if key not in others]
+    if left_out:
+        warnings.warn(
+            f"import_published: left out {len(left_out)} other tensors of {checkpoint}, such as "
+            f"{left_out[0]}; name in modules_to_save those that were trained",
+            stacklevel=2,
+        )
+    adapter = saved.SavedAdapter(layers, factors, others, list(modules_to_save))
+    saved.write(target, _config(adapter), factors | others)
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        return saved.load_pickle(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file: {error}") from None
+
+
+def _published(checkpoint: object, state: dict[str, Tensor], key: str) -> Tensor:
+    if key not in state:
+        raise ValueError(f"{checkpoint}: has no {key}; is the file truncated?")
+    return state.pop(key)
+
+
+def _config(adapter: saved.SavedAdapter) -> DCFTConfig:
+    """PEFT's config of an adapter; ValueError for what it has no place for."""
+    options = {name: record.options for name, record in adapter.layers.items()}
+    for name, layer in options.items():
+        if layer.nonlinearity is not None:
+            raise ValueError(
+                f"{name}: PEFT's DCFT has no nonlinearity, the layer has {layer.nonlinearity!r}"
+            )
+    own = [key for key in adapter.others if key.rpartition(".")[0] in options]
+    if own:
+        raise ValueError(
+            f"{own[0]}: PEFT has no place for single trained parameters of adapted layers; save "
+            "the adapter without it (modules_to_save=)"
+        )
+    settings = {
+        "alpha": {n: 1.0 * o.rank if o.alpha is None else o.alpha for n, o in options.items()}
+    }
+    for field, name in (("r", "rank"), ("kernel_size",) * 2, ("stride",) * 2):
+        settings[field] = {layer: getattr(o, name) for layer, o in options.items()}
+    fields: dict[str, Any] = {}
+    for field, values in settings.items():
+        fields[field] = next(iter(values.values()))
+        if len(set(values.values())) > 1:
+            pattern = "rank_pattern" if field == "r" else f"{field}_pattern"
+            fields[pattern] = {exactly(layer): value for layer, value in values.items()}
+    return DCFTConfig(
+        **fields,
+        dropout=_shared("dropout", {n: o.dropout for n, o in options.items()}),
+        init_weights=_shared("init", {n: o.init for n, o in options.items()}),
+        target_modules=list(options),
+        modules_to_save=adapter.modules_to_save or None,
+        layer_sizes={n: [r.out_features, r.in_features] for n, r in adapter.layers.items()},
+        base_model_name_or_path=adapter.base_model,
+        task_type=adapter.task_type,
+    )
+
+
+def _shared(name: str, values: Mapping[str, Hashable]) -> Any:
+    """The one value that all layers have."""
+    first, *others = set(values.values())
+    if others:
+        raise ValueError(
+            f"{name}: PEFT has one for all layers, the adapter several: {dict(values)}"
+        )
+    return first

@@ -1,0 +1,252 @@
+"""The tuner: finds the layers to adapt, and combines adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from dcft_kernels.linear import is_conv1d
+from dcft_kernels.model import leave_fused_paths
+from dcft_kernels.peft.combination import combine
+from dcft_kernels.peft.config import DCFTConfig
+from dcft_kernels.peft.layer import BASE_ONLY, FACTORS, DCFTLinearLayer, layers_with
+
+PREFIX = "base_model.model."  # of the base model's names in a `PeftModel` and in PEFT's files
+
+
+class DCFTModel(BaseTuner):
+    """A model whose linear layers have DCFT adapters; `peft.get_peft_model` makes it.
+
+    Args:
+        model: the model to adapt.
+        peft_config: a `DCFTConfig`, or one by adapter name.
+        adapter_name: the name of the first adapter.
+    """
+
+    prefix = "dcft_"
+    tuner_layer_cls = DCFTLinearLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add an adapter to every target.
+
+        Raises:
+            ValueError: a name that is not one of a folder, or layers of other sizes than those that
+                the adapter was saved from.
+        """
+        if not re.fullmatch(r"[^\x00-\x1f./\\]+", adapter_name):
+            raise ValueError(
+                "adapter_name: expected a name without '.', '/', '\\' and control characters, "
+                f"since it names the folder that the adapter is saved in, got {adapter_name!r}"
+            )
+        config = self.peft_config[adapter_name]
+        _check_sizes(model, config)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        adapted = layers_with(model, adapter_name)
+        for argument in ("kernel_size_pattern", "stride_pattern"):  # PEFT checks the others
+            pattern = getattr(config, argument)
+            unused = pattern.keys() - {get_pattern_key(pattern, name) for name in adapted}
+            if unused:
+                warnings.warn(
+                    f"The following {argument} keys did not match any targeted module and were "
+                    f"ignored: {sorted(unused)}.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        leave_fused_paths(model, DCFTLinearLayer)
+
+    def _create_and_replace(
+        self,
+        peft_config: DCFTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if current_key is None:
+            raise ValueError("Current Key shouldn't be `None`")
+        settings = layer_settings(peft_config, current_key)
+        if isinstance(target, DCFTLinearLayer):
+            target.update_layer(adapter_name, peft_config, settings)
+            return
+        _check_supported(target, current_key)
+        layer = DCFTLinearLayer(
+            target, adapter_name, peft_config, settings, **get_quantization_kwargs(self)
+        )
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Pass `adapter_names` on to the layers; PEFT wraps every forward pass in this."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [m for m in self.modules() if isinstance(m, DCFTLinearLayer)]
+        known = {BASE_ONLY, *(name for layer in layers for name in layer.dcft_A)}
+        unknown = sorted(set(adapter_names) - known)
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        # Beam search repeats each row, but not before an encoder.
+        beams = kwargs.get("num_beams")
+        beams = beams if isinstance(beams, int) else 1
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        in_encoder: set[nn.Module] = set()
+        if beams > 1 and hasattr(self.model, "get_encoder"):
+            encoder = self.model.get_encoder()
+            if encoder is not self.model:
+                in_encoder = set(encoder.modules())
+        handles = []
+        for module in self.modules():
+            if isinstance(module, (DCFTLinearLayer, AuxiliaryTrainingWrapper)):
+                names = adapter_names if module in in_encoder else repeated
+                hook = functools.partial(_add_adapter_names, adapter_names=names)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+    ) -> None:
+        """Add an adapter whose increment is the weighted sum of others', up to rounding.
+
+        In each layer its `dcft_A` and `dcft_B` are those of the others, one after the other, so its
+        rank is the sum of theirs, and its `dcft_C` is the one that they share.
+
+        Args:
+            adapters: adapters of this model; in each layer all with the same kernel `dcft_C`.
+            weights: one for each adapter, of any sign.
+            adapter_name: the name of the new adapter, which does not become active.
+            combination_type: only `"cat"`.
+
+        Raises:
+            ValueError: unknown adapters, an adapter of that name, different numbers of adapters and
+                weights, kernels that differ, or modules that several adapters have trained in full.
+            The model is unchanged then.
+        """
+        if combination_type != "cat":
+            raise ValueError(
+                f"combination_type: expected 'cat', got {combination_type!r}: no other is exact; "
+                "for those of LoRA, export the adapters with export_lora"
+            )
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+        config, sums = combine(self.model, self.peft_config, adapters, weights)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        for name, adapter in sums.items():
+            layer = self.model.get_submodule(name)
+            for factor, values in zip(FACTORS, adapter, strict=False):
+                getattr(layer, factor)[adapter_name].data = values
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: DCFTConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Also note the layers' sizes for the config, which PEFT saves next."""
+        config.layer_sizes = {
+            name.removeprefix("_orig_mod.").removeprefix(PREFIX): [
+                layer.out_features,
+                layer.in_features,
+            ]
+            for name, layer in layers_with(model, adapter_name).items()
+        }
+        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, *args, **kwargs
+        )
+        return tensors
+
+
+def layer_settings(config: DCFTConfig, name: str) -> dict[str, Any]:
+    """`r`, `kernel_size`, `stride` and `alpha` of the layer of this name."""
+    settings = {}
+    for setting, pattern in (
+        ("r", config.rank_pattern),
+        ("kernel_size", config.kernel_size_pattern),
+        ("stride", config.stride_pattern),
+        ("alpha", config.alpha_pattern),
+    ):
+        settings[setting] = pattern.get(get_pattern_key(pattern, name), getattr(config, setting))
+    return settings
+
+
+def _check_supported(target: nn.Module, name: str) -> None:
+    """Raise TypeError for anything that is not a linear layer, possibly quantised or adapted."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if type(base).__name__ == "NonDynamicallyQuantizableLinear":
+        raise TypeError(
+            f"Target module {name} is not supported: nn.MultiheadAttention reads its weight "
+            "without calling it. Leave it out with `exclude_modules`."
+        )
+    if isinstance(base, nn.Linear) or is_conv1d(base):
+        return
+    backend = resolve_quantization_backend(base)
+    if backend is not None and backend.layer_type == "linear":
+        return
+    hint = ""
+    if isinstance(base, nn.Embedding):
+        hint = " To train an embedding, name it in `modules_to_save`."
+    raise TypeError(
+        f"Target module {name} is not supported: {type(base).__name__}. Currently, only "
+        "`torch.nn.Linear` (optionally quantized) and `transformers.pytorch_utils.Conv1D` are "
+        f"supported.{hint}"
+    )
+
+
+def _check_sizes(model: nn.Module, config: DCFTConfig) -> None:
+    """Raise ValueError if the adapter was saved from layers of other sizes."""
+    expected, config.layer_sizes = config.layer_sizes or {}, None
+    differences = []
+    for name, module in model.named_modules():
+        if name not in expected:
+            continue
+        base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        found = [getattr(base, "out_features", None), getattr(base, "in_features", None)]
+        if is_conv1d(base):
+            found = list(base.weight.shape[::-1])
+        if None not in found and found != list(expected[name]):
+            differences.append(f"{name} is {found} in the model, {expected[name]} in the adapter")
+    if differences:
+        raise ValueError(
+            "model: is not the base model that the adapter was trained for; [out, in] features of "
+            f"{len(differences)} layers differ: {'; '.join(differences[:5])}"
+        )
+
+
+def _add_adapter_names(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: Sequence[str]
+) -> tuple[Any, dict[str, Any]]:
+    return args, kwargs | {"adapter_names": adapter_names}
