@@ -58,6 +58,16 @@ class Geometry(NamedTuple):
         return cls(rank, outputs, inputs)
 
     @property
+    def kernel_size(self) -> Pair:
+        """`(d_out, d_in)`."""
+        return (self.outputs.width, self.inputs.width)
+
+    @property
+    def stride(self) -> Pair:
+        """`(s_out, s_in)`."""
+        return (self.outputs.stride, self.inputs.stride)
+
+    @property
     def shape_A(self) -> Pair:
         """`(k, I)`."""
         return (self.rank, self.inputs.windows)
@@ -70,7 +80,7 @@ class Geometry(NamedTuple):
     @property
     def shape_C(self) -> Pair:
         """`(d_out, d_in)`."""
-        return (self.outputs.width, self.inputs.width)
+        return self.kernel_size
 
 
 def window_count(size: int, width: int, stride: int) -> int:

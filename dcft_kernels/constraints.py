@@ -18,8 +18,9 @@ formula for the adapters that it compares with: `x W + h(x A) B`, with an elemen
 output of the input-side factor.
 
 The constraints cover every `DCFTLinear`, and the active adapters of every PEFT layer with `lora_A`
-and `lora_B` (LoRA, AdaLoRA). They leave out PEFT's adapters of embeddings (`lora_embedding_A`),
-convolutions and bare parameters (`target_parameters`), which have no such pair of matrices.
+and `lora_B` (LoRA, AdaLoRA) or `dcft_A` and `dcft_B` (`dcft_kernels.peft`). They leave out PEFT's
+adapters of embeddings (`lora_embedding_A`), convolutions and bare parameters (`target_parameters`),
+which have no such pair of matrices.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from dcft_kernels import autocast, peft_layers, validation
 from dcft_kernels.backends import check_nonlinear
 from dcft_kernels.linear import DCFTLinear
-from dcft_kernels.model import dcft_layers, find_dcft_layers
+from dcft_kernels.model import find_dcft_layers
 from dcft_kernels.nonlinearity import NONLINEARITIES
 
 ConstraintName = Literal["orthogonal", "diagonal"]
@@ -75,9 +76,7 @@ def constraint_loss(
         TypeError: `model` is not a module.
         ValueError: an unknown constraint or form, or no factors to constrain.
     """
-    pairs: list[tuple[Tensor, Tensor]] = [
-        (layer.dcft_A, layer.dcft_B) for layer in find_dcft_layers(model).values()
-    ]
+    pairs = _dcft_pairs(model)
     for other in peft_layers.lora_layers(model).values():
         pairs += peft_layers.active_factors(other)
     if not pairs:
@@ -89,7 +88,7 @@ def constraint_loss(
 
 
 def orthogonality_loss(model: nn.Module, *, form: ConstraintForm = "paper") -> Tensor:
-    """`constraint_loss(model, "orthogonal")` of a model's `DCFTLinear` layers only.
+    """`constraint_loss(model, "orthogonal")` of a model's DCFT adapters only.
 
         "paper"           sum over layers of ||A A^T - I||_F^2 + ||B^T B - I||_F^2   (equation 4)
         "published_code"  mean over all A and B of ||A A^T - I||_F, ||B^T B - I||_F, not squared
@@ -99,7 +98,7 @@ def orthogonality_loss(model: nn.Module, *, form: ConstraintForm = "paper") -> T
     belongs to `"published_code"`.
 
     Args:
-        model: a model with `DCFTLinear` layers.
+        model: a model with `DCFTLinear` layers, or a PEFT model with a DCFT adapter.
         form: which of the two.
 
     Returns:
@@ -108,7 +107,12 @@ def orthogonality_loss(model: nn.Module, *, form: ConstraintForm = "paper") -> T
     Raises:
         ValueError: an unknown form, or no adapted layers.
     """
-    pairs = [(layer.dcft_A, layer.dcft_B) for layer in dcft_layers(model).values()]
+    pairs = _dcft_pairs(model)
+    if not pairs:
+        raise ValueError(
+            "model: has no DCFTLinear layers and no active DCFT adapter of PEFT; call "
+            "swap_linear(model) or peft.get_peft_model first"
+        )
     return _loss(pairs, "orthogonal", form)
 
 
@@ -210,6 +214,15 @@ def remove_nonlinearity(model: nn.Module) -> None:
             "model: no adapter has a nonlinearity; add_nonlinearity(model, 'relu') puts one there"
         )
     _take_out([*dcft.values(), *lora.values()])
+
+
+def _dcft_pairs(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """`(dcft_A [k, I], dcft_B [J, k])` of every layer and, in PEFT's, every active adapter."""
+    layers = find_dcft_layers(model).values()
+    pairs: list[tuple[Tensor, Tensor]] = [(layer.dcft_A, layer.dcft_B) for layer in layers]
+    for other in peft_layers.dcft_layers(model).values():
+        pairs += peft_layers.active_factors(other)
+    return pairs
 
 
 def _loss(pairs: Sequence[tuple[Tensor, Tensor]], constraint: str, form: str) -> Tensor:

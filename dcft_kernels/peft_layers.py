@@ -1,8 +1,10 @@
-"""LoRA layers of the library PEFT, recognised by their attributes, so that nothing imports it.
+"""LoRA and DCFT layers of the library PEFT, recognised by their attributes: nothing imports it.
 
-Such a layer has two containers, `lora_A` and `lora_B`, with one factor for each adapter's name:
+A LoRA layer has two containers, `lora_A` and `lora_B`, with one factor for each adapter's name:
 layers (LoRA) or bare parameters (AdaLoRA), `A [r, n]` on the input side and `B [m, r]` on the
-output side. A nonlinearity is a forward hook on the module that computes `A x`, so the names in the
+output side. A layer of `dcft_kernels.peft` has `dcft_A` and `dcft_B`, bare parameters.
+
+A nonlinearity of LoRA is a forward hook on the module that computes `A x`, so the names in the
 state dict do not change. Methods that would still multiply `B` with `A`, such as merging, raise
 while the hook is there.
 """
@@ -21,17 +23,25 @@ _GUARDED = ("merge", "get_delta_weight")
 
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of `model` with `lora_A` and `lora_B`, by name."""
+    return _layers_with(model, "lora_A", "lora_B")
+
+
+def dcft_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of `model` that `dcft_kernels.peft` made, by name."""
+    return _layers_with(model, "dcft_A", "dcft_B")
+
+
+def _layers_with(model: nn.Module, *factors: str) -> dict[str, nn.Module]:
     containers = (nn.ModuleDict, nn.ParameterDict)
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "lora_A", None), containers)
-        and isinstance(getattr(module, "lora_B", None), containers)
+        if all(isinstance(getattr(module, factor, None), containers) for factor in factors)
     }
 
 
 def active_adapters(layer: nn.Module) -> list[str]:
-    """The names of the layer's active adapters, of those that `lora_A` has factors of."""
+    """The names of the layer's active adapters, of those that it has factors of."""
     held = _factors(layer)
     return [name for name in _active_names(layer) if name in held]
 
@@ -45,7 +55,7 @@ def active_factors(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     if hasattr(layer, "parameter_name"):
         return
     for name in active_adapters(layer):
-        factors = (_factors(layer, side)[name] for side in ("lora_A", "lora_B"))
+        factors = (_factors(layer, side)[name] for side in "AB")
         A, B = (getattr(factor, "weight", factor) for factor in factors)
         if A.dim() == B.dim() == 2:
             yield A, B
@@ -148,9 +158,9 @@ def _active_names(layer: nn.Module) -> list[str]:
     return [active] if isinstance(active, str) else list(active)
 
 
-def _factors(layer: nn.Module, side: str = "lora_A") -> Any:
+def _factors(layer: nn.Module, side: str = "A") -> Any:
     """The container of one side's factors, by adapter."""
-    return getattr(layer, side)
+    return getattr(layer, f"lora_{side}" if hasattr(layer, "lora_A") else f"dcft_{side}")
 
 
 def _setting(layer: nn.Module, name: str, adapter: str) -> Any:

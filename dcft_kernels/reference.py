@@ -21,11 +21,8 @@ def delta_weight(adapter: Adapter) -> Tensor:
     """`scaling * ConvT(B A, C)`, equations 5 and 6 of arXiv 2503.01419, cropped to `[m, n]`."""
     outputs, inputs = adapter.geometry.outputs, adapter.geometry.inputs
     product = adapter.B @ adapter.A  # [J, I]
-    full = F.conv_transpose2d(
-        product[None, None],
-        adapter.C[None, None],
-        stride=(outputs.stride, inputs.stride),
-    )[0, 0]
+    stride = adapter.geometry.stride
+    full = F.conv_transpose2d(product[None, None], adapter.C[None, None], stride=stride)[0, 0]
     return adapter.scaling * full[: outputs.size, : inputs.size]
 
 

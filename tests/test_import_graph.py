@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import dcft_kernels
 
 PACKAGE = Path(dcft_kernels.__file__).parent
@@ -25,17 +27,28 @@ LAYERS: list[set[str]] = [
     {"model"},
     {"adapter_files", "constraints"},
     {"recipes"},
-    {""},
+    {"", "peft"},
 ]
-# Inside `triton`, the flow of a call goes on.
-TRITON_LAYERS: list[set[str]] = [
-    {"__init__", "philox", "tiles", "windows"},
-    {"launch"},
-    {"partials"},
-    {"expand", "gemm", "row_block", "shrink"},
-    {"seeded"},
-    {"passes"},
-]
+# Inside the subpackages, the flow goes on.
+SUBPACKAGES: dict[str, list[set[str]]] = {
+    "triton": [
+        {"__init__", "philox", "tiles", "windows"},
+        {"launch"},
+        {"partials"},
+        {"expand", "gemm", "row_block", "shrink"},
+        {"seeded"},
+        {"passes"},
+    ],
+    "peft": [
+        {"config"},
+        {"layer"},
+        {"checkpoint", "combination"},
+        {"model"},
+        {"saved"},
+        {"conversion", "export", "hotswap"},
+        {"__init__"},
+    ],
+}
 
 
 def source_files() -> list[Path]:
@@ -82,15 +95,17 @@ def test_imports_flow_one_way() -> None:
     assert wrong == []
 
 
-def test_the_kernels_imports_flow_one_way() -> None:
-    for path in (PACKAGE / "triton").glob("*.py"):
+@pytest.mark.parametrize("subpackage", SUBPACKAGES)
+def test_a_subpackages_imports_flow_one_way(subpackage: str) -> None:
+    layers = SUBPACKAGES[subpackage]
+    for path in (PACKAGE / subpackage).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             module = getattr(node, "module", None) or ""
-            if isinstance(node, ast.ImportFrom) and module.startswith("dcft_kernels.triton"):
+            if isinstance(node, ast.ImportFrom) and module.startswith(f"dcft_kernels.{subpackage}"):
                 parts = module.split(".")[2:]
                 for name in parts or [alias.name for alias in node.names]:
-                    above = level_of(path.stem, TRITON_LAYERS)
-                    assert level_of(name, TRITON_LAYERS) < above, f"{path.name} imports {name}"
+                    above = level_of(path.stem, layers)
+                    assert level_of(name, layers) < above, f"{path.name} imports {name}"
 
 
 def test_the_oracle_and_the_kernels_load_only_on_demand() -> None:

@@ -42,10 +42,10 @@ def combine(
     by_pattern = {exactly(name): adapter.geometry for name, adapter in sums.items()}
     config = DCFTConfig(
         target_modules=list(sums),
-        rank_pattern={key: rank for key, (rank, *_) in by_pattern.items()},
-        alpha_pattern={key: float(rank) for key, (rank, *_) in by_pattern.items()},
-        kernel_size_pattern={key: [m.width, n.width] for key, (_, m, n) in by_pattern.items()},
-        stride_pattern={key: [m.stride, n.stride] for key, (_, m, n) in by_pattern.items()},
+        rank_pattern={key: g.rank for key, g in by_pattern.items()},
+        alpha_pattern={key: float(g.rank) for key, g in by_pattern.items()},
+        kernel_size_pattern={key: [*g.kernel_size] for key, g in by_pattern.items()},
+        stride_pattern={key: [*g.stride] for key, g in by_pattern.items()},
         task_type=configs[adapters[0]].task_type,
         base_model_name_or_path=configs[adapters[0]].base_model_name_or_path,
     )
@@ -57,7 +57,9 @@ def _weighted_sum(
     layer_name: str, layer: DCFTLinearLayer, adapters: Sequence[str], weights: Sequence[float]
 ) -> Adapter:
     """One layer's adapters as one, with a scaling of one."""
-    summed = [(layer.adapter(a), w) for a, w in zip(adapters, weights, strict=True) if a in layer.r]
+    summed = [
+        (layer.adapter(a), w) for a, w in zip(adapters, weights, strict=True) if a in layer.geometry
+    ]
     first = summed[0][0]
     for other, _ in summed:
         alike = other.geometry[1:] == first.geometry[1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,22 @@ from peft.config import PeftConfig
 from dcft_kernels import validation
 from dcft_kernels.initialization import INITS
 
+# The settings that single layers may have their own of, and where the config has those.
+PATTERNS = {
+    "r": "rank_pattern",
+    "kernel_size": "kernel_size_pattern",
+    "stride": "stride_pattern",
+    "alpha": "alpha_pattern",
+}
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "r": validation.positive_int,
+    "kernel_size": validation.pair,
+    "stride": validation.pair,
+    "alpha": validation.finite_number,
+}
 
-class DcftType(enum.StrEnum):
+
+class DcftType(str, enum.Enum):  # noqa: UP042 - PEFT takes the name out of "DcftType.DCFT"
     """The method's entry in PEFT's tables, whose keys are the members of such an enum."""
 
     DCFT = "DCFT"
@@ -73,15 +88,28 @@ class DCFTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = DcftType.DCFT
-        # Lists, as JSON has them, so that a saved config equals the one that was saved.
-        self.kernel_size = _plain(self.kernel_size)
-        self.stride = _plain(self.stride)
-        for name in ("kernel_size_pattern", "stride_pattern"):
-            pattern = getattr(self, name) or {}
-            setattr(self, name, {key: _plain(value) for key, value in pattern.items()})
-        self.rank_pattern = self.rank_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
-        self._check()
+        for name, check in _CHECKS.items():
+            pattern = getattr(self, PATTERNS[name]) or {}
+            if not isinstance(pattern, dict):
+                raise TypeError(
+                    f"{PATTERNS[name]}: expected a dict from layer names to values, got {pattern!r}"
+                )
+            value = getattr(self, name)
+            if value is not None or name in ("r", "kernel_size"):
+                check(name, value)
+            for key, special in pattern.items():
+                check(f"{PATTERNS[name]}[{key!r}]", special)
+            # Lists, as JSON has them, so that a saved config equals the one that was saved.
+            setattr(self, name, _plain(value))
+            setattr(self, PATTERNS[name], {key: _plain(v) for key, v in pattern.items()})
+        if not (self.kernel_size_pattern or self.stride_pattern):
+            validation.stride_pair(self.stride, validation.pair("kernel_size", self.kernel_size))
+        validation.probability("dropout", self.dropout)
+        if not isinstance(self.init_weights, bool) and self.init_weights not in INITS:
+            raise ValueError(
+                f"init_weights: expected True, False or one of {', '.join(map(repr, INITS))}, "
+                f"got {self.init_weights!r}"
+            )
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
@@ -94,29 +122,6 @@ class DCFTConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
-            )
-
-    def _check(self) -> None:
-        ranks = {"r": self.r} | _items("rank_pattern", self.rank_pattern)
-        for name, rank in ranks.items():
-            validation.positive_int(name, rank)
-        kernel_sizes = {"kernel_size": self.kernel_size}
-        for name, size in (
-            kernel_sizes | _items("kernel_size_pattern", self.kernel_size_pattern)
-        ).items():
-            validation.pair(name, size)
-        if self.stride is not None and not (self.kernel_size_pattern or self.stride_pattern):
-            validation.stride_pair(self.stride, validation.pair("kernel_size", self.kernel_size))
-        for name, stride in _items("stride_pattern", self.stride_pattern).items():
-            validation.pair(name, stride)
-        alphas = {} if self.alpha is None else {"alpha": self.alpha}
-        for name, alpha in (alphas | _items("alpha_pattern", self.alpha_pattern)).items():
-            validation.finite_number(name, alpha)
-        validation.probability("dropout", self.dropout)
-        if not isinstance(self.init_weights, bool) and self.init_weights not in INITS:
-            raise ValueError(
-                f"init_weights: expected True, False or one of {', '.join(map(repr, INITS))}, "
-                f"got {self.init_weights!r}"
             )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -134,10 +139,3 @@ def exactly(name: str) -> str:
 def _plain(value: Any) -> Any:
     """A pair as a list."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def _items(name: str, pattern: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a pattern by how a message calls them."""
-    if not isinstance(pattern, dict):
-        raise TypeError(f"{name}: expected a dict from layer names to values, got {pattern!r}")
-    return {f"{name}[{key!r}]": value for key, value in pattern.items()}

@@ -16,7 +16,7 @@ from dcft_kernels import adapter_folder, validation
 from dcft_kernels.adapter_files import LayerRecord
 from dcft_kernels.linear import DCFTOptions
 from dcft_kernels.peft import saved
-from dcft_kernels.peft.config import DCFTConfig, exactly
+from dcft_kernels.peft.config import PATTERNS, DCFTConfig, exactly
 
 _PUBLISHED = ("lora_A", "lora_B", "lora_C")
 
@@ -145,17 +145,18 @@ def _config(adapter: saved.SavedAdapter) -> DCFTConfig:
             f"{own[0]}: PEFT has no place for single trained parameters of adapted layers; save "
             "the adapter without it (modules_to_save=)"
         )
-    settings = {
-        "alpha": {n: 1.0 * o.rank if o.alpha is None else o.alpha for n, o in options.items()}
-    }
+    adapter.check_modules_are_whole()
+    settings: dict[str, dict[str, Any]] = {"alpha": {n: o.alpha for n, o in options.items()}}
+    if {None} != set(settings["alpha"].values()):
+        # A scaling of one is `alpha = r`.
+        settings["alpha"] = {n: o.rank if o.alpha is None else o.alpha for n, o in options.items()}
     for field, name in (("r", "rank"), ("kernel_size",) * 2, ("stride",) * 2):
         settings[field] = {layer: getattr(o, name) for layer, o in options.items()}
     fields: dict[str, Any] = {}
     for field, values in settings.items():
         fields[field] = next(iter(values.values()))
         if len(set(values.values())) > 1:
-            pattern = "rank_pattern" if field == "r" else f"{field}_pattern"
-            fields[pattern] = {exactly(layer): value for layer, value in values.items()}
+            fields[PATTERNS[field]] = {exactly(layer): value for layer, value in values.items()}
     return DCFTConfig(
         **fields,
         dropout=_shared("dropout", {n: o.dropout for n, o in options.items()}),

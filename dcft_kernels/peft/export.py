@@ -9,7 +9,6 @@ import tempfile
 import peft
 import torch
 import torch.nn.functional as F
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from dcft_kernels.adapter_files import save_adapter
@@ -104,6 +103,7 @@ def export_lora(
         tensors[f"{name}.lora_B.weight"] = F.pad(B, (0, missing)).to(dtype)
     kept = source.modules_to_save if modules_to_save and source.others else []
     if kept:
+        source.check_modules_are_whole()
         tensors |= source.others
     config = peft.LoraConfig(
         r=rank,
@@ -126,8 +126,7 @@ def _from_model(
         return saved.read(model_or_dir)
     configs = getattr(model_or_dir, "peft_config", {})
     if layers_with(model_or_dir, adapter_name):
-        state = get_peft_model_state_dict(model_or_dir, adapter_name=adapter_name)
-        return saved.from_state(configs[adapter_name], state, "model")
+        return saved.from_model(model_or_dir, adapter_name)
     if find_dcft_layers(model_or_dir):
         with tempfile.TemporaryDirectory() as folder:
             save_adapter(model_or_dir, folder)

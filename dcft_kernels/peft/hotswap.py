@@ -9,8 +9,8 @@ from peft.utils import set_peft_model_state_dict
 from torch import nn
 
 from dcft_kernels.peft import saved
+from dcft_kernels.peft.checkpoint import PREFIX
 from dcft_kernels.peft.layer import layers_with
-from dcft_kernels.peft.model import PREFIX
 
 
 @torch.no_grad()
@@ -38,20 +38,25 @@ def hotswap_adapter(
         raise ValueError(f"adapter_name: the model has no DCFT adapter {adapter_name!r}")
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"adapter_name: {adapter_name!r} is merged; call unmerge_adapter() first")
-    new = saved.read(folder)
-    here = {name: layer.adapter(adapter_name).geometry for name, layer in layers.items()}
-    there = {name: record.geometry for name, record in new.layers.items()}
-    if here != there:
-        names = [n for n in sorted(here.keys() | there.keys()) if here.get(n) != there.get(n)]
+    new, old = saved.read(folder), saved.from_model(inner, adapter_name)
+    here, there = ({n: record.geometry for n, record in a.layers.items()} for a in (old, new))
+    names = [n for n in sorted(here.keys() | there.keys()) if here.get(n) != there.get(n)]
+    if names:
         raise ValueError(
             f"folder: {os.fspath(folder)!r} differs from the adapter {adapter_name!r} in "
             f"{len(names)} layers, such as {names[0]!r}: {there.get(names[0])} in the folder, "
             f"{here.get(names[0])} in the model; load it with load_adapter"
         )
-    tensors = new.factors | new.others
+    if {k: t.shape for k, t in old.others.items()} != {k: t.shape for k, t in new.others.items()}:
+        raise ValueError(
+            f"folder: {os.fspath(folder)!r} has other modules_to_save than the adapter "
+            f"{adapter_name!r}: {sorted(new.others)} and {sorted(old.others)}"
+        )
+    state = {PREFIX + name: tensor for name, tensor in (new.factors | new.others).items()}
     for name, layer in layers.items():
         ratio = new.adapter(name).scaling / layer.scaling[adapter_name]
         if ratio != 1.0:
-            tensors[f"{name}.dcft_B"] = tensors[f"{name}.dcft_B"] * ratio
-    state = {PREFIX + name: tensor for name, tensor in tensors.items()}
+            state[f"{PREFIX}{name}.dcft_B"] = state[f"{PREFIX}{name}.dcft_B"] * ratio
+        if f"{name}.bias" in new.others:  # trained with it
+            state[f"{PREFIX}{name}.base_layer.bias"] = state.pop(f"{PREFIX}{name}.bias")
     set_peft_model_state_dict(inner, state, adapter_name=adapter_name)

@@ -17,7 +17,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from dcft_kernels import validation
-from dcft_kernels.adapter import Adapter, Geometry, Pair
+from dcft_kernels.adapter import Adapter, Geometry
 from dcft_kernels.functional import dcft_linear, dcft_update, delta_weight, merged_weight
 from dcft_kernels.initialization import default_alpha, initialize
 from dcft_kernels.linear import is_conv1d
@@ -44,7 +44,7 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = FACTORS
-    other_param_names = ("r", "kernel_size", "stride", "scaling", "dropout")
+    other_param_names = ("geometry", "scaling", "dropout")
     # Inherited from PEFT, which has no types.
     active_adapters: list[str]
     merged: bool
@@ -68,9 +68,7 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=get_apply_tensor_subclass
         )
-        self.r: dict[str, int] = {}
-        self.kernel_size: dict[str, Pair] = {}
-        self.stride: dict[str, Pair] = {}
+        self.geometry: dict[str, Geometry] = {}
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.dcft_A, self.dcft_B, self.dcft_C = (nn.ParameterDict() for _ in FACTORS)
@@ -83,45 +81,32 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, settings)
 
-    def update_layer(
-        self, adapter_name: str, config: DCFTConfig, settings: dict[str, Any], **_: Any
-    ) -> None:
+    def update_layer(self, adapter_name: str, config: DCFTConfig, settings: dict[str, Any]) -> None:
         """Add an adapter, or put a fresh one in the place of one with this name."""
-        rank = validation.positive_int("r", settings["r"])
         kernel_size = validation.pair("kernel_size", settings["kernel_size"])
         stride = validation.stride_pair(settings["stride"], kernel_size)
+        geometry = Geometry.build(
+            self.in_features, self.out_features, settings["r"], kernel_size, stride
+        )
         init = config.init_weights if isinstance(config.init_weights, str) else "balanced"
-        geometry = Geometry.build(self.in_features, self.out_features, rank, kernel_size, stride)
         alpha = settings["alpha"]
         if alpha is None:
             alpha = default_alpha(geometry, init)
-        alpha = float(rank) if alpha is None else validation.finite_number("alpha", alpha)
-        self.r[adapter_name] = rank
-        self.kernel_size[adapter_name] = kernel_size
-        self.stride[adapter_name] = stride
-        self.scaling[adapter_name] = alpha / rank
+        self.geometry[adapter_name] = geometry
+        self.scaling[adapter_name] = 1.0 if alpha is None else alpha / geometry.rank
         self.dropout[adapter_name] = config.dropout
-        for name, shape in zip(
-            FACTORS, (geometry.shape_A, geometry.shape_B, geometry.shape_C), strict=True
-        ):
-            getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(shape))
-        self.reset_dcft_parameters(adapter_name, config.init_weights)
+        A, B, C = (
+            nn.Parameter(torch.empty(shape))
+            for shape in (geometry.shape_A, geometry.shape_B, geometry.shape_C)
+        )
+        initialize(A, B, C, geometry, init)
+        if config.init_weights is False:
+            # An input of variance v gets an increment of variance v / 9 (without overlap), as from
+            # LoRA's init_lora_weights=False.
+            nn.init.normal_(B, std=1.0 / math.sqrt(3.0 * math.sqrt(geometry.outputs.width)))
+        self.dcft_A[adapter_name], self.dcft_B[adapter_name], self.dcft_C[adapter_name] = A, B, C
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    @torch.no_grad()
-    def reset_dcft_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
-        """Draw an adapter again.
-
-        With False, inputs of variance v get increments of variance v / 9 (without overlap, for the
-        scaling that belongs to the initialisation), as from LoRA's `init_lora_weights=False`.
-        """
-        A, B, C = (getattr(self, name)[adapter_name] for name in FACTORS)
-        geometry = self._geometry(adapter_name)
-        init = init_weights if isinstance(init_weights, str) else "balanced"
-        initialize(A, B, C, geometry, init)
-        if init_weights is False:
-            B.normal_(0.0, 1.0 / math.sqrt(3.0 * math.sqrt(geometry.outputs.width)))
 
     def forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
@@ -137,8 +122,6 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
         Returns:
             `[..., m]`, in the dtype of the base layer's output.
         """
-        if adapter_names is not None:
-            self._check_rows(x, adapter_names)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -166,11 +149,20 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
     def _forward_by_row(
         self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
     ) -> Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
+            )
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        for name in dict.fromkeys(adapter_names):
-            if name in self.dcft_A:
-                rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-                y[rows] = self._add_increment(y[rows], x[rows], name)
+        for name in self.dcft_A.keys() & set(adapter_names):
+            rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
+            y[rows] = self._add_increment(y[rows], x[rows], name)
         return y
 
     def _add_increment(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
@@ -181,7 +173,7 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
         """The factors and settings of an adapter, as the functions take them."""
         return [getattr(self, name)[adapter_name] for name in FACTORS], {
             "scaling": self.scaling[adapter_name],
-            "stride": self.stride[adapter_name],
+            "stride": self.geometry[adapter_name].stride,
             "dropout_p": self.dropout[adapter_name],
             "training": self.training,
         }
@@ -202,33 +194,12 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
             )
         )
 
-    def _check_rows(self, x: Tensor, adapter_names: Sequence[str]) -> None:
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call "
-                "`unmerge_adapter` first."
-            )
-
-    def _geometry(self, adapter_name: str) -> Geometry:
-        return Geometry.build(
-            self.in_features,
-            self.out_features,
-            self.r[adapter_name],
-            self.kernel_size[adapter_name],
-            self.stride[adapter_name],
-        )
-
     def adapter(self, adapter_name: str) -> Adapter:
         """The factors and settings of an adapter as backends take them, without dropout."""
         if adapter_name not in self.dcft_A:
             raise ValueError(f"Adapter {adapter_name} not found; there are {list(self.dcft_A)}.")
         A, B, C = (getattr(self, name)[adapter_name].detach() for name in FACTORS)
-        return Adapter(A, B, C, self.scaling[adapter_name], self._geometry(adapter_name))
+        return Adapter(A, B, C, self.scaling[adapter_name], self.geometry[adapter_name])
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The increment of an adapter, in the shape of the base weight and the factors' dtype."""
@@ -236,7 +207,7 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
         delta = delta_weight(
             A, B, C,
             in_features=self.in_features, out_features=self.out_features,
-            stride=(geometry.outputs.stride, geometry.inputs.stride), scaling=scaling,
+            stride=geometry.stride, scaling=scaling,
         )  # fmt: skip
         return delta.t() if self.fan_in_fan_out else delta
 
@@ -311,13 +282,13 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         """The quantisation, if any, and the adapters' settings."""
-        names = self.other_param_names
-        settings = {
-            name: ", ".join(f"{s}={getattr(self, s)[name]}" for s in names) for name in self.r
-        }
-        lines = [f"({name}): {text}" for name, text in settings.items()]
-        quantization: str = quantization_extra_repr(self)
-        return "\n".join([quantization, *lines] if quantization else lines)
+        lines = [quantization_extra_repr(self)] if self.quantization_backend is not None else []
+        for name, geometry in self.geometry.items():
+            lines.append(
+                f"({name}): r={geometry.rank}, kernel_size={geometry.kernel_size}, "
+                f"stride={geometry.stride}, scaling={self.scaling[name]:g}"
+            )
+        return "\n".join(lines)
 
 
 def layers_with(model: nn.Module, *adapters: str) -> dict[str, DCFTLinearLayer]:
@@ -325,5 +296,5 @@ def layers_with(model: nn.Module, *adapters: str) -> dict[str, DCFTLinearLayer]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, DCFTLinearLayer) and not module.r.keys().isdisjoint(adapters)
+        if isinstance(module, DCFTLinearLayer) and not module.geometry.keys().isdisjoint(adapters)
     }

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from dcft_kernels.linear import is_conv1d
 from dcft_kernels.model import leave_fused_paths
+from dcft_kernels.peft.checkpoint import check_complete, check_sizes, sizes
 from dcft_kernels.peft.combination import combine
-from dcft_kernels.peft.config import DCFTConfig
+from dcft_kernels.peft.config import PATTERNS, DCFTConfig
 from dcft_kernels.peft.layer import BASE_ONLY, FACTORS, DCFTLinearLayer, layers_with
-
-PREFIX = "base_model.model."  # of the base model's names in a `PeftModel` and in PEFT's files
 
 
 class DCFTModel(BaseTuner):
@@ -55,8 +54,14 @@ class DCFTModel(BaseTuner):
                 "adapter_name: expected a name without '.', '/', '\\' and control characters, "
                 f"since it names the folder that the adapter is saved in, got {adapter_name!r}"
             )
+        if hasattr(nn.ParameterDict, adapter_name):
+            raise ValueError(
+                f"adapter_name: {adapter_name!r} is a method of torch.nn.ParameterDict, which "
+                "holds the adapters; choose another name"
+            )
         config = self.peft_config[adapter_name]
-        _check_sizes(model, config)
+        expected, config.layer_sizes = config.layer_sizes, None
+        check_sizes(model, expected or {})
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         adapted = layers_with(model, adapter_name)
         for argument in ("kernel_size_pattern", "stride_pattern"):  # PEFT checks the others
@@ -94,6 +99,15 @@ class DCFTModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if isinstance(new_module, DCFTLinearLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            # A base layer again. PEFT would also set its weight, which not all quantised ones have.
+            setattr(parent, child_name, new_module)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -177,30 +191,31 @@ class DCFTModel(BaseTuner):
         cls, model: nn.Module, config: DCFTConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Also note the layers' sizes for the config, which PEFT saves next."""
-        config.layer_sizes = {
-            name.removeprefix("_orig_mod.").removeprefix(PREFIX): [
-                layer.out_features,
-                layer.in_features,
-            ]
-            for name, layer in layers_with(model, adapter_name).items()
-        }
+        config.layer_sizes = sizes(model, adapter_name)
         tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, *args, **kwargs
         )
         return tensors
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: DCFTConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Also refuse weights of another method or in part, of which PEFT would only warn."""
+        check_complete(state_dict, expected=layers_with(model, adapter_name))
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return remapped
+
 
 def layer_settings(config: DCFTConfig, name: str) -> dict[str, Any]:
     """`r`, `kernel_size`, `stride` and `alpha` of the layer of this name."""
-    settings = {}
-    for setting, pattern in (
-        ("r", config.rank_pattern),
-        ("kernel_size", config.kernel_size_pattern),
-        ("stride", config.stride_pattern),
-        ("alpha", config.alpha_pattern),
-    ):
-        settings[setting] = pattern.get(get_pattern_key(pattern, name), getattr(config, setting))
-    return settings
+    patterns = {setting: getattr(config, name) for setting, name in PATTERNS.items()}
+    return {
+        setting: pattern.get(get_pattern_key(pattern, name), getattr(config, setting))
+        for setting, pattern in patterns.items()
+    }
 
 
 def _check_supported(target: nn.Module, name: str) -> None:
@@ -224,26 +239,6 @@ def _check_supported(target: nn.Module, name: str) -> None:
         "`torch.nn.Linear` (optionally quantized) and `transformers.pytorch_utils.Conv1D` are "
         f"supported.{hint}"
     )
-
-
-def _check_sizes(model: nn.Module, config: DCFTConfig) -> None:
-    """Raise ValueError if the adapter was saved from layers of other sizes."""
-    expected, config.layer_sizes = config.layer_sizes or {}, None
-    differences = []
-    for name, module in model.named_modules():
-        if name not in expected:
-            continue
-        base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        found = [getattr(base, "out_features", None), getattr(base, "in_features", None)]
-        if is_conv1d(base):
-            found = list(base.weight.shape[::-1])
-        if None not in found and found != list(expected[name]):
-            differences.append(f"{name} is {found} in the model, {expected[name]} in the adapter")
-    if differences:
-        raise ValueError(
-            "model: is not the base model that the adapter was trained for; [out, in] features of "
-            f"{len(differences)} layers differ: {'; '.join(differences[:5])}"
-        )
 
 
 def _add_adapter_names(

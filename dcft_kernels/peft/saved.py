@@ -13,18 +13,20 @@ from typing import Any
 
 import peft
 import torch
+from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcft_kernels import adapter_folder
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.adapter_files import LayerRecord, factor_shapes, read_adapter
 from dcft_kernels.initialization import default_alpha
 from dcft_kernels.linear import DCFTOptions
+from dcft_kernels.peft.checkpoint import PREFIX
 from dcft_kernels.peft.config import DCFTConfig, DcftType
 from dcft_kernels.peft.layer import FACTORS
-from dcft_kernels.peft.model import PREFIX, layer_settings
+from dcft_kernels.peft.model import layer_settings
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -45,9 +47,19 @@ class SavedAdapter:
         """The adapter of one layer, as backends take it."""
         record = self.layers[name]
         A, B, C = (self.factors[f"{name}.{factor}"] for factor in FACTORS)
-        alpha = record.options.alpha
+        alpha = _alpha(record)
         scaling = 1.0 if alpha is None else alpha / record.options.rank
         return Adapter(A, B, C, scaling, record.geometry)
+
+    def check_modules_are_whole(self) -> None:
+        """Raise ValueError for modules trained in part: PEFT saves and loads them whole."""
+        for key in self.others:
+            weight = f"{key.rpartition('.')[0]}.weight"
+            if key.endswith(".bias") and weight not in self.others:
+                raise ValueError(
+                    f"{weight}: not in the adapter, which has {key}; PEFT saves modules whole: "
+                    "train and save both or none (freeze_base(trainable=), modules_to_save=)"
+                )
 
 
 def read(folder: str | os.PathLike[str]) -> SavedAdapter:
@@ -122,6 +134,16 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     return found
 
 
+def from_model(model: nn.Module, adapter_name: str) -> SavedAdapter:
+    """What `PeftModel.save_pretrained` would save of an adapter of `model`."""
+    configs: Any = model.peft_config
+    config: DCFTConfig = configs[adapter_name]
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    adapter = from_state(config, state, "model")
+    config.layer_sizes = None  # the state dict's, see DCFTModel
+    return adapter
+
+
 def from_state(config: DCFTConfig, state: Mapping[str, Tensor], source: object) -> SavedAdapter:
     """An adapter from PEFT's config and state dict; `source` is what messages call it."""
     sizes = config.layer_sizes
@@ -164,10 +186,17 @@ def _record(
         config.dropout, init, adapter_dtype=dtype,
     )  # fmt: skip
     record = LayerRecord(in_features, out_features, options)
+    return LayerRecord(
+        in_features, out_features, dataclasses.replace(options, alpha=_alpha(record))
+    )
+
+
+def _alpha(record: LayerRecord) -> float | None:
+    """The layer's alpha; where none is given, what goes with its initialisation."""
+    options = record.options
     if options.alpha is None:
-        alpha = default_alpha(record.geometry, init)
-        record = dataclasses.replace(record, options=dataclasses.replace(options, alpha=alpha))
-    return record
+        return default_alpha(record.geometry, options.init)
+    return options.alpha
 
 
 def write(

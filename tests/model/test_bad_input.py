@@ -172,7 +172,8 @@ TABLE = [
     (lambda s: freeze_base(s.swapped, trainable=None), TypeError, rf"^trainable: {PATTERN}, got N"),
 
     # constraints and recipes
-    (lambda s: orthogonality_loss(s.base), ValueError, NO_LAYERS),
+    (lambda s: orthogonality_loss(s.base), ValueError,
+     r"^model: has no DCFTLinear layers and no active DCFT adapter of PEFT"),
     (lambda s: orthogonality_loss(s.swapped, form="code"), ValueError,
      r"^form: expected 'paper' or 'published_code', got 'code'"),
     (lambda s: constraint_loss(s.base), ValueError, NO_ADAPTERS + r".*call swap_linear\(model\)"),
