@@ -55,20 +55,20 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_read_tsv_returns_the_named_columns_in_file_order(tmp_path: Path) -> None:
-    path = tmp_path / "train.tsv"
-    path.write_text('id\tsentence1\tlabel\n7\tsay "ä"\t1\n8\t"\t0\n', encoding="utf-8-sig")
-    assert finetune.read_tsv(path, ["label", "sentence1"]) == [("1", 'say "ä"'), ("0", '"')]
-    with pytest.raises(ValueError, match=r"train\.tsv: no column 'sentence2'; it has id, "):
-        finetune.read_tsv(path, ["sentence1", "sentence2"])
+def test_read_split_returns_the_named_columns_in_file_order(tmp_path: Path) -> None:
+    text = 'id\tsentence1\tlabel\n7\tsay "ä"\t1\n8\t"\t0\n'
+    (tmp_path / "train.tsv").write_text(text, encoding="utf-8-sig")
+    read = finetune.read_split(str(tmp_path), "train", ["label", "sentence1"])
+    assert read == [("1", 'say "ä"'), ("0", '"')]
+    with pytest.raises(ValueError, match=r"train has rows with other fields than \['sentence2'\]"):
+        finetune.read_split(str(tmp_path), "train", ["sentence2"])
 
 
 @pytest.mark.parametrize("row", ["only one field", "one\ttwo\tthree"])
-def test_read_tsv_names_the_line_with_wrong_fields(tmp_path: Path, row: str) -> None:
-    path = tmp_path / "dev.tsv"
-    path.write_text(f"sentence1\tlabel\nfine\t1\n{row}\n")
-    with pytest.raises(ValueError, match=r"dev\.tsv, line 3: expected 2 fields"):
-        finetune.read_tsv(path, ["sentence1", "label"])
+def test_read_split_shows_a_row_with_wrong_fields(tmp_path: Path, row: str) -> None:
+    (tmp_path / "dev.tsv").write_text(f"sentence1\tlabel\nfine\t1\n{row}\n")
+    with pytest.raises(ValueError, match=r"dev has rows with other fields than .* 'o"):
+        finetune.read_split(str(tmp_path), "dev", ["sentence1", "label"])
 
 
 def test_read_split_reads_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,12 +88,19 @@ def load_base(folder: str) -> Any:
     return transformers.AutoModelForSequenceClassification.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("options", [[], ["--peft"]])
 def test_finetune_trains_saves_and_loads(
-    model_folder: str, data_folder: str, capsys: pytest.CaptureFixture[str]
+    model_folder: str, data_folder: str, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finetune.main([data_folder, "--model", model_folder, "--output", "saved"])
-    trained, loaded = re.findall(r"^accuracy ([\d.]+)", capsys.readouterr().out, re.MULTILINE)
-    assert trained == loaded
+    finetune.main([data_folder, "--model", model_folder, "--output", "saved", *options])
+    printed = capsys.readouterr().out
+    trained, *loaded = re.findall(r"^accuracy ([\d.]+)", printed, re.MULTILINE)
+    assert set(loaded) == {trained}
+    if options:
+        assert "LoRA of rank 8 on 13 layers\n" in printed
+        assert len(loaded) == 2
+        assert Path("saved/lora/adapter_config.json").exists()
+        return
     model = load_base(model_folder)
     dcft.load_adapter(model, "saved")
     layers = [module for module in model.modules() if isinstance(module, dcft.DCFTLinear)]

@@ -9,6 +9,7 @@ holds such files itself is a classification task with the labels 0, 1, ...
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import math
 from collections import Counter
@@ -22,7 +23,6 @@ from benchmarks.quality import tasks
 from benchmarks.quality.errors import DivergedError, QualityError
 from benchmarks.quality.metrics import METRICS, Values
 from benchmarks.quality.tasks import Feature, Prepared, Splits, Task
-from examples.finetune import read_tsv
 
 # STS-B's scores are 0 to 5; the model predicts 0 to 1. Correlations do not change.
 _HIGHEST_SCORE = 5.0
@@ -37,6 +37,22 @@ class Example(NamedTuple):
 
     texts: tuple[str, ...]
     label: float
+
+
+def read_tsv(path: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """Read columns of a tab-separated file with a header. Quotes are text; .gz is unpacked."""
+    open_text = gzip.open if path.suffix == ".gz" else open
+    with open_text(path, "rt", encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        header, rows = reader.fieldnames or [], []
+        for column in columns:
+            if column not in header:
+                raise ValueError(f"{path}: no column {column!r}; it has {', '.join(header)}")
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"{path}, line {reader.line_num}: expected {len(header)} fields")
+            rows.append(tuple(row[column] for column in columns))
+    return rows
 
 
 def own_task(folder: Path) -> Task:

@@ -1,7 +1,7 @@
 """What tells a saved adapter's base model from others, and its weights from incomplete ones.
 
-PEFT would load both: factors do not show where the last window is cropped, and of missing tensors it
-only warns.
+PEFT would load both: the factors do not show where the last window is cropped, and of missing
+tensors it only warns.
 """
 
 from __future__ import annotations

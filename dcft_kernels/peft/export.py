@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
+from collections.abc import Collection
 
 import peft
 import torch
@@ -18,8 +19,8 @@ from dcft_kernels.peft import saved
 from dcft_kernels.peft.layer import layers_with
 from dcft_kernels.torch_backend import lora_factors
 
-# The values of `max_lora_rank` in vLLM 0.33 (`MaxLoRARanks` in vllm/config/lora.py), and the
-# modules that it takes from `modules_to_save` (vllm/lora/peft_helper.py).
+# vLLM 0.33: the values of `max_lora_rank` (`MaxLoRARanks` in vllm/config/lora.py), and the layers
+# that it takes besides factors (`parse_fine_tuned_lora_name` in vllm/lora/utils.py).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
 VLLM_MODULES = ("classifier", "score")
@@ -101,10 +102,13 @@ def export_lora(
         dtype = torch.promote_types(source.factors[f"{name}.dcft_A"].dtype, torch.float32)
         tensors[f"{name}.lora_A.weight"] = F.pad(A, (0, 0, 0, missing)).to(dtype)
         tensors[f"{name}.lora_B.weight"] = F.pad(B, (0, missing)).to(dtype)
-    kept = source.modules_to_save if modules_to_save and source.others else []
-    if kept:
+    others = source.others if modules_to_save else {}
+    if others:
         source.check_modules_are_whole()
-        tensors |= source.others
+        tensors |= others
+    kept = [
+        m for m in dict.fromkeys(source.modules_to_save) if any(f".{m}." in f".{o}" for o in others)
+    ]
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -114,7 +118,7 @@ def export_lora(
         task_type=source.task_type,
     )
     saved.write(out_dir, config, tensors)
-    return _report(rank, ranks, kept)
+    return _report(rank, ranks, kept, others)
 
 
 def _from_model(
@@ -137,22 +141,25 @@ def _from_model(
     )
 
 
-def _report(rank: int, ranks: dict[str, int], modules: list[str]) -> ExportReport:
+def _report(
+    rank: int, ranks: dict[str, int], modules: list[str], others: Collection[str]
+) -> ExportReport:
     refused: dict[str, list[str]] = {}
     notes = []
-    unknown = [name for name in modules if name not in VLLM_MODULES]
+    owners = sorted({key.rpartition(".")[0] for key in others})
+    unknown = [name for name in owners if name.rpartition(".")[2] not in VLLM_MODULES]
     if unknown:
-        refused["vLLM"] = [f"modules_to_save {unknown}; it takes only {list(VLLM_MODULES)}"]
-    if modules:
-        refused["llama.cpp's converter"] = [f"modules_to_save {modules}"]
+        refused["vLLM"] = [f"weights of {unknown}; it takes only layers named {VLLM_MODULES}"]
+    if owners:
+        refused["llama.cpp's converter"] = [f"weights of {owners}; it takes only factors"]
     if rank > VLLM_RANKS[-1]:
         why = f"rank {rank}; the largest that it takes is {VLLM_RANKS[-1]}"
         refused.setdefault("vLLM", []).append(why)
     elif rank > VLLM_DEFAULT_RANK:
         notes.append(f"vLLM needs --max-lora-rank {rank} (its default is {VLLM_DEFAULT_RANK})")
-    if modules:
+    if owners:
         notes.append(
-            "to serve without those modules, pass modules_to_save=False; to serve the model as it "
+            "to serve without these weights, pass modules_to_save=False; to serve the model as it "
             "was trained, merge the adapter (merge_and_unload)"
         )
     return ExportReport(
