@@ -100,8 +100,11 @@ class DCFTConfig(PeftConfig):
             for key, special in pattern.items():
                 check(f"{PATTERNS[name]}[{key!r}]", special)
             # Lists, as JSON has them, so that a saved config equals the one that was saved.
-            setattr(self, name, _plain(value))
-            setattr(self, PATTERNS[name], {key: _plain(v) for key, v in pattern.items()})
+            listed = {k: [*v] if isinstance(v, tuple) else v for k, v in pattern.items()}
+            setattr(self, name, [*value] if isinstance(value, tuple) else value)
+            setattr(self, PATTERNS[name], listed)
+        for layer, size in (self.layer_sizes or {}).items():
+            validation.pair(f"layer_sizes[{layer!r}]", size)
         if not (self.kernel_size_pattern or self.stride_pattern):
             validation.stride_pair(self.stride, validation.pair("kernel_size", self.kernel_size))
         validation.probability("dropout", self.dropout)
@@ -134,8 +137,3 @@ class DCFTConfig(PeftConfig):
 def exactly(name: str) -> str:
     """The key of a pattern that matches the layer of this name alone."""
     return "^" + re.escape(name)
-
-
-def _plain(value: Any) -> Any:
-    """A pair as a list."""
-    return list(value) if isinstance(value, tuple) else value

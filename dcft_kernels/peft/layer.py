@@ -22,7 +22,6 @@ from dcft_kernels.functional import dcft_linear, dcft_update, delta_weight, merg
 from dcft_kernels.initialization import default_alpha, initialize
 from dcft_kernels.linear import is_conv1d
 from dcft_kernels.peft.config import DCFTConfig
-from dcft_kernels.validation import FLOAT_DTYPES
 
 FACTORS = ("dcft_A", "dcft_B", "dcft_C")
 BASE_ONLY = "__base__"  # in `adapter_names`: no adapter for this row
@@ -72,7 +71,6 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.dcft_A, self.dcft_B, self.dcft_C = (nn.ParameterDict() for _ in FACTORS)
-        self._disable_adapters = False
         self.merged_adapters: list[str] = []
         # The base weight while adapters are merged into it; not if it is quantised.
         self._unmerged_weight: Tensor | None = None
@@ -129,8 +127,7 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
             return self._forward_by_row(x, adapter_names, *args, **kwargs)
         elif not self.merged:
             return self._forward_active(x, *args, **kwargs)
-        output: Tensor = self.base_layer(x, *args, **kwargs)
-        return output
+        return self.base_layer(x, *args, **kwargs)
 
     def _forward_active(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in self.active_adapters if name in self.dcft_A]
@@ -184,7 +181,7 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
         return (
             (type(base) is nn.Linear or is_conv1d(base))
             and type(base.weight) is nn.Parameter
-            and base.weight.dtype in FLOAT_DTYPES
+            and base.weight.dtype in validation.FLOAT_DTYPES
             and "forward" not in base.__dict__
             and not (
                 base._forward_hooks
@@ -205,8 +202,7 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
         """The increment of an adapter, in the shape of the base weight and the factors' dtype."""
         A, B, C, scaling, geometry, *_ = self.adapter(adapter)
         delta = delta_weight(
-            A, B, C,
-            in_features=self.in_features, out_features=self.out_features,
+            A, B, C, in_features=self.in_features, out_features=self.out_features,
             stride=geometry.stride, scaling=scaling,
         )  # fmt: skip
         return delta.t() if self.fan_in_fan_out else delta

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -28,13 +27,7 @@ from dcft_kernels.peft.layer import BASE_ONLY, FACTORS, DCFTLinearLayer, layers_
 
 
 class DCFTModel(BaseTuner):
-    """A model whose linear layers have DCFT adapters; `peft.get_peft_model` makes it.
-
-    Args:
-        model: the model to adapt.
-        peft_config: a `DCFTConfig`, or one by adapter name.
-        adapter_name: the name of the first adapter.
-    """
+    """A model whose linear layers have DCFT adapters; `peft.get_peft_model` makes it."""
 
     prefix = "dcft_"
     tuner_layer_cls = DCFTLinearLayer
@@ -66,8 +59,7 @@ class DCFTModel(BaseTuner):
         adapted = layers_with(model, adapter_name)
         for argument in ("kernel_size_pattern", "stride_pattern"):  # PEFT checks the others
             pattern = getattr(config, argument)
-            unused = pattern.keys() - {get_pattern_key(pattern, name) for name in adapted}
-            if unused:
+            if unused := pattern.keys() - {get_pattern_key(pattern, name) for name in adapted}:
                 warnings.warn(
                     f"The following {argument} keys did not match any targeted module and were "
                     f"ignored: {sorted(unused)}.",
@@ -86,8 +78,6 @@ class DCFTModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        if current_key is None:
-            raise ValueError("Current Key shouldn't be `None`")
         settings = layer_settings(peft_config, current_key)
         if isinstance(target, DCFTLinearLayer):
             target.update_layer(adapter_name, peft_config, settings)
@@ -119,9 +109,8 @@ class DCFTModel(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         layers = [m for m in self.modules() if isinstance(m, DCFTLinearLayer)]
-        known = {BASE_ONLY, *(name for layer in layers for name in layer.dcft_A)}
-        unknown = sorted(set(adapter_names) - known)
-        if unknown:
+        known = {BASE_ONLY}.union(*(layer.dcft_A.keys() for layer in layers))
+        if unknown := sorted(set(adapter_names) - known):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         # Beam search repeats each row, but not before an encoder.
         beams = kwargs.get("num_beams")
@@ -132,12 +121,16 @@ class DCFTModel(BaseTuner):
             encoder = self.model.get_encoder()
             if encoder is not self.model:
                 in_encoder = set(encoder.modules())
-        handles = []
-        for module in self.modules():
-            if isinstance(module, (DCFTLinearLayer, AuxiliaryTrainingWrapper)):
-                names = adapter_names if module in in_encoder else repeated
-                hook = functools.partial(_add_adapter_names, adapter_names=names)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+        def add_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            names = adapter_names if module in in_encoder else repeated
+            return args, kwargs | {"adapter_names": names}
+
+        handles = [
+            module.register_forward_pre_hook(add_names, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, (DCFTLinearLayer, AuxiliaryTrainingWrapper))
+        ]
         try:
             yield
         finally:
@@ -192,10 +185,7 @@ class DCFTModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Also note the layers' sizes for the config, which PEFT saves next."""
         config.layer_sizes = sizes(model, adapter_name)
-        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
-            model, config, adapter_name, *args, **kwargs
-        )
-        return tensors
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -203,10 +193,7 @@ class DCFTModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Also refuse weights of another method or in part, of which PEFT would only warn."""
         check_complete(state_dict, expected=layers_with(model, adapter_name))
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        return remapped
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
 def layer_settings(config: DCFTConfig, name: str) -> dict[str, Any]:
@@ -239,9 +226,3 @@ def _check_supported(target: nn.Module, name: str) -> None:
         "`torch.nn.Linear` (optionally quantized) and `transformers.pytorch_utils.Conv1D` are "
         f"supported.{hint}"
     )
-
-
-def _add_adapter_names(
-    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: Sequence[str]
-) -> tuple[Any, dict[str, Any]]:
-    return args, kwargs | {"adapter_names": adapter_names}

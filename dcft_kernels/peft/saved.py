@@ -15,7 +15,8 @@ import peft
 import torch
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from dcft_kernels import adapter_folder
@@ -205,7 +206,7 @@ def write(
     """Save an adapter as PEFT does, under the base model's names; all or nothing, see `staged`."""
     state = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     with staged(folder) as staging:
-        save_file(state, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        (staging / WEIGHTS_FILE).write_bytes(serialize(state, metadata={"format": "pt"}))
         config.inference_mode = True
         config.save_pretrained(os.fspath(staging))
 
@@ -251,4 +252,7 @@ def save_pretrained(model: peft.PeftModel, folder: str | os.PathLike[str], **opt
         existing = Path(folder) / "README.md"
         if existing.exists():  # PEFT updates it
             (staging / "README.md").write_bytes(existing.read_bytes())
-        model.save_pretrained(os.fspath(staging), **options)
+        try:
+            model.save_pretrained(os.fspath(staging), **options)
+        except SafetensorError as error:
+            raise OSError(f"folder: {os.fspath(folder)!r}: {error}; nothing was changed") from error

@@ -27,6 +27,7 @@ from tests.peft_method.models import TARGETS, adapted, base
         ({"alpha_pattern": {"q": "1"}}, TypeError, r"^alpha_pattern\['q'\]: expected a number"),
         ({"kernel_size_pattern": 8}, TypeError, r"^kernel_size_pattern: expected a dict"),
         ({"stride_pattern": {"q": 0}}, ValueError, r"^stride_pattern\['q'\]: expected a positive"),
+        ({"layer_sizes": {"q": 3.5}}, TypeError, r"^layer_sizes\['q'\]: expected an int or a pair"),
         ({"task_type": "CHESS"}, ValueError, r"Invalid task type: 'CHESS'"),
         ({"target_modules": "q", "layers_to_transform": 1}, ValueError,
          r"^`layers_to_transform` cannot be used when `target_modules` is a str\."),
