@@ -139,8 +139,8 @@ def from_model(model: nn.Module, adapter_name: str) -> SavedAdapter:
     """What `PeftModel.save_pretrained` would save of an adapter of `model`."""
     configs: Any = model.peft_config
     config: DCFTConfig = configs[adapter_name]
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    adapter = from_state(config, state, "model")
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, unwrap_compiled=True)
+    adapter = from_state(config, {key: t.cpu() for key, t in state.items()}, "model")
     config.layer_sizes = None  # the state dict's, see DCFTModel
     return adapter
 

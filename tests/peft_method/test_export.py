@@ -107,7 +107,8 @@ def test_all_sources_give_the_same_files(tmp_path):
     )
     peft.set_peft_model_state_dict(injected, peft.get_peft_model_state_dict(model), "other")
     written = []
-    for source in (model, tmp_path / "peft", plain, tmp_path / "dcft", injected):
+    compiled = torch.compile(model, backend="eager")
+    for source in (model, compiled, tmp_path / "peft", plain, tmp_path / "dcft", injected):
         out = tmp_path / f"out{len(written)}"
         export_lora(source, out, adapter_name="other" if source is injected else "default")
         written.append((out / "adapter_model.safetensors").read_bytes())
