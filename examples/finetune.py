@@ -79,12 +79,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model, training = copy.deepcopy(base), {"learning_rate": 5e-3, "num_train_epochs": 3}
     if args.peft:
-        settings = {"target_modules": "all-linear", "modules_to_save": args.head}
-        model = get_peft_model(model, DCFTConfig(**settings))
+        config = DCFTConfig(target_modules="all-linear", modules_to_save=args.head)
+        model = get_peft_model(model, config)
         score(model, "trained", **training)
-        model.save_pretrained(args.output)
-        score(PeftModel.from_pretrained(copy.deepcopy(base), args.output), "saved and loaded")
-        print(export_lora(args.output, args.output / "lora"))
+        model.save_pretrained(args.output / "peft")
+        score(PeftModel.from_pretrained(copy.deepcopy(base), args.output / "peft"), "reloaded")
+        print(export_lora(args.output / "peft", args.output / "lora"))
         score(PeftModel.from_pretrained(base, args.output / "lora"), "served as LoRA by stock PEFT")
     else:
         dcft.swap_linear(model, "all-linear")
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         score(model, "trained", **training)
         dcft.save_adapter(model, args.output)  # with the head, which is trained too
         dcft.load_adapter(base, args.output)
-        score(base, "saved and loaded")
+        score(base, "reloaded")
 
 
 if __name__ == "__main__":

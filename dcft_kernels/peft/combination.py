@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from dcft_kernels.adapter import Adapter
-from dcft_kernels.peft.config import DCFTConfig, exactly
+from dcft_kernels.peft.config import DCFTConfig, exactly, names_alone
 from dcft_kernels.peft.layer import DCFTLinearLayer, layers_with
 
 
@@ -28,12 +27,9 @@ def combine(
     for name in adapters:
         if name not in configs:
             raise ValueError(f"Adapter {name} does not exist; there are {', '.join(configs)}")
-    for name, module in model.named_modules():
-        trained = getattr(module, "modules_to_save", {})
-        if isinstance(module, ModulesToSaveWrapper) and len(trained.keys() & {*adapters}) > 1:
+        if configs[name].modules_to_save or configs[name].bias != "none":
             raise ValueError(
-                "Cannot add weighted adapters if they target the same module with "
-                f"modules_to_save, but found {name!r}."
+                f"adapters: {name!r} has modules_to_save or biases, which a sum cannot hold"
             )
     sums = {
         name: _weighted_sum(name, layer, adapters, weights)
@@ -41,7 +37,7 @@ def combine(
     }
     by_pattern = {exactly(name): adapter.geometry for name, adapter in sums.items()}
     config = DCFTConfig(
-        target_modules=list(sums),
+        target_modules=names_alone(sums),
         rank_pattern={key: g.rank for key, g in by_pattern.items()},
         alpha_pattern={key: float(g.rank) for key, g in by_pattern.items()},
         kernel_size_pattern={key: [*g.kernel_size] for key, g in by_pattern.items()},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,10 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "stride": validation.pair,
     "alpha": validation.finite_number,
 }
+
+
+# An attribute of a config that is no field: it does not go along when the config is used elsewhere.
+SIZES_TO_SAVE = "_sizes_to_save"
 
 
 class DcftType(str, enum.Enum):  # noqa: UP042 - PEFT takes the name out of "DcftType.DCFT"
@@ -60,8 +64,8 @@ class DCFTConfig(PeftConfig):
         alpha_pattern: `alpha` of single layers.
         bias: which biases to train: `"none"`, `"all"` or `"dcft_only"`, those of adapted layers.
         modules_to_save: modules to train in full and save, such as a new classification head.
-        layer_sizes: `[out, in]` features of the adapted layers, which PEFT's files do not show.
-            Written by saving; loading into a model with other sizes is then an error.
+        layer_sizes: `[out, in]` features of the adapted layers, written by saving. Adding the
+            adapter to a model with other sizes is an error, unless this is None.
 
     Raises:
         TypeError, ValueError: naming the argument, for values that no layer can have.
@@ -103,6 +107,8 @@ class DCFTConfig(PeftConfig):
             listed = {k: [*v] if isinstance(v, tuple) else v for k, v in pattern.items()}
             setattr(self, name, [*value] if isinstance(value, tuple) else value)
             setattr(self, PATTERNS[name], listed)
+        if self.layer_sizes is not None and not isinstance(self.layer_sizes, dict):
+            raise TypeError(f"layer_sizes: expected a dict of pairs, got {self.layer_sizes!r}")
         for layer, size in (self.layer_sizes or {}).items():
             validation.pair(f"layer_sizes[{layer!r}]", size)
         if not (self.kernel_size_pattern or self.stride_pattern):
@@ -127,13 +133,17 @@ class DCFTConfig(PeftConfig):
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
             )
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, with the `layer_sizes` of the model being saved, if any."""
-        super().save_pretrained(save_directory, **kwargs)
-        # They belong to that file: the config may be used for another model next.
-        self.layer_sizes = None
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, with the `layer_sizes` of the model whose state dict was taken last."""
+        fields: dict[str, Any] = super().to_dict()
+        return fields | {"layer_sizes": self.__dict__.get(SIZES_TO_SAVE, self.layer_sizes)}
 
 
 def exactly(name: str) -> str:
     """The key of a pattern that matches the layer of this name alone."""
     return "^" + re.escape(name)
+
+
+def names_alone(names: Iterable[str]) -> str:
+    """`target_modules` that match these layers alone; a list would match endings of names."""
+    return "|".join(map(re.escape, names))

@@ -16,7 +16,7 @@ from dcft_kernels import adapter_folder, validation
 from dcft_kernels.adapter_files import LayerRecord
 from dcft_kernels.linear import DCFTOptions
 from dcft_kernels.peft import saved
-from dcft_kernels.peft.config import PATTERNS, DCFTConfig, exactly
+from dcft_kernels.peft.config import PATTERNS, DCFTConfig, exactly, names_alone
 
 _PUBLISHED = ("lora_A", "lora_B", "lora_C")
 
@@ -24,17 +24,18 @@ _PUBLISHED = ("lora_A", "lora_B", "lora_C")
 def convert_adapter(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Convert a folder of `PeftModel.save_pretrained` to one of `save_adapter`, or back.
 
-    Nothing is lost: the factors keep their bits and dtypes, each layer its settings, and what else
-    was trained its names; PEFT loads it as `modules_to_save`, each of these modules whole.
+    The factors keep their bits and dtypes, each layer its settings, and what else was trained its
+    names; PEFT loads that as `modules_to_save`, each module whole. `save_adapter`'s files do not
+    have PEFT's `task_type` and `base_model_name_or_path`; set them in the config if you need them.
 
     Args:
         source: the folder to read; its files tell which kind it is.
         target: the folder to write, in the other kind.
 
     Raises:
-        ValueError: files that are truncated or of another method; or settings that PEFT's config
-            has no place for: nonlinearities, trained parameters of adapted layers, and dropout or
-            initialisations that differ between layers.
+        ValueError: files that are truncated or of another method; a target with an adapter of
+            another kind; or settings that PEFT's config cannot express: nonlinearities, trained
+            parameters of adapted layers, and dropout or initialisations that differ between layers.
         FileNotFoundError, NotADirectoryError, OSError: folders that cannot be read or written.
         What was in `target` is intact then.
     """
@@ -42,6 +43,7 @@ def convert_adapter(source: str | os.PathLike[str], target: str | os.PathLike[st
     if (Path(source) / adapter_folder.CONFIG_FILE).exists():
         saved.write(target, _config(adapter), adapter.factors | adapter.others)
         return
+    saved.refuse_other_kinds(target, "save_adapter")
     layers = {name: record.to_json() for name, record in adapter.layers.items()}
     config: dict[str, Any] = {"format_version": 2 if adapter.others else 1, "layers": layers}
     config |= {"modules_to_save": sorted(adapter.others)} if adapter.others else {}
@@ -77,12 +79,14 @@ def import_published(
             shapes that do not fit; a module that it does not hold.
         FileNotFoundError, NotADirectoryError, OSError: files that cannot be read or written.
     """
-    scaling = validation.finite_number("alpha", alpha) / (validation.finite_number("r", r) + 1e-5)
+    if validation.finite_number("r", r) <= 0:
+        raise ValueError(f"r: expected a positive number, got {r}")
+    scaling = validation.finite_number("alpha", alpha) / (r + 1e-5)
     state = _read_checkpoint(Path(checkpoint))
     names = [key.removesuffix(".lora_C") for key in state if key.endswith(".lora_C")]
     if not names:
         raise ValueError(
-            f"{checkpoint}: has no tensors <layer>.lora_A, .lora_B and .lora_C; is it of that code?"
+            f"{checkpoint}: expected tensors <layer>.lora_A, .lora_B and .lora_C, found none"
         )
     layers: dict[str, LayerRecord] = {}
     factors: dict[str, Tensor] = {}
@@ -127,7 +131,9 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 def _published(checkpoint: object, state: dict[str, Tensor], key: str) -> Tensor:
     if key not in state:
-        raise ValueError(f"{checkpoint}: has no {key}; is the file truncated?")
+        raise ValueError(f"{checkpoint}: has no {key}; the file is incomplete")
+    if not state[key].is_floating_point():
+        raise ValueError(f"{checkpoint}: {key}: expected floats, got {state[key].dtype}")
     return state.pop(key)
 
 
@@ -142,8 +148,8 @@ def _config(adapter: saved.SavedAdapter) -> DCFTConfig:
     own = [key for key in adapter.others if key.rpartition(".")[0] in options]
     if own:
         raise ValueError(
-            f"{own[0]}: PEFT has no place for single trained parameters of adapted layers; save "
-            "the adapter without it (modules_to_save=)"
+            f"{own[0]}: PEFT cannot save single trained parameters of adapted layers; save the "
+            "adapter without it (modules_to_save=)"
         )
     adapter.check_modules_are_whole()
     settings: dict[str, dict[str, Any]] = {"alpha": {n: o.alpha for n, o in options.items()}}
@@ -161,7 +167,7 @@ def _config(adapter: saved.SavedAdapter) -> DCFTConfig:
         **fields,
         dropout=_shared("dropout", {n: o.dropout for n, o in options.items()}),
         init_weights=_shared("init", {n: o.init for n, o in options.items()}),
-        target_modules=list(options),
+        target_modules=names_alone(options),
         modules_to_save=adapter.modules_to_save or None,
         layer_sizes={n: [r.out_features, r.in_features] for n, r in adapter.layers.items()},
         base_model_name_or_path=adapter.base_model,

@@ -77,11 +77,13 @@ def export_lora(
         What was written, and which server would refuse it and why.
 
     Raises:
-        ValueError: no adapter, an unknown one, or what no LoRA can express: nonlinearities and
-            trained biases of adapted layers. Files that are truncated or of another method.
+        RuntimeError: a layer has a nonlinearity, which no LoRA expresses.
+        ValueError: no adapter, or an unknown one; trained biases of adapted layers, which servers
+            do not take; files that are truncated or of another method; an adapter of another kind
+            in `out_dir`.
         FileNotFoundError, NotADirectoryError, OSError: folders that cannot be read or written.
     """
-    source = _from_model(model_or_dir, adapter_name)
+    source = _read(model_or_dir, adapter_name)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for name, record in source.layers.items():
         if record.options.nonlinearity is not None:
@@ -121,19 +123,20 @@ def export_lora(
     return _report(rank, ranks, kept, others)
 
 
-def _from_model(
+def _read(
     model_or_dir: nn.Module | str | os.PathLike[str], adapter_name: str
 ) -> saved.SavedAdapter:
     if not isinstance(model_or_dir, nn.Module):
         if not isinstance(model_or_dir, (str, os.PathLike)):
             raise TypeError(f"model_or_dir: expected a model or a path, got {model_or_dir!r}")
         return saved.read(model_or_dir)
-    configs = getattr(model_or_dir, "peft_config", {})
-    if layers_with(model_or_dir, adapter_name):
-        return saved.from_model(model_or_dir, adapter_name)
-    if find_dcft_layers(model_or_dir):
+    model = saved.unwrapped(model_or_dir)
+    configs = getattr(model, "peft_config", {})
+    if layers_with(model, adapter_name):
+        return saved.from_model(model, adapter_name)
+    if find_dcft_layers(model):
         with tempfile.TemporaryDirectory() as folder:
-            save_adapter(model_or_dir, folder)
+            save_adapter(model, folder)
             return saved.read(folder)
     raise ValueError(
         f"model_or_dir: has no DCFT adapter {adapter_name!r} and no DCFTLinear layers; its "

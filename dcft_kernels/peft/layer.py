@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -52,6 +53,7 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
     get_base_weight: Callable[[], Tensor]
     set_base_weight: Callable[[Tensor], None]
     set_adapter: Callable[..., None]
+    delete_adapter: Callable[[str], None]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
     def __init__(
@@ -72,7 +74,7 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
         self.dropout: dict[str, float] = {}
         self.dcft_A, self.dcft_B, self.dcft_C = (nn.ParameterDict() for _ in FACTORS)
         self.merged_adapters: list[str] = []
-        # The base weight while adapters are merged into it; not if it is quantised.
+        # The base weight before adapters were merged into it; None if it is quantised.
         self._unmerged_weight: Tensor | None = None
         self.fan_in_fan_out = is_conv1d(self.get_base_layer())
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
@@ -156,7 +158,7 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call "
                 "`unmerge_adapter` first."
             )
-        y: Tensor = self.base_layer(x, *args, **kwargs)
+        y: Tensor = self.base_layer(x, *args, **kwargs).clone()  # others may hold the output
         for name in self.dcft_A.keys() & set(adapter_names):
             rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
             y[rows] = self._add_increment(y[rows], x[rows], name)
@@ -164,7 +166,7 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
 
     def _add_increment(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         factors, options = self._operands(adapter_name)
-        return dcft_update(y, x.to(y.dtype), *factors, **options)
+        return dcft_update(y, x.to(y.dtype), *factors, **options).to(y.dtype)
 
     def _operands(self, adapter_name: str) -> tuple[list[Tensor], dict[str, Any]]:
         """The factors and settings of an adapter, as the functions take them."""
@@ -243,18 +245,25 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Undo all merges. A base weight that is not quantised comes back bit for bit."""
+        """Undo all merges.
+
+        A base weight that is not quantised comes back bit for bit, unless it was changed since, for
+        example by another layer that shares it: then the increments are subtracted.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if self._unmerged_weight is not None:
-            self.set_base_weight(self._unmerged_weight)
-            self._unmerged_weight = None
-            self.merged_adapters.clear()
-        while self.merged_adapters:
-            adapter = self.adapter(self.merged_adapters.pop())
-            negative = adapter._replace(scaling=-adapter.scaling)
-            self.set_base_weight(self._sum(self.get_base_weight(), negative))
+        adapters = [self.adapter(name) for name in self.merged_adapters]
+        self.merged_adapters.clear()
+        weight = self.get_base_weight()
+        before, self._unmerged_weight = self._unmerged_weight, None
+        if before is not None:
+            merged = functools.reduce(self._sum, adapters, before)
+            if torch.equal(merged.nan_to_num(), weight.nan_to_num()):
+                self.set_base_weight(before)
+                return
+        negative = [adapter._replace(scaling=-adapter.scaling) for adapter in reversed(adapters)]
+        self.set_base_weight(functools.reduce(self._sum, negative, weight))
 
     def _sum(self, weight: Tensor, adapter: Adapter) -> Tensor:
         """A new tensor, base weight plus increment, in the base weight's shape and dtype."""

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from dcft_kernels.linear import is_conv1d
 from dcft_kernels.model import leave_fused_paths
-from dcft_kernels.peft.checkpoint import check_complete, check_sizes, sizes
+from dcft_kernels.peft.checkpoint import check_sizes, check_weights, sizes
 from dcft_kernels.peft.combination import combine
-from dcft_kernels.peft.config import PATTERNS, DCFTConfig
+from dcft_kernels.peft.config import PATTERNS, SIZES_TO_SAVE, DCFTConfig
 from dcft_kernels.peft.layer import BASE_ONLY, FACTORS, DCFTLinearLayer, layers_with
 
 
@@ -36,11 +36,11 @@ class DCFTModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Add an adapter to every target.
+        """Add an adapter to every target, or to none.
 
         Raises:
-            ValueError: a name that is not one of a folder, or layers of other sizes than those that
-                the adapter was saved from.
+            ValueError: a name that cannot be a folder's, or another base model than the one that
+                the adapter was saved from; and what PEFT raises. The model is unchanged then.
         """
         if not re.fullmatch(r"[^\x00-\x1f./\\]+", adapter_name):
             raise ValueError(
@@ -53,9 +53,15 @@ class DCFTModel(BaseTuner):
                 "holds the adapters; choose another name"
             )
         config = self.peft_config[adapter_name]
-        expected, config.layer_sizes = config.layer_sizes, None
-        check_sizes(model, expected or {})
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        check_sizes(model, config.layer_sizes or {})
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            _take_out(model, adapter_name)
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            raise
         adapted = layers_with(model, adapter_name)
         for argument in ("kernel_size_pattern", "stride_pattern"):  # PEFT checks the others
             pattern = getattr(config, argument)
@@ -146,8 +152,7 @@ class DCFTModel(BaseTuner):
     ) -> None:
         """Add an adapter whose increment is the weighted sum of others', up to rounding.
 
-        In each layer its `dcft_A` and `dcft_B` are those of the others, one after the other, so its
-        rank is the sum of theirs, and its `dcft_C` is the one that they share.
+        In each layer, the ranks of the others are concatenated; they share one `dcft_C`.
 
         Args:
             adapters: adapters of this model; in each layer all with the same kernel `dcft_C`.
@@ -157,7 +162,7 @@ class DCFTModel(BaseTuner):
 
         Raises:
             ValueError: unknown adapters, an adapter of that name, different numbers of adapters and
-                weights, kernels that differ, or modules that several adapters have trained in full.
+                weights, kernels that differ, or an adapter with `modules_to_save` or biases.
             The model is unchanged then.
         """
         if combination_type != "cat":
@@ -184,16 +189,28 @@ class DCFTModel(BaseTuner):
         cls, model: nn.Module, config: DCFTConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Also note the layers' sizes for the config, which PEFT saves next."""
-        config.layer_sizes = sizes(model, adapter_name)
+        config.__dict__[SIZES_TO_SAVE] = sizes(model, adapter_name)
         return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: DCFTConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Also refuse weights of another method or in part, of which PEFT would only warn."""
-        check_complete(state_dict, expected=layers_with(model, adapter_name))
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        """Also refuse weights that do not fit, of which PEFT would only warn."""
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_weights(model, adapter_name, remapped)
+        return remapped
+
+
+def _take_out(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter, and the layers that have no other."""
+    for name, layer in layers_with(model, adapter_name).items():
+        layer.delete_adapter(adapter_name)
+        if not layer.geometry:
+            parent, _, child_name = name.rpartition(".")
+            setattr(model.get_submodule(parent), child_name, layer.base_layer)
 
 
 def layer_settings(config: DCFTConfig, name: str) -> dict[str, Any]:

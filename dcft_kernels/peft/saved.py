@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from dcft_kernels.adapter import Adapter
 from dcft_kernels.adapter_files import LayerRecord, factor_shapes, read_adapter
 from dcft_kernels.initialization import default_alpha
 from dcft_kernels.linear import DCFTOptions
-from dcft_kernels.peft.checkpoint import PREFIX
+from dcft_kernels.peft.checkpoint import PREFIX, base_name, sizes
 from dcft_kernels.peft.config import DCFTConfig, DcftType
 from dcft_kernels.peft.layer import FACTORS
 from dcft_kernels.peft.model import layer_settings
@@ -68,10 +68,16 @@ def read(folder: str | os.PathLike[str]) -> SavedAdapter:
 
     Raises:
         FileNotFoundError: the folder or a file in it is missing.
-        ValueError: files that are truncated, of another method, or that do not fit together.
+        ValueError: files that are truncated, of another method, or that do not fit together; or
+            two adapters in one folder.
     """
     path = Path(folder)
     if (path / adapter_folder.CONFIG_FILE).exists():
+        if (path / CONFIG_FILE).exists():
+            raise ValueError(
+                f"folder: {os.fspath(path)!r} has both {adapter_folder.CONFIG_FILE} and "
+                f"{CONFIG_FILE}; move the adapter that is not meant to another folder"
+            )
         return _read_dcft(path)
     if not path.is_dir():
         raise FileNotFoundError(f"folder: {os.fspath(path)!r} is not a directory")
@@ -82,8 +88,9 @@ def _read_dcft(folder: Path) -> SavedAdapter:
     records, tensors = read_adapter(folder)
     keys = {f"{name}.{factor}" for name in records for factor in FACTORS}
     others = {key: tensor for key, tensor in tensors.items() if key not in keys}
-    owners = sorted({key.rpartition(".")[0] for key in others})
-    return SavedAdapter(records, {key: tensors[key] for key in keys}, others, owners)
+    owners = {key.rpartition(".")[0] for key in others}
+    outermost = [o for o in sorted(owners) if not any(o.startswith(f"{p}.") for p in owners)]
+    return SavedAdapter(records, {key: tensors[key] for key in keys}, others, outermost)
 
 
 def _read_peft(folder: Path) -> SavedAdapter:
@@ -103,7 +110,12 @@ def _read_peft(folder: Path) -> SavedAdapter:
         config = DCFTConfig.from_pretrained(os.fspath(folder))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
-    return from_state(config, _read_weights(folder), path)
+    if not config.layer_sizes:
+        raise ValueError(
+            f"{path}: has no layer_sizes; load the adapter into its base model with "
+            "PeftModel.from_pretrained, and save it again or pass that model"
+        )
+    return _checked(config, config.layer_sizes, _read_weights(folder), path)
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -136,26 +148,33 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def from_model(model: nn.Module, adapter_name: str) -> SavedAdapter:
-    """What `PeftModel.save_pretrained` would save of an adapter of `model`."""
+    """What `PeftModel.save_pretrained` would save of an adapter of `model`, on the CPU."""
     configs: Any = model.peft_config
-    config: DCFTConfig = configs[adapter_name]
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, unwrap_compiled=True)
-    adapter = from_state(config, {key: t.cpu() for key, t in state.items()}, "model")
-    config.layer_sizes = None  # the state dict's, see DCFTModel
-    return adapter
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    tensors = {key: tensor.detach().cpu() for key, tensor in state.items()}
+    return _checked(configs[adapter_name], sizes(model, adapter_name), tensors, "model")
 
 
-def from_state(config: DCFTConfig, state: Mapping[str, Tensor], source: object) -> SavedAdapter:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of `torch.compile` and DistributedDataParallel."""
+    while True:
+        is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+        inner = model.module if is_ddp else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _checked(
+    config: DCFTConfig,
+    layer_sizes: Mapping[str, Sequence[int]],
+    state: Mapping[str, Tensor],
+    source: object,
+) -> SavedAdapter:
     """An adapter from PEFT's config and state dict; `source` is what messages call it."""
-    sizes = config.layer_sizes
-    if not sizes:
-        raise ValueError(
-            f"{source}: has no layer_sizes; load the adapter into its base model with "
-            "PeftModel.from_pretrained, and save it again or pass that model"
-        )
-    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
+    tensors = {base_name(key): tensor for key, tensor in state.items()}
     layers, factors = {}, {}
-    for name, (out_features, in_features) in sizes.items():
+    for name, (out_features, in_features) in layer_sizes.items():
         A = tensors.get(f"{name}.dcft_A")
         if A is None:
             raise ValueError(f"{source}: the weights have no {name}.dcft_A; is a file truncated?")
@@ -163,9 +182,9 @@ def from_state(config: DCFTConfig, state: Mapping[str, Tensor], source: object) 
         for factor, shape in factor_shapes(layers[name].geometry).items():
             key = f"{name}.{factor}"
             found = None if key not in tensors else tensors.pop(key)
-            if found is None or tuple(found.shape) != shape:
-                what = "none" if found is None else f"shape {list(found.shape)}"
-                raise ValueError(f"{source}: {key}: expected shape {list(shape)}, got {what}")
+            if found is None or tuple(found.shape) != shape or not found.is_floating_point():
+                what = "none" if found is None else f"{found.dtype} {list(found.shape)}"
+                raise ValueError(f"{source}: {key}: expected floats {list(shape)}, got {what}")
             factors[key] = found
     unknown = [key for key in tensors if key.rpartition(".")[2] in FACTORS]
     if unknown:
@@ -200,10 +219,31 @@ def _alpha(record: LayerRecord) -> float | None:
     return options.alpha
 
 
+def refuse_other_kinds(folder: str | os.PathLike[str], kind: str) -> None:
+    """Raise ValueError if `folder` has an adapter of another kind, which would be lost or hidden.
+
+    Args:
+        folder: to be written.
+        kind: `"save_adapter"` or PEFT's name of the method.
+    """
+    found = {"save_adapter"} if (Path(folder) / adapter_folder.CONFIG_FILE).exists() else set()
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            found.add(json.loads((Path(folder) / CONFIG_FILE).read_text("utf-8"))["peft_type"])
+        except (ValueError, TypeError, KeyError):
+            found.add("unknown")
+    if others := found - {kind}:
+        raise ValueError(
+            f"folder: {os.fspath(folder)!r} already holds an adapter of another kind "
+            f"({', '.join(sorted(others))}); choose another folder"
+        )
+
+
 def write(
     folder: str | os.PathLike[str], config: peft.PeftConfig, tensors: Mapping[str, Tensor]
 ) -> None:
     """Save an adapter as PEFT does, under the base model's names; all or nothing, see `staged`."""
+    refuse_other_kinds(folder, str(config.peft_type.value))
     state = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     with staged(folder) as staging:
         (staging / WEIGHTS_FILE).write_bytes(serialize(state, metadata={"format": "pt"}))
@@ -239,15 +279,21 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def save_pretrained(model: peft.PeftModel, folder: str | os.PathLike[str], **options: Any) -> None:
-    """`model.save_pretrained(folder, **options)`, but an adapter saved there before cannot be lost.
+    """`model.save_pretrained(folder, **options)`, but a failure leaves `folder` as it was.
 
-    PEFT writes over the files in place, and a disk that fills up leaves them truncated. This writes
-    them beside, and replaces them when all are complete.
+    PEFT overwrites the files in place, and a full disk truncates them. This writes to a temporary
+    folder first, and replaces the files when all are complete.
 
     Raises:
+        ValueError: `safe_serialization=False`.
         NotADirectoryError: `folder` is a file.
         OSError: the disk cannot be written; what was in `folder` is intact.
     """
+    if not options.get("safe_serialization", True):
+        raise ValueError(
+            "safe_serialization: expected True, got False: PEFT would go on to load an older "
+            f"{WEIGHTS_FILE} in the same folder"
+        )
     with staged(folder) as staging:
         existing = Path(folder) / "README.md"
         if existing.exists():  # PEFT updates it

@@ -86,7 +86,7 @@ def test_from_peft_to_save_adapter(tmp_path, settings):
         (lambda m: m.query.__setattr__("dropout", 0.5), "^dropout: PEFT has one for all layers"),
         (
             lambda m: m.query.bias.requires_grad_(True),
-            r"^query\.bias: PEFT has no place for single",
+            r"^query\.bias: PEFT cannot save single",
         ),
         (lambda m: m.head.weight.requires_grad_(False), r"^head\.weight: not in the adapter"),
     ],
@@ -162,9 +162,9 @@ def test_bad_checkpoints(tmp_path):
             import_published(path, tmp_path / "out", **({"alpha": 32, "r": 8} | arguments))
         assert not (tmp_path / "out").exists()
 
-    refused("has no tensors <layer>.lora_A", {"weight": torch.zeros(2)})
+    refused("expected tensors <layer>.lora_A", {"weight": torch.zeros(2)})
     refused("expected a dict of tensors by name", [torch.zeros(2)])
-    refused(r"has no encoder\.0\.lora_B; is the file", {
+    refused(r"has no encoder\.0\.lora_B; the file", {
         k: v for k, v in published().items() if k != "encoder.0.lora_B"
     })  # fmt: skip
     refused(
@@ -172,6 +172,9 @@ def test_bad_checkpoints(tmp_path):
     )
     refused("has no tensors of 'pooler'", published(), modules_to_save=["pooler"])
     refused(r"^alpha: expected a finite number", published(), alpha=float("nan"))
+    refused(r"^r: expected a positive number, got 0", published(), r=0)
+    integers = {"encoder.0.lora_A": torch.ones(1, 2, dtype=torch.int64)}
+    refused(r"encoder\.0\.lora_A: expected floats, got torch\.int64", published() | integers)
     path.write_bytes(path.read_bytes()[:-100])
     refused(r"model\.bin: truncated, or holds more than tensors")
     path.write_bytes(pickle.dumps(Payload()))
@@ -210,7 +213,7 @@ def damage(folder, kind: str) -> None:
         ("truncated config", ValueError, "truncated or no config of PEFT"),
         ("no weights", FileNotFoundError, r"adapter_model\.safetensors: no such file"),
         ("no config", FileNotFoundError, r"adapter_config\.json: no such file; PeftModel"),
-        ("missing tensor", ValueError, r"dense\.dcft_C: expected shape \[8, 8\], got none"),
+        ("missing tensor", ValueError, r"dense\.dcft_C: expected floats \[8, 8\], got none"),
         ("another tensor", ValueError, r"layer_sizes does not name the layer of x\.dcft_A"),
         ("bad setting", ValueError, "kernel_size: expected a positive int"),
         ("another method", ValueError, "expected an adapter of peft_type 'DCFT', got 'LORA'"),
@@ -228,6 +231,58 @@ def test_damaged_and_foreign_folders(tmp_path, action, kind, error, message):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_a_folder_that_is_none(tmp_path):
+def test_one_adapter_does_not_hide_or_replace_another(tmp_path):
+    dcft.save_adapter(swapped(), tmp_path / "dcft")
+    adapted().save_pretrained(tmp_path / "peft")
+    export_lora(tmp_path / "peft", tmp_path / "lora")
+    for action, source, target in (
+        (export_lora, "peft", "peft"),
+        (export_lora, "peft", "dcft"),
+        (convert_adapter, "peft", "lora"),
+        (convert_adapter, "peft", "peft"),
+        (convert_adapter, "dcft", "dcft"),
+        (convert_adapter, "dcft", "lora"),
+    ):
+        before = {path.name: path.read_bytes() for path in (tmp_path / target).iterdir()}
+        with pytest.raises(ValueError, match=r"already holds an adapter of another kind"):
+            action(tmp_path / source, tmp_path / target)
+        assert {path.name: path.read_bytes() for path in (tmp_path / target).iterdir()} == before
+    adapted().save_pretrained(tmp_path / "dcft")
+    for action in (export_lora, convert_adapter):
+        with pytest.raises(
+            ValueError, match=r"has both dcft_config\.json and adapter_config\.json"
+        ):
+            action(tmp_path / "dcft", tmp_path / "new")
+
+
+class Nested(nn.Module):
+    """A layer whose name is also the ending of another's, and a head with a part of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj = nn.Linear(16, 16)
+        self.encoder = nn.ModuleDict({"proj": nn.Linear(16, 16)})
+        self.head = nn.Linear(16, 3)
+        self.head.scale = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head.scale(self.head(self.encoder["proj"](self.proj(x))))
+
+
+def test_names_that_are_endings_of_others(tmp_path):
+    model = Nested()
+    dcft.swap_linear(model, ["proj"], exclude=["encoder.proj"], init="paper")
+    dcft.freeze_base(model, trainable=["head"])
+    dcft.save_adapter(model, tmp_path / "dcft")
+    convert_adapter(tmp_path / "dcft", tmp_path / "peft")
+    loaded = peft.PeftModel.from_pretrained(Nested(), tmp_path / "peft").eval()
+    x = torch.randn(5, 16)
+    assert torch.equal(loaded(x), model.eval()(x))
+    assert loaded.targeted_module_names == ["proj"]
+    assert loaded.peft_config["default"].modules_to_save == ["head"]
+
+
+def test_a_folder_that_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^folder: '.*absent' is not a directory"):
         convert_adapter(tmp_path / "absent", tmp_path / "out")

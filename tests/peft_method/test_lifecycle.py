@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 import transformers
 from torch._dynamo.testing import CompileCounter
 
-from dcft_kernels.peft import DCFTConfig, hotswap_adapter, save_pretrained
+from dcft_kernels.peft import DCFTConfig, export_lora, hotswap_adapter, save_pretrained
 from tests.peft_method.models import TARGETS, TOKENS, adapted, assert_close, base, factors, layers
 from tests.small_models import build_small_model, logits, small_inputs
 
@@ -66,8 +67,10 @@ def test_a_config_can_be_used_for_another_model_after_saving(tmp_path):
     for size in (16, 24):
         model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(size, 8)), config)
         model.save_pretrained(tmp_path)
-        saved = json.loads((tmp_path / "adapter_config.json").read_text())
-        assert saved["layer_sizes"] == {"0": [8, size]}
+        for _ in range(2):  # a config that was read keeps them
+            saved = json.loads((tmp_path / "adapter_config.json").read_text())
+            assert saved["layer_sizes"] == {"0": [8, size]}
+            peft.PeftConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
 
 
 def test_auto_peft_model(tmp_path):
@@ -132,11 +135,28 @@ def test_hotswap_takes_everything_that_was_trained(tmp_path):
     other = adapted(seed=5, bias="dcft_only", modules_to_save=["head"])
     hotswap_adapter(other, tmp_path)
     assert torch.equal(other(TOKENS), model(TOKENS))
+    injected = base()
+    config = DCFTConfig(target_modules=TARGETS, bias="dcft_only", modules_to_save=["head"])
+    peft.inject_adapter_in_model(config, injected)
+    hotswap_adapter(injected, tmp_path)
+    assert torch.equal(injected(TOKENS), model(TOKENS))
+
+
+def test_compiled_blocks_keep_their_names(tmp_path):
+    model = causal()
+    inputs = small_inputs("llama")
+    expected = logits(model, inputs)
+    blocks = model.base_model.model.model.layers
+    for number, block in enumerate(blocks):
+        blocks[number] = torch.compile(block, backend="eager")
+    export_lora(model, tmp_path)
+    served = peft.PeftModel.from_pretrained(build_small_model("llama"), tmp_path).eval()
+    assert_close(logits(served, inputs), expected)
 
 
 def test_hotswap_refuses_and_leaves_the_model_as_it_is(tmp_path):
     model = adapted(modules_to_save=["head"])
-    before = model.state_dict()
+    before = copy.deepcopy(model.state_dict())
     adapted(target_modules=["query"]).save_pretrained(tmp_path / "fewer")
     adapted(r=2).save_pretrained(tmp_path / "rank")
     adapted().save_pretrained(tmp_path / "same")
@@ -179,6 +199,8 @@ def test_save_pretrained_replaces_all_or_nothing(tmp_path):
     assert torch.equal(loaded.eval()(TOKENS), adapted(seed=5, r=3)(TOKENS))
     with pytest.raises(NotADirectoryError, match="is a file"):
         save_pretrained(model, tmp_path / "README.md")
+    with pytest.raises(ValueError, match=r"^safe_serialization: expected True, got False"):
+        save_pretrained(model, tmp_path, safe_serialization=False)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit on the size of files")

@@ -191,8 +191,12 @@ def test_each_row_with_its_adapter():
         with context:
             expected.append(model(row[None]))
     model.set_adapter("default")
+    kept = []
+    layers(model)["query"].base_layer.register_forward_hook(lambda _, args, y: kept.append(y))
     names = ["default", "__base__", "other", "default"]
     assert_close(model(rows, adapter_names=names), torch.cat(expected))
+    x = base().embedding(rows)
+    assert torch.equal(kept[0], layers(model)["query"].base_layer(x))  # not changed in place
     with pytest.raises(ValueError, match=r"Length of `adapter_names` should be the same as"):
         model(rows, adapter_names=names[:3])
     with pytest.raises(ValueError, match=r"non-existing adapter\(s\): another"):
@@ -242,6 +246,36 @@ def test_merging_several_and_unloading_none():
     with pytest.warns(UserWarning, match="Already unmerged"):
         model.unmerge_adapter()
     assert torch.equal(model.unload()(TOKENS), base()(TOKENS))
+
+
+def test_unmerging_a_weight_that_was_changed_meanwhile():
+    """By another layer that shares it, or by the user: then increments are subtracted."""
+    tied = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    tied[1].weight = tied[0].weight
+    before = tied[0].weight.detach().clone()
+    model = adapted(model=tied, target_modules=["0", "1"])
+    model.merge_adapter()
+    assert (tied[0].base_layer.weight - before).abs().max() > 0.01
+    model.unmerge_adapter()
+    assert_close(tied[0].base_layer.weight, before)
+    model = adapted(target_modules=["query"])
+    layer = layers(model)["query"]
+    layer.merge()
+    with torch.no_grad():
+        layer.base_layer.weight.mul_(2.0)
+    expected = layer.base_layer.weight - layer.get_delta_weight("default")
+    layer.unmerge()
+    assert_close(layer.base_layer.weight, expected)
+
+
+def test_unmerging_a_diverged_adapter_restores_the_base():
+    layer = layers(adapted())["query"]
+    before = layer.weight.clone()
+    layer.dcft_A["default"].data[0, 0] = torch.nan
+    layer.merge()
+    assert layer.weight.isnan().any()
+    layer.unmerge()
+    assert torch.equal(layer.weight, before)
 
 
 def test_safe_merge_refuses_what_is_not_finite():
