@@ -1,4 +1,4 @@
-"""The weighted sum of adapters as one adapter: their ranks, one after the other."""
+"""The weighted sum of adapters as one adapter, by concatenating their ranks."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from peft.config import PeftConfig
 from dcft_kernels import validation
 from dcft_kernels.initialization import INITS
 
-# The settings that single layers may have their own of, and where the config has those.
+# The settings that can differ between layers, and the fields with the values of single layers.
 PATTERNS = {
     "r": "rank_pattern",
     "kernel_size": "kernel_size_pattern",
@@ -26,9 +26,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "stride": validation.pair,
     "alpha": validation.finite_number,
 }
-
-
-# An attribute of a config that is no field: it does not go along when the config is used elsewhere.
+# An attribute of a config, but not a field: it must not bind the config to the model it came from.
 SIZES_TO_SAVE = "_sizes_to_save"
 
 

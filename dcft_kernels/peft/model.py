@@ -47,9 +47,9 @@ class DCFTModel(BaseTuner):
                 "adapter_name: expected a name without '.', '/', '\\' and control characters, "
                 f"since it names the folder that the adapter is saved in, got {adapter_name!r}"
             )
-        if hasattr(nn.ParameterDict, adapter_name):
+        if hasattr(nn.ParameterDict(), adapter_name):
             raise ValueError(
-                f"adapter_name: {adapter_name!r} is a method of torch.nn.ParameterDict, which "
+                f"adapter_name: {adapter_name!r} is an attribute of torch.nn.ParameterDict, which "
                 "holds the adapters; choose another name"
             )
         config = self.peft_config[adapter_name]

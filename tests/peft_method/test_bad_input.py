@@ -125,6 +125,17 @@ def test_weights_of_another_method_or_in_part(tmp_path):
         peft.set_peft_model_state_dict(model, state)
 
 
+def test_unknown_adapters():
+    model = adapted()
+    with pytest.raises(ValueError, match="Adapter absent not found"):
+        model.set_adapter("absent")
+    with pytest.raises(ValueError, match="Adapter absent does not exist"):
+        model.delete_adapter("absent")
+    with pytest.raises(ValueError, match="Adapter with name 'default' already exists"):
+        model.add_adapter("default", DCFTConfig(target_modules=TARGETS))
+    assert model.active_adapters == ["default"]
+
+
 def test_truncated_weights(tmp_path):
     adapted().save_pretrained(tmp_path)
     weights = tmp_path / "adapter_model.safetensors"

@@ -226,7 +226,9 @@ save_pretrained(model, sys.argv[1])
     assert torch.equal(loaded.eval()(TOKENS), adapted()(TOKENS))
 
 
-@pytest.mark.parametrize("name", ["../up", "/etc", "a/b", "a\\b", "a.b", "", "a\n", "copy"])
+@pytest.mark.parametrize(
+    "name", ["../up", "/etc", "a/b", "a\\b", "a.b", "", "a\n", "copy", "training"]
+)
 def test_adapter_names_that_are_no_folders(name):
     with pytest.raises(ValueError, match=r"^adapter_name: "):
         peft.get_peft_model(base(), DCFTConfig(target_modules=TARGETS), adapter_name=name)
