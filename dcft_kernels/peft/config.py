@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import re
 from collections.abc import Callable, Iterable
@@ -131,17 +132,18 @@ class DCFTConfig(PeftConfig):
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, with the `layer_sizes` of the model whose state dict was taken last."""
-        fields: dict[str, Any] = super().to_dict()
-        return fields | {"layer_sizes": self.__dict__.get(SIZES_TO_SAVE, self.layer_sizes)}
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, with the `layer_sizes` of the model that is being saved."""
+        saved = copy.copy(self)
+        saved.layer_sizes = self.__dict__.get(SIZES_TO_SAVE, self.layer_sizes)
+        super(DCFTConfig, saved).save_pretrained(save_directory, **kwargs)
 
 
 def exactly(name: str) -> str:
     """The key of a pattern that matches the layer of this name alone."""
-    return "^" + re.escape(name)
+    return "^" + names_alone([name])
 
 
 def names_alone(names: Iterable[str]) -> str:
     """`target_modules` that match these layers alone; a list would match endings of names."""
-    return "|".join(map(re.escape, names))
+    return "|".join(re.escape(name).replace(r"_orig_mod\.", r"(_orig_mod\.)?") for name in names)

@@ -34,14 +34,15 @@ def convert_adapter(source: str | os.PathLike[str], target: str | os.PathLike[st
 
     Raises:
         ValueError: files that are truncated or of another method; a target with an adapter of
-            another kind; or settings that PEFT's config cannot express: nonlinearities, trained
-            parameters of adapted layers, and dropout or initialisations that differ between layers.
+            another kind; or what PEFT cannot express: nonlinearities, modules trained in part, and
+            dropout or initialisations that differ between layers.
         FileNotFoundError, NotADirectoryError, OSError: folders that cannot be read or written.
         What was in `target` is intact then.
     """
     adapter = saved.read(source)
     if (Path(source) / adapter_folder.CONFIG_FILE).exists():
-        saved.write(target, _config(adapter), adapter.factors | adapter.others)
+        others = {adapter.peft_name(key): tensor for key, tensor in adapter.others.items()}
+        saved.write(target, _config(adapter), adapter.factors | others)
         return
     saved.refuse_other_kinds(target, "save_adapter")
     layers = {name: record.to_json() for name, record in adapter.layers.items()}
@@ -145,12 +146,6 @@ def _config(adapter: saved.SavedAdapter) -> DCFTConfig:
             raise ValueError(
                 f"{name}: PEFT's DCFT has no nonlinearity, the layer has {layer.nonlinearity!r}"
             )
-    own = [key for key in adapter.others if key.rpartition(".")[0] in options]
-    if own:
-        raise ValueError(
-            f"{own[0]}: PEFT cannot save single trained parameters of adapted layers; save the "
-            "adapter without it (modules_to_save=)"
-        )
     adapter.check_modules_are_whole()
     settings: dict[str, dict[str, Any]] = {"alpha": {n: o.alpha for n, o in options.items()}}
     if {None} != set(settings["alpha"].values()):
@@ -169,6 +164,7 @@ def _config(adapter: saved.SavedAdapter) -> DCFTConfig:
         init_weights=_shared("init", {n: o.init for n, o in options.items()}),
         target_modules=names_alone(options),
         modules_to_save=adapter.modules_to_save or None,
+        bias="dcft_only" if any(f"{name}.bias" in adapter.others for name in options) else "none",
         layer_sizes={n: [r.out_features, r.in_features] for n, r in adapter.layers.items()},
         base_model_name_or_path=adapter.base_model,
         task_type=adapter.task_type,

@@ -68,7 +68,7 @@ def export_lora(
     Args:
         model_or_dir: a PEFT model with a DCFT adapter, a model with `DCFTLinear` layers, or a
             folder of `PeftModel.save_pretrained` or `save_adapter`.
-        out_dir: the folder to write; an adapter in it is replaced, all or nothing.
+        out_dir: the folder to write; a LoRA adapter in it is replaced, all or nothing.
         adapter_name: which adapter of a PEFT model.
         modules_to_save: whether to write modules that were trained in full, too. Servers refuse
             most of them; without them, outputs are not those of the trained model.
@@ -89,7 +89,9 @@ def export_lora(
         if record.options.nonlinearity is not None:
             raise not_mergeable(f"export_lora: the layer {name!r}", record.options.nonlinearity)
         factors[name] = lora_factors(source.adapter(name))
-    biases = [key for key in source.others if key.rpartition(".")[0] in source.layers]
+    # PEFT also saves the weight of an adapted output layer: the base model has it.
+    others = {k: t for k, t in source.others.items() if k.removesuffix(".weight") not in factors}
+    biases = [key for key in others if key.rpartition(".")[0] in factors]
     if biases:
         raise ValueError(
             f"export_lora: {biases[0]!r} was trained, which LoRA servers do not take; merge the "
@@ -104,7 +106,7 @@ def export_lora(
         dtype = torch.promote_types(source.factors[f"{name}.dcft_A"].dtype, torch.float32)
         tensors[f"{name}.lora_A.weight"] = F.pad(A, (0, 0, 0, missing)).to(dtype)
         tensors[f"{name}.lora_B.weight"] = F.pad(B, (0, missing)).to(dtype)
-    others = source.others if modules_to_save else {}
+    others = others if modules_to_save else {}
     if others:
         source.check_modules_are_whole()
         tensors |= others

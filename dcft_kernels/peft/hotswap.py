@@ -51,15 +51,13 @@ def hotswap_adapter(
             f"folder: {os.fspath(folder)!r} has other modules_to_save than the adapter "
             f"{adapter_name!r}: {sorted(new.others)} and {sorted(old.others)}"
         )
-    state = new.factors | new.others
+    state = new.factors | {new.peft_name(key): tensor for key, tensor in new.others.items()}
     for name, layer in layers.items():
         scaling, here = new.adapter(name).scaling, layer.scaling[adapter_name]
         if scaling != here:
             if here == 0.0:
                 raise ValueError(f"adapter_name: {adapter_name!r} has a scaling of zero in {name}")
             state[f"{name}.dcft_B"] = state[f"{name}.dcft_B"] * (scaling / here)
-        if f"{name}.bias" in new.others:  # trained with it
-            state[f"{name}.base_layer.bias"] = state.pop(f"{name}.bias")
     prefix = PREFIX if isinstance(inner, PeftModel) else ""
     named = {prefix + name: tensor for name, tensor in state.items()}
     set_peft_model_state_dict(inner, named, adapter_name=adapter_name)

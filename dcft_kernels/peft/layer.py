@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -49,11 +48,11 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
     active_adapters: list[str]
     merged: bool
     disable_adapters: bool
+    weight: Tensor
     get_base_layer: Callable[[], nn.Module]
     get_base_weight: Callable[[], Tensor]
     set_base_weight: Callable[[Tensor], None]
     set_adapter: Callable[..., None]
-    delete_adapter: Callable[[str], None]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
     def __init__(
@@ -74,8 +73,10 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
         self.dropout: dict[str, float] = {}
         self.dcft_A, self.dcft_B, self.dcft_C = (nn.ParameterDict() for _ in FACTORS)
         self.merged_adapters: list[str] = []
-        # The base weight before adapters were merged into it; None if it is quantised.
+        # The base weight before adapters were merged into it, and a checksum of what it is since;
+        # None if it is quantised.
         self._unmerged_weight: Tensor | None = None
+        self._merged_checksum = 0
         self.fan_in_fan_out = is_conv1d(self.get_base_layer())
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self._active_adapter = adapter_name
@@ -242,6 +243,7 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
             if self._unmerged_weight is None:
                 self._unmerged_weight = weight
         self.set_base_weight(merged)
+        self._merged_checksum = self._checksum()
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -253,17 +255,24 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        adapters = [self.adapter(name) for name in self.merged_adapters]
-        self.merged_adapters.clear()
-        weight = self.get_base_weight()
+        names, self.merged_adapters = self.merged_adapters, []
         before, self._unmerged_weight = self._unmerged_weight, None
-        if before is not None:
-            merged = functools.reduce(self._sum, adapters, before)
-            if torch.equal(merged.nan_to_num(), weight.nan_to_num()):
-                self.set_base_weight(before)
-                return
-        negative = [adapter._replace(scaling=-adapter.scaling) for adapter in reversed(adapters)]
-        self.set_base_weight(functools.reduce(self._sum, negative, weight))
+        if before is not None and self._checksum() == self._merged_checksum:
+            self.set_base_weight(before)
+            return
+        weight = self.get_base_weight()
+        for name in reversed(names):
+            adapter = self.adapter(name)
+            weight = self._sum(weight, adapter._replace(scaling=-adapter.scaling))
+        self.set_base_weight(weight)
+
+    def _checksum(self) -> int:
+        """Of the bits of the base weight; zero for quantised ones, and on the meta device."""
+        if self.quantization_backend is not None or self.weight.is_meta:
+            return 0
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        weight = self.weight.detach()
+        return int(weight.view(integers[weight.dtype.itemsize]).sum(dtype=torch.int64))
 
     def _sum(self, weight: Tensor, adapter: Adapter) -> Tensor:
         """A new tensor, base weight plus increment, in the base weight's shape and dtype."""
@@ -273,9 +282,12 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DCFTLinearLayer:
         """Also move or convert the weight that `unmerge` restores."""
+        unchanged = self.merged and self._checksum() == self._merged_checksum
         super()._apply(fn, recurse)
         if self._unmerged_weight is not None:
             self._unmerged_weight = fn(self._unmerged_weight)
+        if unchanged:
+            self._merged_checksum = self._checksum()
         return self
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

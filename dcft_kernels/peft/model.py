@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dcft_kernels.linear import is_conv1d
 from dcft_kernels.model import leave_fused_paths
-from dcft_kernels.peft.checkpoint import check_sizes, check_weights, sizes
+from dcft_kernels.peft.checkpoint import check_sizes, check_weights, sizes, without_compiler
 from dcft_kernels.peft.combination import combine
 from dcft_kernels.peft.config import PATTERNS, SIZES_TO_SAVE, DCFTConfig
 from dcft_kernels.peft.layer import BASE_ONLY, FACTORS, DCFTLinearLayer, layers_with
@@ -39,8 +39,8 @@ class DCFTModel(BaseTuner):
         """Add an adapter to every target, or to none.
 
         Raises:
-            ValueError: a name that cannot be a folder's, or another base model than the one that
-                the adapter was saved from; and what PEFT raises. The model is unchanged then.
+            ValueError: a name that cannot be a folder's; layers of other sizes than those that the
+                adapter was saved from; and what PEFT raises. The layers are as they were then.
         """
         if not re.fullmatch(r"[^\x00-\x1f./\\]+", adapter_name):
             raise ValueError(
@@ -54,13 +54,16 @@ class DCFTModel(BaseTuner):
             )
         config = self.peft_config[adapter_name]
         check_sizes(model, config.layer_sizes or {})
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        config.__dict__.pop(SIZES_TO_SAVE, None)  # of another model
+        had_it = layers_with(model, adapter_name).keys()
+        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            _take_out(model, adapter_name)
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+            for name in layers_with(model, adapter_name).keys() - had_it:
+                _take_out(model, name, adapter_name)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
             raise
         adapted = layers_with(model, adapter_name)
         for argument in ("kernel_size_pattern", "stride_pattern"):  # PEFT checks the others
@@ -193,6 +196,11 @@ class DCFTModel(BaseTuner):
         return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """PEFT translates keys by this in both directions, also for compiled blocks."""
+        return without_compiler(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: DCFTConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -204,13 +212,13 @@ class DCFTModel(BaseTuner):
         return remapped
 
 
-def _take_out(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter, and the layers that have no other."""
-    for name, layer in layers_with(model, adapter_name).items():
-        layer.delete_adapter(adapter_name)
-        if not layer.geometry:
-            parent, _, child_name = name.rpartition(".")
-            setattr(model.get_submodule(parent), child_name, layer.base_layer)
+def _take_out(model: nn.Module, name: str, adapter_name: str) -> None:
+    """Remove an adapter from a layer, and the layer if it has no other."""
+    layer: Any = model.get_submodule(name)
+    layer.delete_adapter(adapter_name)
+    if not layer.geometry:
+        parent, _, child_name = name.rpartition(".")
+        setattr(model.get_submodule(parent), child_name, layer.base_layer)
 
 
 def layer_settings(config: DCFTConfig, name: str) -> dict[str, Any]:

@@ -52,11 +52,17 @@ class SavedAdapter:
         scaling = 1.0 if alpha is None else alpha / record.options.rank
         return Adapter(A, B, C, scaling, record.geometry)
 
+    def peft_name(self, key: str) -> str:
+        """PEFT's name of a tensor of `others`: those of adapted layers are the base layers'."""
+        owner, _, own = key.rpartition(".")
+        return f"{owner}.base_layer.{own}" if owner in self.layers else key
+
     def check_modules_are_whole(self) -> None:
         """Raise ValueError for modules trained in part: PEFT saves and loads them whole."""
         for key in self.others:
-            weight = f"{key.rpartition('.')[0]}.weight"
-            if key.endswith(".bias") and weight not in self.others:
+            owner, _, own = key.rpartition(".")
+            weight = f"{owner}.weight"
+            if own == "bias" and owner not in self.layers and weight not in self.others:
                 raise ValueError(
                     f"{weight}: not in the adapter, which has {key}; PEFT saves modules whole: "
                     "train and save both or none (freeze_base(trainable=), modules_to_save=)"
@@ -88,7 +94,7 @@ def _read_dcft(folder: Path) -> SavedAdapter:
     records, tensors = read_adapter(folder)
     keys = {f"{name}.{factor}" for name in records for factor in FACTORS}
     others = {key: tensor for key, tensor in tensors.items() if key not in keys}
-    owners = {key.rpartition(".")[0] for key in others}
+    owners = {key.rpartition(".")[0] for key in others} - records.keys()
     outermost = [o for o in sorted(owners) if not any(o.startswith(f"{p}.") for p in owners)]
     return SavedAdapter(records, {key: tensors[key] for key in keys}, others, outermost)
 
@@ -189,7 +195,15 @@ def _checked(
     unknown = [key for key in tensors if key.rpartition(".")[2] in FACTORS]
     if unknown:
         raise ValueError(f"{source}: layer_sizes does not name the layer of {unknown[0]}")
-    others = {key.replace(".base_layer.", "."): tensor for key, tensor in tensors.items()}
+    others = {}
+    for key, tensor in tensors.items():
+        owner, _, own = key.rpartition(".")
+        layer = owner.removesuffix(".base_layer")
+        if ".base_layer." in key and layer not in layers:
+            raise ValueError(
+                f"{source}: {key} is part of another adapter, inside of this one; merge that first"
+            )
+        others[f"{layer}.{own}"] = tensor
     return SavedAdapter(
         layers, factors, others, list(config.modules_to_save or []),
         config.base_model_name_or_path, config.task_type,
@@ -227,11 +241,12 @@ def refuse_other_kinds(folder: str | os.PathLike[str], kind: str) -> None:
         kind: `"save_adapter"` or PEFT's name of the method.
     """
     found = {"save_adapter"} if (Path(folder) / adapter_folder.CONFIG_FILE).exists() else set()
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         try:
-            found.add(json.loads((Path(folder) / CONFIG_FILE).read_text("utf-8"))["peft_type"])
+            config = json.loads((Path(folder) / CONFIG_FILE).read_text("utf-8"))
+            found.add(str(config["peft_type"]))
         except (ValueError, TypeError, KeyError):
-            found.add("unknown")
+            found.add(f"a {CONFIG_FILE} that cannot be read")
     if others := found - {kind}:
         raise ValueError(
             f"folder: {os.fspath(folder)!r} already holds an adapter of another kind "
@@ -285,7 +300,7 @@ def save_pretrained(model: peft.PeftModel, folder: str | os.PathLike[str], **opt
     folder first, and replaces the files when all are complete.
 
     Raises:
-        ValueError: `safe_serialization=False`.
+        ValueError: `safe_serialization=False`; an adapter of another kind in the folder.
         NotADirectoryError: `folder` is a file.
         OSError: the disk cannot be written; what was in `folder` is intact.
     """
@@ -294,6 +309,9 @@ def save_pretrained(model: peft.PeftModel, folder: str | os.PathLike[str], **opt
             "safe_serialization: expected True, got False: PEFT would go on to load an older "
             f"{WEIGHTS_FILE} in the same folder"
         )
+    for name in options.get("selected_adapters") or model.peft_config:
+        own_folder = Path(folder) if name == "default" else Path(folder, name)
+        refuse_other_kinds(own_folder, str(model.peft_config[name].peft_type.value))
     with staged(folder) as staging:
         existing = Path(folder) / "README.md"
         if existing.exists():  # PEFT updates it

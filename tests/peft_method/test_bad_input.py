@@ -60,15 +60,20 @@ def test_models(settings, error, message):
     model = base()
     model.convolution = nn.Conv1d(4, 4, 1)
     model.embedding.requires_grad_(False)
-    before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+
+    def parameters() -> dict[str, tuple[int, bool]]:
+        return {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+
+    before = parameters()
     with pytest.raises(error, match=message):
         adapted(model=model, **settings)
-    assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == before
+    assert parameters() == before
     wrapped = adapted(model=model)
-    keys = wrapped.state_dict().keys()
+    wrapped.base_model.set_adapter("default", inference_mode=True)
+    before = parameters()
     with pytest.raises(error, match=message):
         wrapped.add_adapter("other", DCFTConfig(**{"target_modules": TARGETS} | settings))
-    assert wrapped.state_dict().keys() == keys
+    assert parameters() == before
     assert wrapped.active_adapters == ["default"]
 
 
@@ -96,12 +101,9 @@ def test_another_base_model(tmp_path):
     fewer = nn.Sequential(base(), base())
     two = adapted(model=fewer, target_modules=["query"])
     two.save_pretrained(tmp_path / "two")
-    with pytest.raises(
-        ValueError, match=r"^model: is not the base model .* 1\.query is not in the"
-    ):
-        peft.PeftModel.from_pretrained(nn.Sequential(base()), tmp_path / "two")
-    with pytest.raises(ValueError, match=r"^state_dict: has no weights for this adapter"):
-        peft.PeftModel.from_pretrained(base(), tmp_path / "two")
+    for one in (nn.Sequential(base()), base()):
+        with pytest.raises(ValueError, match=r"^state_dict: .\.query\.dcft_A and . other weights"):
+            peft.PeftModel.from_pretrained(one, tmp_path / "two")
     with pytest.raises(ValueError, match="Target modules"):
         peft.PeftModel.from_pretrained(nn.Sequential(nn.Linear(3, 3)), tmp_path)
     second = adapted(target_modules=["query"])
@@ -114,7 +116,7 @@ def test_another_base_model(tmp_path):
 def test_weights_of_another_method_or_in_part(tmp_path):
     model = adapted()
     state = peft.get_peft_model_state_dict(model)
-    with pytest.raises(ValueError, match=r"^state_dict: has no weights for this adapter; were"):
+    with pytest.raises(ValueError, match=r"^state_dict: has no weights of DCFT; were they saved"):
         peft.set_peft_model_state_dict(
             model, {"base_model.model.query.lora_A.weight": torch.ones(1)}
         )

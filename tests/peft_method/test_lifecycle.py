@@ -149,9 +149,55 @@ def test_compiled_blocks_keep_their_names(tmp_path):
     blocks = model.base_model.model.model.layers
     for number, block in enumerate(blocks):
         blocks[number] = torch.compile(block, backend="eager")
-    export_lora(model, tmp_path)
-    served = peft.PeftModel.from_pretrained(build_small_model("llama"), tmp_path).eval()
+    export_lora(model, tmp_path / "lora")
+    served = peft.PeftModel.from_pretrained(build_small_model("llama"), tmp_path / "lora").eval()
     assert_close(logits(served, inputs), expected)
+    model.save_pretrained(tmp_path / "peft")
+    loaded = peft.PeftModel.from_pretrained(build_small_model("llama"), tmp_path / "peft").eval()
+    assert torch.equal(logits(loaded, inputs), expected)
+    causal(5).save_pretrained(tmp_path / "other")
+    hotswap_adapter(model, tmp_path / "other")
+    assert_close(logits(model, inputs), logits(causal(5), inputs))
+    model.load_adapter(tmp_path / "peft", "again")
+    model.set_adapter("again")
+    assert_close(logits(model, inputs), expected)
+
+
+def test_an_adapted_output_layer(tmp_path):
+    """PEFT saves the base weight of such a layer with the adapter."""
+    model = causal(target_modules=["q_proj", "lm_head"])
+    inputs = small_inputs("llama")
+    expected = logits(model, inputs)
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        model.save_pretrained(tmp_path / "peft")
+    assert export_lora(tmp_path / "peft", tmp_path / "lora").refused == {}
+    for folder in ("peft", "lora"):
+        fresh = build_small_model("llama")
+        loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / folder).eval()
+        assert_close(logits(loaded, inputs), expected)
+
+
+def test_an_adapter_inside_of_another_is_not_exported(tmp_path):
+    inner = peft.get_peft_model(base(), peft.LoraConfig(target_modules=["query"]))
+    model = adapted(model=inner.base_model.model, target_modules=["query"])
+    with pytest.raises(ValueError, match=r"is part of another adapter, inside of this one"):
+        export_lora(model, tmp_path)
+
+
+def test_renamed_modules(tmp_path):
+    """PEFT's `key_mapping`, which transformers also uses where an architecture has changed."""
+    model = causal(target_modules=["q_proj", "lm_head"])
+    expected = logits(model, small_inputs("llama"))
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        model.save_pretrained(tmp_path)
+    renamed = build_small_model("llama")
+    renamed.vlm, renamed.base_model_prefix = renamed.model, "vlm"
+    del renamed.model
+    mapping = {r"^model\.": "vlm."}
+    loaded = peft.PeftModel.from_pretrained(renamed, tmp_path, key_mapping=mapping)
+    inner = loaded.base_model.model
+    inner.model = inner.vlm  # so that its forward pass finds it
+    assert torch.equal(logits(inner.eval(), small_inputs("llama")), expected)
 
 
 def test_hotswap_refuses_and_leaves_the_model_as_it_is(tmp_path):
@@ -199,6 +245,9 @@ def test_save_pretrained_replaces_all_or_nothing(tmp_path):
     assert torch.equal(loaded.eval()(TOKENS), adapted(seed=5, r=3)(TOKENS))
     with pytest.raises(NotADirectoryError, match="is a file"):
         save_pretrained(model, tmp_path / "README.md")
+    export_lora(model, tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"already holds an adapter of another kind \(LORA\)"):
+        save_pretrained(model, tmp_path / "lora")
     with pytest.raises(ValueError, match=r"^safe_serialization: expected True, got False"):
         save_pretrained(model, tmp_path, safe_serialization=False)
 

@@ -268,6 +268,29 @@ def test_unmerging_a_weight_that_was_changed_meanwhile():
     assert_close(layer.base_layer.weight, expected)
 
 
+@pytest.mark.parametrize("dtypes", [("bfloat16",), ("bfloat16", "float32"), ("float64",)])
+def test_unmerging_after_a_conversion(dtypes):
+    model = adapted()
+    before = layers(model)["query"].weight.detach().clone()
+    model.merge_adapter()
+    for name in dtypes:
+        dtype = getattr(torch, name)
+        model, before = model.to(dtype), before.to(dtype)
+    model.unmerge_adapter()
+    assert torch.equal(layers(model)["query"].weight, before)
+
+
+def test_unmerging_after_other_factors_were_loaded():
+    model = adapted()
+    before = layers(model)["query"].weight.detach().clone()
+    model.merge_adapter()
+    peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(adapted(seed=5)))
+    model.unmerge_adapter()
+    assert torch.equal(layers(model)["query"].weight, before)
+    model.merge_adapter()
+    assert_close(model(TOKENS), adapted(seed=5)(TOKENS))
+
+
 def test_unmerging_a_diverged_adapter_restores_the_base():
     layer = layers(adapted())["query"]
     before = layer.weight.clone()
