@@ -8,8 +8,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dcft_kernels import adapter_folder, validation
@@ -83,7 +81,7 @@ def import_published(
     if validation.finite_number("r", r) <= 0:
         raise ValueError(f"r: expected a positive number, got {r}")
     scaling = validation.finite_number("alpha", alpha) / (r + 1e-5)
-    state = _read_checkpoint(Path(checkpoint))
+    state = saved.load_tensors(Path(checkpoint))
     names = [key.removesuffix(".lora_C") for key in state if key.endswith(".lora_C")]
     if not names:
         raise ValueError(
@@ -121,15 +119,6 @@ def import_published(
     saved.write(target, _config(adapter), factors | others)
 
 
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    if path.suffix != ".safetensors":
-        return saved.load_pickle(path)
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file: {error}") from None
-
-
 def _published(checkpoint: object, state: dict[str, Tensor], key: str) -> Tensor:
     if key not in state:
         raise ValueError(f"{checkpoint}: has no {key}; the file is incomplete")
@@ -139,7 +128,7 @@ def _published(checkpoint: object, state: dict[str, Tensor], key: str) -> Tensor
 
 
 def _config(adapter: saved.SavedAdapter) -> DCFTConfig:
-    """PEFT's config of an adapter; ValueError for what it has no place for."""
+    """PEFT's config of an adapter; ValueError for what it cannot express."""
     options = {name: record.options for name, record in adapter.layers.items()}
     for name, layer in options.items():
         if layer.nonlinearity is not None:

@@ -121,33 +121,27 @@ def _read_peft(folder: Path) -> SavedAdapter:
             f"{path}: has no layer_sizes; load the adapter into its base model with "
             "PeftModel.from_pretrained, and save it again or pass that model"
         )
-    return _checked(config, config.layer_sizes, _read_weights(folder), path)
+    weights = folder / WEIGHTS_FILE
+    if not weights.exists() and (folder / "adapter_model.bin").exists():
+        weights = folder / "adapter_model.bin"
+    return _checked(config, config.layer_sizes, load_tensors(weights), path)
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS_FILE
-    if not path.exists() and (folder / "adapter_model.bin").exists():
-        return load_pickle(folder / "adapter_model.bin")
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors by name from a file of safetensors or `torch.save`, without running any code in it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is truncated, or holds anything but a dict of tensors.
+    """
     try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: no such file; PeftModel.save_pretrained writes it"
-        ) from None
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file: {error}") from None
-
-
-def load_pickle(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from a file of `torch.save`, without running code that it may hold."""
-    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except Exception as error:  # of many types, by where the file ends
-        raise ValueError(
-            f"{path}: truncated, or holds more than tensors, which is not loaded: {error}"
-        ) from None
+        raise ValueError(f"{path}: truncated, or not a file of tensors alone: {error}") from None
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise ValueError(f"{path}: expected a dict of tensors by name")
     return found
@@ -183,7 +177,7 @@ def _checked(
     for name, (out_features, in_features) in layer_sizes.items():
         A = tensors.get(f"{name}.dcft_A")
         if A is None:
-            raise ValueError(f"{source}: the weights have no {name}.dcft_A; is a file truncated?")
+            raise ValueError(f"{source}: the weights have no {name}.dcft_A; they are incomplete")
         layers[name] = _record(config, name, in_features, out_features, A.dtype)
         for factor, shape in factor_shapes(layers[name].geometry).items():
             key = f"{name}.{factor}"

@@ -172,9 +172,9 @@ def test_bad_checkpoints(tmp_path):
     integers = {"encoder.0.lora_A": torch.ones(1, 2, dtype=torch.int64)}
     refused(r"encoder\.0\.lora_A: expected floats, got torch\.int64", published() | integers)
     path.write_bytes(path.read_bytes()[:-100])
-    refused(r"model\.bin: truncated, or holds more than tensors")
+    refused(r"model\.bin: truncated, or not a file of tensors")
     path.write_bytes(pickle.dumps(Payload()))
-    refused("holds more than tensors, which is not loaded")
+    refused("truncated, or not a file of tensors alone")
     with pytest.raises(FileNotFoundError, match=r"absent\.bin: no such file"):
         import_published(tmp_path / "absent.bin", tmp_path / "out", alpha=32, r=8)
 
@@ -205,7 +205,7 @@ def damage(folder, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        ("truncated weights", ValueError, "truncated or not a safetensors file"),
+        ("truncated weights", ValueError, "truncated, or not a file of tensors alone"),
         ("truncated config", ValueError, "truncated or no config of PEFT"),
         ("no weights", FileNotFoundError, r"adapter_model\.safetensors: no such file"),
         ("no config", FileNotFoundError, r"adapter_config\.json: no such file; PeftModel"),
