@@ -124,6 +124,7 @@ def test_published_checkpoints(tmp_path, suffix):
     save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
     with pytest.warns(UserWarning, match=r"left out 1 other tensors .* such as encoder\.0\.weight"):
         import_published(path, tmp_path / "peft", alpha=32, r=8, modules_to_save=["head"])
+    assert peft.PeftConfig.from_pretrained(tmp_path / "peft").alpha == 32 / (8 + 1e-5)
     plain = Published()
     plain.encoder[0].weight.data.copy_(tensors["encoder.0.weight"])
     model = peft.PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
@@ -277,6 +278,14 @@ def test_names_that_are_endings_of_others(tmp_path):
     assert torch.equal(loaded(x), model.eval()(x))
     assert loaded.targeted_module_names == ["proj"]
     assert loaded.peft_config["default"].modules_to_save == ["head"]
+    both = Nested()
+    dcft.swap_linear(both, ["encoder.proj"], init="paper")
+    dcft.swap_linear(both, ["proj"], exclude=["encoder.proj"], init="paper", rank=2)
+    dcft.freeze_base(both)
+    dcft.save_adapter(both, tmp_path / "dcft")
+    convert_adapter(tmp_path / "dcft", tmp_path / "both")
+    loaded = peft.PeftModel.from_pretrained(Nested(), tmp_path / "both").eval()
+    assert torch.equal(loaded(x), both.eval()(x))
 
 
 def test_a_folder_that_is_missing(tmp_path):

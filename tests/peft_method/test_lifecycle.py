@@ -71,6 +71,9 @@ def test_a_config_can_be_used_for_another_model_after_saving(tmp_path):
             saved = json.loads((tmp_path / "adapter_config.json").read_text())
             assert saved["layer_sizes"] == {"0": [8, size]}
             peft.PeftConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(40, 8)), config)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["layer_sizes"] is None
 
 
 def test_auto_peft_model(tmp_path):
@@ -240,7 +243,10 @@ def test_save_pretrained_replaces_all_or_nothing(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(other, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    link = tmp_path.with_name("link")
+    link.hardlink_to(tmp_path / "adapter_model.safetensors")
     save_pretrained(adapted(seed=5, r=3), tmp_path)
+    assert link.read_bytes() == files["adapter_model.safetensors"]  # replaced, not written over
     loaded = peft.PeftModel.from_pretrained(base(), tmp_path)
     assert torch.equal(loaded.eval()(TOKENS), adapted(seed=5, r=3)(TOKENS))
     with pytest.raises(NotADirectoryError, match="is a file"):
