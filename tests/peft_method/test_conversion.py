@@ -259,17 +259,17 @@ class Nested(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.proj = nn.Linear(16, 16)
-        self.encoder = nn.ModuleDict({"proj": nn.Linear(16, 16)})
+        self.tower = nn.ModuleDict({"proj": nn.Linear(16, 16)})
         self.head = nn.Linear(16, 3)
         self.head.scale = nn.Linear(3, 3)
 
     def forward(self, x):
-        return self.head.scale(self.head(self.encoder["proj"](self.proj(x))))
+        return self.head.scale(self.head(self.tower["proj"](self.proj(x))))
 
 
 def test_names_that_are_endings_of_others(tmp_path):
     model = Nested()
-    dcft.swap_linear(model, ["proj"], exclude=["encoder.proj"], init="paper")
+    dcft.swap_linear(model, ["proj"], exclude=["tower.proj"], init="paper")
     dcft.freeze_base(model, trainable=["head"])
     dcft.save_adapter(model, tmp_path / "dcft")
     convert_adapter(tmp_path / "dcft", tmp_path / "peft")
@@ -279,8 +279,8 @@ def test_names_that_are_endings_of_others(tmp_path):
     assert loaded.targeted_module_names == ["proj"]
     assert loaded.peft_config["default"].modules_to_save == ["head"]
     both = Nested()
-    dcft.swap_linear(both, ["encoder.proj"], init="paper")
-    dcft.swap_linear(both, ["proj"], exclude=["encoder.proj"], init="paper", rank=2)
+    dcft.swap_linear(both, ["tower.proj"], init="paper")
+    dcft.swap_linear(both, ["proj"], exclude=["tower.proj"], init="paper", rank=2)
     dcft.freeze_base(both)
     dcft.save_adapter(both, tmp_path / "dcft")
     convert_adapter(tmp_path / "dcft", tmp_path / "both")
