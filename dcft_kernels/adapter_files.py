@@ -127,11 +127,9 @@ def save_adapter(
     if modules_to_save is not None:
         check_patterns("modules_to_save", modules_to_save)
     names = canonical_names(model)
-    records = {names[name]: LayerRecord.of(layer).to_json() for name, layer in layers.items()}
+    records = {names[name]: LayerRecord.of(layer) for name, layer in layers.items()}
     factors, others, left_out = _tensors_to_save(model, records.keys(), modules_to_save)
-    config: dict[str, Any] = {"format_version": 2 if others else 1, "layers": records}
-    config |= {"modules_to_save": sorted(others)} if others else {}
-    once(model, lambda: adapter_folder.write(folder, config, factors | others))
+    once(model, lambda: write_adapter(folder, records, factors, others))
     if left_out:
         more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
         warnings.warn(
@@ -139,6 +137,19 @@ def save_adapter(
             "modules_to_save, or omit that argument to save everything trainable",
             stacklevel=2,
         )
+
+
+def write_adapter(
+    folder: Path,
+    records: dict[str, LayerRecord],
+    factors: dict[str, Tensor],
+    others: dict[str, Tensor],
+) -> None:
+    """Write what `read_adapter` reads; the tensors as for `adapter_folder.write`."""
+    layers = {name: record.to_json() for name, record in records.items()}
+    config: dict[str, Any] = {"format_version": 2 if others else 1, "layers": layers}
+    config |= {"modules_to_save": sorted(others)} if others else {}
+    adapter_folder.write(folder, config, factors | others)
 
 
 def _tensors_to_save(

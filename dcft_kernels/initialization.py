@@ -81,6 +81,12 @@ def default_alpha(geometry: Geometry, init: str) -> float | None:
     return as_loras_loss / outputs.stride**0.25
 
 
+def scaling_of(geometry: Geometry, init: str, alpha: float | None) -> float:
+    """`alpha / rank`; where `alpha` is None, with the one that goes with `init`."""
+    alpha = default_alpha(geometry, init) if alpha is None else alpha
+    return 1.0 if alpha is None else alpha / geometry.rank
+
+
 @torch.no_grad()
 def initialize(A: Tensor, B: Tensor, C: Tensor, geometry: Geometry, init: str) -> None:
     """Draw the factors in place, from PyTorch's default generator of their device."""

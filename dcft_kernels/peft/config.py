@@ -132,6 +132,11 @@ class DCFTConfig(PeftConfig):
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
             )
 
+    @property
+    def init(self) -> str:
+        """The name in `dcft_kernels.initialization`; False differs from True in `dcft_B` alone."""
+        return self.init_weights if isinstance(self.init_weights, str) else "balanced"
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, with the `layer_sizes` of the model that is being saved."""
         saved = copy.copy(self)

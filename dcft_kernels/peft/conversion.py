@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dcft_kernels import adapter_folder, validation
-from dcft_kernels.adapter_files import LayerRecord
+from dcft_kernels.adapter_files import LayerRecord, write_adapter
 from dcft_kernels.linear import DCFTOptions
 from dcft_kernels.peft import saved
 from dcft_kernels.peft.config import PATTERNS, DCFTConfig, exactly, names_alone
@@ -43,11 +43,7 @@ def convert_adapter(source: str | os.PathLike[str], target: str | os.PathLike[st
         saved.write(target, _config(adapter), adapter.factors | others)
         return
     saved.refuse_other_kinds(target, "save_adapter")
-    layers = {name: record.to_json() for name, record in adapter.layers.items()}
-    config: dict[str, Any] = {"format_version": 2 if adapter.others else 1, "layers": layers}
-    config |= {"modules_to_save": sorted(adapter.others)} if adapter.others else {}
-    tensors = {key: t.contiguous() for key, t in (adapter.factors | adapter.others).items()}
-    adapter_folder.write(Path(target), config, tensors)
+    write_adapter(Path(target), adapter.layers, adapter.factors, adapter.others)
 
 
 def import_published(

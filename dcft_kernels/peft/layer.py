@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dcft_kernels import validation
 from dcft_kernels.adapter import Adapter, Geometry
 from dcft_kernels.functional import dcft_linear, dcft_update, delta_weight, merged_weight
-from dcft_kernels.initialization import default_alpha, initialize
+from dcft_kernels.initialization import initialize, scaling_of
 from dcft_kernels.linear import is_conv1d
 from dcft_kernels.peft.config import DCFTConfig
 
@@ -73,8 +73,8 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
         self.dropout: dict[str, float] = {}
         self.dcft_A, self.dcft_B, self.dcft_C = (nn.ParameterDict() for _ in FACTORS)
         self.merged_adapters: list[str] = []
-        # The base weight before adapters were merged into it, and a checksum of what it is since;
-        # None if it is quantised.
+        # The base weight before adapters were merged into it, and a checksum of the merged one.
+        # None if it is quantised, or was changed between two merges.
         self._unmerged_weight: Tensor | None = None
         self._merged_checksum = 0
         self.fan_in_fan_out = is_conv1d(self.get_base_layer())
@@ -89,18 +89,14 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
         geometry = Geometry.build(
             self.in_features, self.out_features, settings["r"], kernel_size, stride
         )
-        init = config.init_weights if isinstance(config.init_weights, str) else "balanced"
-        alpha = settings["alpha"]
-        if alpha is None:
-            alpha = default_alpha(geometry, init)
         self.geometry[adapter_name] = geometry
-        self.scaling[adapter_name] = 1.0 if alpha is None else alpha / geometry.rank
+        self.scaling[adapter_name] = scaling_of(geometry, config.init, settings["alpha"])
         self.dropout[adapter_name] = config.dropout
         A, B, C = (
             nn.Parameter(torch.empty(shape))
             for shape in (geometry.shape_A, geometry.shape_B, geometry.shape_C)
         )
-        initialize(A, B, C, geometry, init)
+        initialize(A, B, C, geometry, config.init)
         if config.init_weights is False:
             # An input of variance v gets an increment of variance v / 9 (without overlap), as from
             # LoRA's init_lora_weights=False.
@@ -240,8 +236,10 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
                     "merge: the base layer computes its weight from other parameters (pruning, "
                     "parametrizations); undo that first, since the sum would be lost"
                 )
-            if self._unmerged_weight is None:
+            if not self.merged:
                 self._unmerged_weight = weight
+            elif self._checksum() != self._merged_checksum:
+                self._unmerged_weight = None  # restoring it would lose that change
         self.set_base_weight(merged)
         self._merged_checksum = self._checksum()
 
@@ -270,9 +268,8 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
         """Of the bits of the base weight; zero for quantised ones, and on the meta device."""
         if self.quantization_backend is not None or self.weight.is_meta:
             return 0
-        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        weight = self.weight.detach()
-        return int(weight.view(integers[weight.dtype.itemsize]).sum(dtype=torch.int64))
+        integers = getattr(torch, f"int{8 * self.weight.dtype.itemsize}")
+        return int(self.weight.detach().view(integers).sum(dtype=torch.int64))
 
     def _sum(self, weight: Tensor, adapter: Adapter) -> Tensor:
         """A new tensor, base weight plus increment, in the base weight's shape and dtype."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dcft_kernels import adapter_folder
 from dcft_kernels.adapter import Adapter
 from dcft_kernels.adapter_files import LayerRecord, factor_shapes, read_adapter
-from dcft_kernels.initialization import default_alpha
+from dcft_kernels.initialization import default_alpha, scaling_of
 from dcft_kernels.linear import DCFTOptions
 from dcft_kernels.peft.checkpoint import PREFIX, base_name, sizes
 from dcft_kernels.peft.config import DCFTConfig, DcftType
@@ -48,8 +48,7 @@ class SavedAdapter:
         """The adapter of one layer, as backends take it."""
         record = self.layers[name]
         A, B, C = (self.factors[f"{name}.{factor}"] for factor in FACTORS)
-        alpha = _alpha(record)
-        scaling = 1.0 if alpha is None else alpha / record.options.rank
+        scaling = scaling_of(record.geometry, record.options.init, record.options.alpha)
         return Adapter(A, B, C, scaling, record.geometry)
 
     def peft_name(self, key: str) -> str:
@@ -208,23 +207,15 @@ def _record(
     config: DCFTConfig, name: str, in_features: int, out_features: int, dtype: torch.dtype
 ) -> LayerRecord:
     settings = layer_settings(config, name)
-    init = config.init_weights if isinstance(config.init_weights, str) else "balanced"
     options = DCFTOptions(
         settings["r"], settings["kernel_size"], settings["stride"], settings["alpha"],
-        config.dropout, init, adapter_dtype=dtype,
+        config.dropout, config.init, adapter_dtype=dtype,
     )  # fmt: skip
     record = LayerRecord(in_features, out_features, options)
-    return LayerRecord(
-        in_features, out_features, dataclasses.replace(options, alpha=_alpha(record))
-    )
-
-
-def _alpha(record: LayerRecord) -> float | None:
-    """The layer's alpha; where none is given, what goes with its initialisation."""
-    options = record.options
     if options.alpha is None:
-        return default_alpha(record.geometry, options.init)
-    return options.alpha
+        alpha = default_alpha(record.geometry, config.init)
+        record = dataclasses.replace(record, options=dataclasses.replace(options, alpha=alpha))
+    return record
 
 
 def refuse_other_kinds(folder: str | os.PathLike[str], kind: str) -> None:

@@ -253,7 +253,7 @@ def test_one_adapter_does_not_hide_or_replace_another(tmp_path):
 
 
 class Nested(nn.Module):
-    """A layer whose name is also the ending of another's, and a head with a part of its own."""
+    """`proj` is a suffix of `tower.proj`, and the head has a submodule."""
 
     def __init__(self) -> None:
         super().__init__()

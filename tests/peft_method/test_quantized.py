@@ -234,7 +234,7 @@ def test_torchao(tmp_path):
     expected = logits(model, inputs)
     expected.sum().backward()
     model.save_pretrained(tmp_path / "adapter")
-    # What quantising costs is small beside what the adapter does.
+    # The quantization error is small compared with the effect of the adapter.
     close = 0.2 * (expected - before).abs().max()
     twin = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter").eval()
     assert (logits(twin, inputs) - expected).abs().max() < close

@@ -259,13 +259,16 @@ def test_unmerging_a_weight_that_was_changed_meanwhile():
     model.unmerge_adapter()
     assert_close(tied[0].base_layer.weight, before)
     model = adapted(target_modules=["query"])
+    model.add_adapter("other", DCFTConfig(target_modules=["query"], init_weights=False))
     layer = layers(model)["query"]
-    layer.merge()
-    with torch.no_grad():
-        layer.base_layer.weight.mul_(2.0)
-    expected = layer.base_layer.weight - layer.get_delta_weight("default")
-    layer.unmerge()
-    assert_close(layer.base_layer.weight, expected)
+    for second in ([], ["other"]):  # the change may lie between two merges
+        layer.merge()
+        with torch.no_grad():
+            layer.base_layer.weight.mul_(2.0)
+        expected = layer.base_layer.weight - layer.get_delta_weight("default")
+        layer.merge(adapter_names=second)
+        layer.unmerge()
+        assert_close(layer.base_layer.weight, expected)
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16",), ("bfloat16", "float32"), ("float64",)])

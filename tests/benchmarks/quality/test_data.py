@@ -67,6 +67,7 @@ def test_pairs_and_scores_are_read(tmp_path: Path) -> None:
     [
         ("cola", [("text", "label"), ("a", 0)], r"dev\.tsv.*sentence1"),
         ("rte", [HEADER, ("a", 0)], r"dev\.tsv.*sentence2"),
+        ("cola", [HEADER, ("a", 0, 1)], r"line 2: .*expected 2"),
         ("cola", [HEADER], r"dev\.tsv holds no examples"),
         ("cola", [HEADER, ("a", 0), ("b", 2)], r"row 2: .* one of 0 to 1, got '2'"),
         ("cola", [HEADER, ("a", "0.5")], r"row 1: .* one of 0 to 1, got '0\.5'"),
