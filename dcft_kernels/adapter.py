@@ -17,6 +17,9 @@ from torch import Tensor
 
 Pair = tuple[int, int]
 
+SHARED, PER_RANK = "shared", "per_rank"
+"""Whether the ranks of an adapter share one kernel, or each has its own."""
+
 
 class Side(NamedTuple):
     """The windows along one side of `DW`."""
@@ -43,10 +46,17 @@ class Geometry(NamedTuple):
     rank: int
     outputs: Side
     inputs: Side
+    per_rank: bool = False  # whether every rank has its own kernel: `C [k, d_out, d_in]`
 
     @classmethod
     def build(
-        cls, in_features: int, out_features: int, rank: int, kernel_size: Pair, stride: Pair
+        cls,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        kernel_size: Pair,
+        stride: Pair,
+        per_rank: bool = False,
     ) -> Geometry:
         """The geometry for given sizes; `kernel_size` and `stride` are `(out, in)` pairs."""
         outputs, inputs = (
@@ -55,7 +65,7 @@ class Geometry(NamedTuple):
                 (out_features, in_features), kernel_size, stride, strict=True
             )
         )
-        return cls(rank, outputs, inputs)
+        return cls(rank, outputs, inputs, per_rank)
 
     @property
     def kernel_size(self) -> Pair:
@@ -78,9 +88,9 @@ class Geometry(NamedTuple):
         return (self.outputs.windows, self.rank)
 
     @property
-    def shape_C(self) -> Pair:
-        """`(d_out, d_in)`."""
-        return self.kernel_size
+    def shape_C(self) -> tuple[int, ...]:
+        """`(d_out, d_in)`, or `(k, d_out, d_in)` with a kernel per rank."""
+        return (self.rank, *self.kernel_size) if self.per_rank else self.kernel_size
 
 
 def window_count(size: int, width: int, stride: int) -> int:
@@ -97,7 +107,7 @@ class Adapter(NamedTuple):
 
     A: Tensor  # [k, I]
     B: Tensor  # [J, k]
-    C: Tensor  # [d_out, d_in]
+    C: Tensor  # [d_out, d_in] or [k, d_out, d_in]
     scaling: float
     geometry: Geometry
     dropout_p: float = 0.0

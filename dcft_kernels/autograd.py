@@ -101,8 +101,8 @@ def is_traced(tensor: Tensor) -> bool:
 
 
 def _flatten(adapter: Adapter) -> tuple[Any, ...]:
-    A, B, C, scaling, (rank, outputs, inputs), dropout_p, seed, _ = adapter
-    return A, B, C, seed, scaling, (rank, *outputs, *inputs), dropout_p
+    A, B, C, scaling, (rank, outputs, inputs, per_rank), dropout_p, seed, _ = adapter
+    return A, B, C, seed, scaling, (rank, *outputs, *inputs, per_rank), dropout_p
 
 
 def _unflatten(
@@ -118,8 +118,8 @@ def _unflatten(
 
 
 @functools.lru_cache(maxsize=4096)
-def _geometry(rank: int, *sides: int) -> Geometry:
-    return Geometry(rank, Side(*sides[:4]), Side(*sides[4:]))
+def _geometry(rank: int, *numbers: int) -> Geometry:
+    return Geometry(rank, Side(*numbers[:4]), Side(*numbers[4:8]), bool(numbers[8]))
 
 
 def _passes(strategy: str) -> Any:
@@ -261,7 +261,7 @@ def _forward_operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("dcft_kernels::forward", lib=LIBRARY)
 def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     _, _, _, A, _, C, _, _, (_, out_features, *_), _, _ = arguments
-    U = x.new_empty(x.shape[0], A.shape[0] * C.shape[1], dtype=dtype_of_U(x.dtype))
+    U = x.new_empty(x.shape[0], A.shape[0] * C.shape[-1], dtype=dtype_of_U(x.dtype))
     return x.new_empty(x.shape[0], out_features), U
 
 

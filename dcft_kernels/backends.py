@@ -84,8 +84,9 @@ def select(
     if reason is None and strategy == "seeded":
         from dcft_kernels.triton import seeded
 
-        rank, outputs, inputs = adapter.geometry
-        reason = seeded.why_not_constant(dtype, adapter.A.device, rank, *outputs, *inputs)
+        rank, outputs, inputs, per_rank = adapter.geometry
+        device = adapter.A.device
+        reason = seeded.why_not_constant(dtype, device, per_rank, rank, *outputs, *inputs)
     if reason is None:
         return "triton" if strategy == "auto" else strategy
     if strategy != "auto":

@@ -74,7 +74,7 @@ def explain(layer: DCFTLinear, *, tokens: int, dtype: torch.dtype | None = None)
     tokens = validation.positive_int("tokens", tokens)
     dtype = layer.weight.dtype if dtype is None else validation.float_dtype("dtype", dtype)
     strategy, backward, reason = _choice(layer, tokens, dtype)
-    rank, outputs, inputs = layer.geometry
+    rank, outputs, inputs, _ = layer.geometry
     m, n = outputs.size, inputs.size
     name = f"DCFT layer {n} -> {m}, rank {rank}, kernel {outputs.width}x{inputs.width}, {dtype}"
     # y = x W^T and gx = g W, each reading two matrices and writing one.
@@ -114,7 +114,7 @@ def _adapter_work(
     layer: DCFTLinear, tokens: int, dtype: torch.dtype, strategy: str, backward: str
 ) -> Work:
     """What the adapter adds to the frozen layer, forward and backward."""
-    rank, outputs, inputs = layer.geometry
+    rank, outputs, inputs, _ = layer.geometry
     m, n, r = outputs.size, inputs.size, rank * inputs.width
     if strategy == "merged":
         return Work(0, 0)
@@ -136,7 +136,7 @@ def _kernels_work(
     layer: DCFTLinear, tokens: int, dtype: torch.dtype, strategy: str
 ) -> tuple[Work, Work]:
     """What the adapter adds forward, and backward, by a strategy of the kernels."""
-    rank, outputs, inputs = layer.geometry
+    rank, outputs, inputs, _ = layer.geometry
     m, n, r = outputs.size, inputs.size, rank * inputs.width
     mixing = 2 * tokens * rank * outputs.width * inputs.width  # of C and one of U, V, Vb, gC
     if strategy == "seeded":

@@ -36,7 +36,8 @@ def dcft_linear(
     `DW = ConvTranspose2d(dcft_B @ dcft_A, dcft_C)`, equations 5 and 6 of arXiv 2503.01419; for
     `stride` equal to the kernel size it is `kron(dcft_B @ dcft_A, dcft_C)`. With windows
     `I = ceil((n - d_in) / s_in) + 1` along the input and `J` along the output, sizes
-    that the windows do not fit are covered by one window more and cropped.
+    that the windows do not fit are covered by one window more and cropped. With a kernel per rank,
+    `DW` is the sum over the ranks of the increments `ConvTranspose2d(b_κ a_κ, C_κ)`.
 
     Args:
         x: `[..., n]`, float; any leading dimensions, any strides, empty too.
@@ -44,7 +45,8 @@ def dcft_linear(
         bias: `[m]` or None.
         dcft_A: `[k, I]`, the input-side factor; any float dtype, like `dcft_B`, `dcft_C`.
         dcft_B: `[J, k]`, the output-side factor.
-        dcft_C: `[d_out, d_in]`, the transposed-convolution kernel.
+        dcft_C: the transposed-convolution kernel, `[d_out, d_in]`, or one for each rank,
+            `[k, d_out, d_in]`.
         scaling: factor of the increment.
         stride: distance between windows, an int or `(out, in)`; None is the kernel size.
         dropout_p: probability of zeroing an element of the adapter's own view of `x`.

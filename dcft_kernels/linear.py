@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcft_kernels import validation
-from dcft_kernels.adapter import Adapter, Geometry, Pair
+from dcft_kernels.adapter import PER_RANK, SHARED, Adapter, Geometry, Pair
 from dcft_kernels.backends import BACKENDS, STRATEGIES, check_nonlinear
 from dcft_kernels.functional import dcft_linear, delta_weight, merged_weight
 from dcft_kernels.initialization import INITS, default_alpha, initialize
@@ -52,6 +52,7 @@ class DCFTOptions:
     adapter_dtype: torch.dtype | None = None
     strategy: str = "auto"
     nonlinearity: str | None = None
+    kernels: str = SHARED
 
     def __post_init__(self) -> None:
         kernel_size = validation.pair("kernel_size", self.kernel_size)
@@ -68,6 +69,7 @@ class DCFTOptions:
         validation.one_of("init", self.init, INITS)
         validation.one_of("backend", self.backend, BACKENDS)
         validation.one_of("strategy", self.strategy, STRATEGIES)
+        validation.one_of("kernels", self.kernels, (SHARED, PER_RANK))
         if self.nonlinearity is not None:
             check_nonlinear(self.nonlinearity, self.backend, self.strategy)
         for name, value in checked.items():
@@ -96,7 +98,7 @@ class DCFTLinear(nn.Linear):
     | --- | --- | --- |
     | `dcft_A` | `[rank, I]` | the input side, `I = ceil((in_features - d_in) / s_in) + 1` windows |
     | `dcft_B` | `[J, rank]` | the output side, with `J` windows |
-    | `dcft_C` | `[d_out, d_in]` | the transposed-convolution kernel |
+    | `dcft_C` | `[d_out, d_in]`, per rank `[rank, d_out, d_in]` | the convolution's kernel |
 
     The state dict never depends on `merged`: it always holds the base weight and the adapter, and
     says so with a warning while merged. Its `dcft_settings` are what the factors' shapes do not
@@ -125,6 +127,9 @@ class DCFTLinear(nn.Linear):
         nonlinearity: None, or `"relu"`, `"gelu"`, `"silu"`, `"tanh"` between the factors (MPC_n,
             see `dcft_kernels.constraints`). Such a layer is computed by PyTorch operations at the
             same cost, has no `DW`, and cannot be merged.
+        kernels: `"shared"`: one kernel for all ranks, as in the paper; `"per_rank"`: each its own,
+            `DW = sum over κ of kron(b_κ a_κ, C_κ)`, a transposed convolution with `k` input
+            channels and `(k - 1) d_out d_in` more parameters.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -137,6 +142,7 @@ class DCFTLinear(nn.Linear):
     dcft_C: nn.Parameter
     dcft_settings: Tensor
     nonlinearity: str | None = None
+    kernels: str = SHARED
     _default_alpha: float | None = None
 
     def __init__(
@@ -157,10 +163,11 @@ class DCFTLinear(nn.Linear):
         adapter_dtype: torch.dtype | None = None,
         strategy: str = "auto",
         nonlinearity: str | None = None,
+        kernels: str = SHARED,
     ) -> None:
         options = DCFTOptions(
             rank, kernel_size, stride, alpha, dropout, init, backend, adapter_dtype, strategy,
-            nonlinearity,
+            nonlinearity, kernels,
         )  # fmt: skip
         in_features = validation.positive_int("in_features", in_features)
         out_features = validation.positive_int("out_features", out_features)
@@ -196,6 +203,7 @@ class DCFTLinear(nn.Linear):
         self.backend = options.backend
         self.strategy = options.strategy
         self.nonlinearity = options.nonlinearity
+        self.kernels = options.kernels
         # Whether `weight` is stored [n, m], as GPT-2's Conv1D does.
         self.fan_in_fan_out = fan_in_fan_out
         # The base weight while `weight` is the merged one, see `_weight_and_base`. In a list, since
@@ -225,7 +233,7 @@ class DCFTLinear(nn.Linear):
             linear: an `nn.Linear`, or a `Conv1D` of transformers (GPT-2), whose weight is stored
                 `[in, out]` and stays so.
             **dcft_options: `rank`, `kernel_size`, `stride`, `alpha`, `dropout`, `init`, `backend`,
-                `adapter_dtype`, `strategy`, `nonlinearity`, as for the class.
+                `adapter_dtype`, `strategy`, `nonlinearity`, `kernels`, as for the class.
 
         Raises:
             TypeError: a layer of another kind, or an unknown option.
@@ -295,7 +303,12 @@ class DCFTLinear(nn.Linear):
     def geometry(self) -> Geometry:
         """The adapter's shapes."""
         return Geometry.build(
-            self.in_features, self.out_features, self.rank, self.kernel_size, self.stride
+            self.in_features,
+            self.out_features,
+            self.rank,
+            self.kernel_size,
+            self.stride,
+            self.kernels == PER_RANK,
         )
 
     @property
@@ -308,7 +321,7 @@ class DCFTLinear(nn.Linear):
         """The adapter's settings as one value."""
         return DCFTOptions(
             self.rank, self.kernel_size, self.stride, self.alpha, self.dropout, self.init,
-            self.backend, self.dcft_A.dtype, self.strategy, self.nonlinearity,
+            self.backend, self.dcft_A.dtype, self.strategy, self.nonlinearity, self.kernels,
         )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear has
@@ -503,8 +516,9 @@ class DCFTLinear(nn.Linear):
         count = self.dcft_A.numel() + self.dcft_B.numel() + self.dcft_C.numel()
         strategy = "" if self.strategy == "auto" else f"strategy={self.strategy!r}, "
         between = "" if self.nonlinearity is None else f"nonlinearity={self.nonlinearity!r}, "
+        kernels = "" if self.kernels == SHARED else f"kernels={self.kernels!r}, "
         return (
-            f"{super().extra_repr()}, rank={self.rank}, kernel_size={self.kernel_size}, "
+            f"{super().extra_repr()}, rank={self.rank}, kernel_size={self.kernel_size}, {kernels}"
             f"stride={self.stride}, scaling={self.scaling:g}, dropout={self.dropout:g}, "
             f"init={self.init!r}, backend={self.backend!r}, {strategy}{between}"
             f"adapter_parameters={count}, merged={self.merged}"

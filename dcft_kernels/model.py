@@ -44,7 +44,7 @@ def swap_linear(
             Any other string: one of these, or a regular expression for the whole name.
         exclude: layers to leave alone, a list or a string as for `targets`.
         **dcft_options: `rank`, `kernel_size`, `stride`, `alpha`, `dropout`, `init`, `backend`,
-            `adapter_dtype`, `strategy`, `nonlinearity`, see `DCFTLinear`.
+            `adapter_dtype`, `strategy`, `nonlinearity`, `kernels`, see `DCFTLinear`.
 
     Returns:
         The names of the swapped layers, in the model's order. A layer registered under several

@@ -18,11 +18,18 @@ from dcft_kernels.dropout import drop
 
 
 def delta_weight(adapter: Adapter) -> Tensor:
-    """`scaling * ConvT(B A, C)`, equations 5 and 6 of arXiv 2503.01419, cropped to `[m, n]`."""
+    """`scaling * ConvT(B A, C)`, equations 5 and 6 of arXiv 2503.01419, cropped to `[m, n]`.
+
+    With a kernel per rank, the ranks are the input channels of the transposed convolution:
+    `sum over κ of ConvT(b_κ a_κ, C_κ)`.
+    """
+    A, B, C, *_ = adapter
     outputs, inputs = adapter.geometry.outputs, adapter.geometry.inputs
-    product = adapter.B @ adapter.A  # [J, I]
-    stride = adapter.geometry.stride
-    full = F.conv_transpose2d(product[None, None], adapter.C[None, None], stride=stride)[0, 0]
+    if adapter.geometry.per_rank:
+        maps, kernels = B.t()[:, :, None] * A[:, None, :], C[:, None]  # [k, J, I], [k, 1, d, d]
+    else:
+        maps, kernels = (B @ A)[None], C[None, None]  # [1, J, I], [1, 1, d, d]
+    full = F.conv_transpose2d(maps[None], kernels, stride=adapter.geometry.stride)[0, 0]
     return adapter.scaling * full[: outputs.size, : inputs.size]
 
 

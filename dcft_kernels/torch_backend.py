@@ -9,6 +9,7 @@ Notation and derivation: with tokens `x [T, n]`, `DW` of `adapter` and `r = k*d_
     Ub = Q g^T                  gx = g W, then gx += Ub^T P
     gP = Ub x, summed to gA     gQ = U g     gS = s C gQ, summed to gB     gC = s sum_κ S gQ^T
 
+With a kernel per rank, `C` is `C_κ` in these products and `gC_κ` is not a sum over ranks.
 The matrices are as large as the factors of a LoRA of rank `r`; for tiling windows, `spread(A)` is
 `kron(A, I)`. Overlapping windows and ragged ends are in `spread` alone. No step touches an `[m, n]`
 tensor other than the base weight.
@@ -203,7 +204,7 @@ def _gradients(
     needs: Needs,
 ) -> Gradients:
     """All gradients, from those of `P` and `Q`; the last steps in the dtype of `S` and `s C`."""
-    rank, outputs, inputs = adapter.geometry
+    rank, outputs, inputs, per_rank = adapter.geometry
     grad_A = grad_B = grad_C = None
     if grad_P is not None:
         grad_A = _collapse(grad_P, rank, inputs, adapter.A.dtype)
@@ -212,7 +213,8 @@ def _gradients(
         if needs.B:
             grad_B = _collapse(_mix(C, grad_Q, rank), rank, outputs, adapter.B.dtype).t()
         if needs.C:
-            grad_C = (adapter.scaling * _sum_ranks(S, grad_Q, rank)).to(adapter.C.dtype)
+            grad_C = _mixing_gradient(S, grad_Q, rank, per_rank)
+            grad_C = (adapter.scaling * grad_C).to(adapter.C.dtype)
     return Gradients(
         x=grad_x,
         weight=g.t() @ saved(x) if needs.weight else None,
@@ -249,18 +251,18 @@ def matrices(
     adapter: Adapter, dtype: torch.dtype, spread: Callable[[Tensor, Side, torch.dtype], Tensor]
 ) -> Matrices:
     """`P` and `Q` in `dtype`, `S` and `s C` in float32 or wider."""
-    rank, outputs, inputs = adapter.geometry
+    rank, outputs, inputs, _ = adapter.geometry
     wide = torch.promote_types(dtype, torch.float32)
     P, S = spread(adapter.A, inputs, dtype), spread(adapter.B.t(), outputs, wide)
     C = adapter.C.to(wide)
     C = C if adapter.scaling == 1.0 else adapter.scaling * C
-    return P, _mix(C.t(), S, rank).to(dtype), S, C
+    return P, _mix(C.transpose(-2, -1), S, rank).to(dtype), S, C
 
 
 def lora_factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
     """`lora_A [r, n]` and `lora_B [m, r]` in float64, `lora_B @ lora_A = s DW`, `r = k*min(d)`."""
     P, Q, S, C = matrices(adapter, torch.float64, _spread)
-    if C.shape[1] <= C.shape[0]:
+    if C.shape[-1] <= C.shape[-2]:
         return P, Q.t()
     return _mix(C, P, adapter.geometry.rank), S.t()
 
@@ -382,18 +384,26 @@ def _shrink(matrix: Tensor, z: Tensor) -> Tensor:
 
 
 def _mix(C: Tensor, matrix: Tensor, rank: int) -> Tensor:
-    """`C` times the rows of each rank, `[k*d', size]`; `C [d', d]`, matrix `[k*d, size]`."""
+    """`C` times the rows of each rank, `[k*d', size]`; matrix `[k*d, size]`.
+
+    `C` is `[d', d]`, or `[k, d', d]` with a kernel per rank.
+    """
     if rank == 1:
-        return C @ matrix
-    return (C @ matrix.reshape(rank, C.shape[1], -1)).reshape(rank * C.shape[0], -1)
+        return (C if C.dim() == 2 else C[0]) @ matrix
+    return (C @ matrix.reshape(rank, C.shape[-1], -1)).reshape(rank * C.shape[-2], -1)
 
 
-def _sum_ranks(S: Tensor, grad_Q: Tensor, rank: int) -> Tensor:
-    """`sum_κ S gQ^T` `[d_out, d_in]`; `S [k*d_out, m]`, `gQ [k*d_in, m]`."""
+def _mixing_gradient(S: Tensor, grad_Q: Tensor, rank: int, per_rank: bool) -> Tensor:
+    """`S gQ^T` of each rank, `[k, d_out, d_in]` with a kernel per rank, or else their sum.
+
+    `S` is `[k*d_out, m]`, `gQ` `[k*d_in, m]`.
+    """
     if rank == 1:
-        return S @ grad_Q.t()
+        product = S @ grad_Q.t()
+        return product[None] if per_rank else product
     S, grad_Q = (each.reshape(rank, -1, each.shape[-1]) for each in (S, grad_Q))
-    return (S @ grad_Q.transpose(1, 2)).sum(0)
+    products = S @ grad_Q.transpose(1, 2)
+    return products if per_rank else products.sum(0)
 
 
 def _expand_(z: Tensor, v: Tensor, matrix: Tensor) -> Tensor:

@@ -122,11 +122,12 @@ def float_tensor(name: str, value: Any) -> Tensor:
     return value
 
 
-def matrix(name: str, value: Any) -> Tensor:
-    """`value` as a 2-D float tensor."""
+def matrix(name: str, value: Any, *, stacked: bool = False) -> Tensor:
+    """`value` as a 2-D float tensor; with `stacked` also as a 3-D one."""
     tensor = float_tensor(name, value)
-    if tensor.dim() != 2:
-        raise ValueError(f"{name}: expected a 2-D tensor, got shape {list(tensor.shape)}")
+    if tensor.dim() != 2 and not (stacked and tensor.dim() == 3):
+        expected = "2-D or 3-D" if stacked else "2-D"
+        raise ValueError(f"{name}: expected a {expected} tensor, got shape {list(tensor.shape)}")
     if 0 in tensor.shape:
         raise ValueError(f"{name}: expected positive sizes, got shape {list(tensor.shape)}")
     return tensor
@@ -150,10 +151,11 @@ def factors(
     A: Any, B: Any, C: Any, *, in_features: int, out_features: int, stride: Any
 ) -> Geometry:
     """Check the three factors against the layer's sizes and return the geometry they describe."""
-    A, B, C = matrix("dcft_A", A), matrix("dcft_B", B), matrix("dcft_C", C)
-    kernel_size = (C.shape[0], C.shape[1])
+    A, B, C = matrix("dcft_A", A), matrix("dcft_B", B), matrix("dcft_C", C, stacked=True)
+    kernel_size = (C.shape[-2], C.shape[-1])
     strides = stride_pair(stride, kernel_size)
-    geometry = Geometry.build(in_features, out_features, A.shape[0], kernel_size, strides)
+    per_rank = C.dim() == 3
+    geometry = Geometry.build(in_features, out_features, A.shape[0], kernel_size, strides, per_rank)
     context = f"rank={geometry.rank}, kernel_size={kernel_size}, stride={strides}"
     if A.shape[1] != geometry.inputs.windows:
         raise ValueError(
@@ -169,6 +171,12 @@ def factors(
         raise ValueError(
             f"dcft_B: expected shape {list(geometry.shape_B)} for out_features={out_features}, "
             f"{context}, got {list(B.shape)}"
+        )
+    if C.shape != geometry.shape_C:
+        raise ValueError(
+            f"dcft_C: expected a kernel for each rank of dcft_A {list(A.shape)}, shape "
+            f"{list(geometry.shape_C)}, or one for all, [{C.shape[1]}, {C.shape[2]}], "
+            f"got shape {list(C.shape)}"
         )
     same_device("dcft_A", A, dcft_B=B, dcft_C=C)
     return geometry

@@ -20,6 +20,7 @@ class AdapterShape(NamedTuple):
     rank: int
     kernel_size: Pair
     stride: Pair
+    per_rank: bool = False
 
     @property
     def geometry(self) -> Geometry:
@@ -27,8 +28,9 @@ class AdapterShape(NamedTuple):
 
     def __str__(self) -> str:
         kernel, stride = self.kernel_size, self.stride
+        kernels = "-per_rank" * self.per_rank
         return (
-            f"{self.in_features}to{self.out_features}-k{self.rank}"
+            f"{self.in_features}to{self.out_features}-k{self.rank}{kernels}"
             f"-d{kernel[0]}x{kernel[1]}-s{stride[0]}x{stride[1]}"
         )
 
@@ -44,6 +46,9 @@ CASES = [
     AdapterShape(16, 24, 2, (1, 1), (1, 1)),  # d = 1: plain LoRA times a number
     AdapterShape(17, 17, 1, (8, 8), (1, 1)),  # stride one
     AdapterShape(1, 1, 1, (1, 1), (1, 1)),
+    AdapterShape(64, 48, 3, (8, 8), (8, 8), True),  # a kernel per rank
+    AdapterShape(33, 29, 4, (5, 7), (2, 3), True),
+    AdapterShape(50, 37, 1, (4, 8), (4, 8), True),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -56,7 +61,7 @@ def any_case(draw: st.DrawFn) -> AdapterShape:
     if draw(st.booleans()):
         stride = kernel
     sizes = (draw(st.integers(1, 40)), draw(st.integers(1, 40)))
-    return AdapterShape(*sizes, draw(st.integers(1, 5)), kernel, stride)
+    return AdapterShape(*sizes, draw(st.integers(1, 5)), kernel, stride, draw(st.booleans()))
 
 
 class Inputs(NamedTuple):

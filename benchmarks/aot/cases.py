@@ -67,9 +67,10 @@ def _geometry(
     stride: int | None = None,
     n: int = 1024,
     m: int = 2048,
+    per_rank: bool = False,
 ) -> Geometry:
     stride = width if stride is None else stride
-    return Geometry.build(n, m, rank, (width, width), (stride, stride))
+    return Geometry.build(n, m, rank, (width, width), (stride, stride), per_rank)
 
 
 _MAIN = _geometry()
@@ -83,6 +84,9 @@ _GEOMETRIES = {
     "overlap": _geometry(stride=2),
     "width4": _geometry(width=4),
     "width12": _geometry(width=12),
+    "per_rank4": _geometry(rank=4, per_rank=True),
+    "per_rank8": _geometry(rank=8, per_rank=True),
+    "per_rank16": _geometry(rank=16, per_rank=True),
 }
 
 
@@ -155,6 +159,8 @@ _ROWS = {
     "width4": _geometry(width=4),
     "width32": _geometry(width=32),
     "width64": _geometry(width=64),
+    "per_rank4": _geometry(rank=4, per_rank=True),
+    "per_rank4-width16": _geometry(width=16, rank=4, per_rank=True),
 }
 
 _PRODUCTS = {
@@ -203,7 +209,7 @@ def _cases() -> Iterator[LaunchCase]:
     for name, needs_ABC in (("sums", (True, True, True)), ("sums-A", (True, False, False))):
         launch = partial(_sums, needs=needs_ABC)
         yield LaunchCase("gemm", name, _MAIN, launch, dtypes=("bf16",))
-    for name in ("columns16", "sliced", "overlap"):
+    for name in ("columns16", "sliced", "overlap", "per_rank4"):
         yield LaunchCase("expand", name, _GEOMETRIES[name], _expand)
     yield LaunchCase("expand", "delta", _MAIN, lambda t: expand(t.adapter, out=t.weight))
     yield LaunchCase("expand", "stochastic", _MAIN, _stochastic, dtypes=("bf16", "fp16"))

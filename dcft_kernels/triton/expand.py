@@ -10,7 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dcft_kernels.adapter import Adapter, Geometry
-from dcft_kernels.triton.launch import PER_CALL, Launch, Signature, signatures, strides
+from dcft_kernels.triton.launch import (
+    PER_CALL,
+    Launch,
+    Signature,
+    kernel_strides,
+    signatures,
+    strides,
+)
 from dcft_kernels.triton.tiles import architecture, lookup, prepared
 from dcft_kernels.triton.windows import layout_of
 
@@ -64,29 +71,39 @@ def _round_stochastically(v, halves, dtype: tl.constexpr):
 
 
 @triton.jit
+def _load_kernel(where, covers, TILE: tl.constexpr):
+    """Entries of `C` in float32, zero where no window covers: with tiling ones, nowhere."""
+    if TILE:  # without a mask, which would hide that loads can be wide
+        return tl.load(where).to(tl.float32)
+    return tl.load(where, mask=covers, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _expand_kernel(
     weight_ptr, stride_wm, stride_wn,
     out_ptr, stride_om, stride_on,
     A_ptr, stride_ak, stride_ai,
     B_ptr, stride_bj, stride_bk,
-    C_ptr, stride_cq, stride_cp,
+    C_ptr, stride_ck, stride_cq, stride_cp,
     seed_ptr, scaling,
     m, n, J, I,
     K: tl.constexpr,
     W_OUT: tl.constexpr, S_OUT: tl.constexpr, W_IN: tl.constexpr, S_IN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_SEED: tl.constexpr,
+    PER_RANK: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SEED: tl.constexpr,
 ):  # fmt: skip
     """`out[r, c] = weight[r, c] + scaling * sum over windows (j, i) of F[j, i] C[q, p]`.
 
     `F = B A`, and `q = r - j S_OUT`, `p = c - i S_IN` run over the windows that cover `(r, c)`: one
-    pair where windows tile both sides.
+    pair where windows tile both sides. With a kernel per rank (`PER_RANK`), every rank's part of
+    `F[j, i]` is multiplied by its own `C_κ[q, p]`.
 
     | tensor | shape | |
     | --- | --- | --- |
     | `weight` | `[m, n]` | read once (`HAS_WEIGHT`); may be `out` |
     | `out` | `[m, n]` | written once |
-    | `A`, `B`, `C` | `[K, I]`, `[J, K]`, `[W_OUT, W_IN]` | any float dtype |
+    | `A`, `B` | `[K, I]`, `[J, K]` | any float dtype |
+    | `C` | `[W_OUT, W_IN]`, or `[K, W_OUT, W_IN]` (`PER_RANK`) | any float dtype |
 
     Grid: `(cdiv(m, BLOCK_M) * cdiv(n, BLOCK_N),)`, a program for each tile of `out`. All sums are
     in float32, rounded once: to nearest, or stochastically (`HAS_SEED`).
@@ -107,6 +124,7 @@ def _expand_kernel(
     else:
         weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
+    TILE: tl.constexpr = S_OUT == W_OUT and S_IN == W_IN
     for shift_out in range((W_OUT + S_OUT - 1) // S_OUT):
         j = r // S_OUT - shift_out
         q = r % S_OUT + shift_out * S_OUT
@@ -115,20 +133,22 @@ def _expand_kernel(
             i = c // S_IN - shift_in
             p = c % S_IN + shift_in * S_IN
             covers_column = (i >= 0) & (i < I) & (p < W_IN)
+            where_c = C_ptr + q[:, None] * stride_cq + p[None, :] * stride_cp
+            covers = covers_row[:, None] & covers_column[None, :]
             f = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for kappa in range(K):
                 where_b = B_ptr + j.to(tl.int64) * stride_bj + kappa * stride_bk
                 where_a = A_ptr + i.to(tl.int64) * stride_ai + kappa * stride_ak
                 b = tl.load(where_b, mask=covers_row, other=0.0).to(tl.float32) * scaling
                 a = tl.load(where_a, mask=covers_column, other=0.0).to(tl.float32)
-                f += b[:, None] * a[None, :]
-            where = C_ptr + q[:, None] * stride_cq + p[None, :] * stride_cp
-            if S_OUT == W_OUT and S_IN == W_IN:  # always inside, which wide loads need to see
-                C = tl.load(where)
+                product = b[:, None] * a[None, :]
+                if PER_RANK:
+                    product *= _load_kernel(where_c + kappa * stride_ck, covers, TILE)
+                f += product
+            if PER_RANK:
+                weight += f
             else:
-                covers = covers_row[:, None] & covers_column[None, :]
-                C = tl.load(where, mask=covers, other=0.0)
-            weight += f * C.to(tl.float32)
+                weight += f * _load_kernel(where_c, covers, TILE)
 
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     if HAS_SEED:
@@ -176,14 +196,14 @@ def _prepare(geometry: Geometry, device: torch.device, tensors: tuple[Signature,
             PER_CALL, *strides(out, 2),
             PER_CALL, *strides(A, 2),
             PER_CALL, *strides(B, 2),
-            PER_CALL, *strides(C, 2),
+            PER_CALL, *kernel_strides(C),
             PER_CALL, PER_CALL,
             outputs.size, inputs.size, outputs.windows, inputs.windows,
         ],
         tile,
         K=geometry.rank,
         W_OUT=outputs.width, S_OUT=outputs.stride, W_IN=inputs.width, S_IN=inputs.stride,
-        BLOCK_M=tile.tokens, BLOCK_N=tile.outputs,
+        BLOCK_M=tile.tokens, BLOCK_N=tile.outputs, PER_RANK=geometry.per_rank,
         HAS_WEIGHT=weight is not None, HAS_SEED=seed is not None and itemsize == 2,
     )  # fmt: skip
     blocks = triton.cdiv(outputs.size, tile.tokens) * triton.cdiv(inputs.size, tile.outputs)

@@ -121,6 +121,11 @@ def strides(signature: Signature, dimensions: int) -> tuple[int, ...]:
     return (0,) * dimensions if signature is None else signature[1]
 
 
+def kernel_strides(C: Signature) -> tuple[int, ...]:
+    """The strides of `C [k, d_out, d_in]`; 0 along the ranks if they share one kernel."""
+    return (0, *strides(C, 2))[-3:]
+
+
 def may_use_tf32(dtype: torch.dtype) -> bool:
     """Whether products of tokens in `dtype` are of float32, and PyTorch lets them run in tf32."""
     if dtype != torch.float32:

@@ -8,6 +8,7 @@ of tiles of a product, which keeps the buffer small.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -150,11 +151,11 @@ def prepare_sums(
     `by_feature`: whether the partial gradients of `A` are in a separate buffer.
     """
     needs_A, needs_B, needs_C = needs
-    rank, outputs, inputs = geometry
+    rank, outputs, inputs, _ = geometry
     by_feature = by_feature and needs_A
     offset_b = rank * inputs.windows if needs_A and not by_feature else 0
     offset_c = offset_b + (rank * outputs.windows if needs_B else 0)
-    columns = offset_c + (inputs.width * outputs.width if needs_C else 0)
+    columns = offset_c + (math.prod(geometry.shape_C) if needs_C else 0)
     blocks = -(-columns // _TILE.outputs)
     if by_feature:
         blocks += rank * -(-inputs.size // _FEATURE_TILE.outputs)

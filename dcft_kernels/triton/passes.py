@@ -34,7 +34,7 @@ def forward(
     `strategy` is a strategy's name, or `"triton"` to leave the choice.
     """
     tokens = x.shape[0]
-    rank, outputs, inputs = geometry = adapter.geometry
+    rank, outputs, inputs, _ = geometry = adapter.geometry
     dropout = adapter.seed is not None
     strategy = strategy_for(
         strategy, weight, geometry, x.dtype, dropout=dropout, forward_tokens=tokens

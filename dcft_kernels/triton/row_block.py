@@ -26,6 +26,7 @@ from dcft_kernels.triton.launch import (
     Launch,
     Signature,
     dot_precision,
+    kernel_strides,
     may_use_tf32,
     signatures,
     strides,
@@ -63,11 +64,12 @@ _MAX_COLUMNS = {2: 128, 4: 64}
 def ranks_per_launch(geometry: Geometry, itemsize: int) -> int:
     """How many of an adapter's ranks one launch takes; slices are of about equal rank.
 
-    Windows that are padded or overlap take registers for addresses.
+    Windows that are padded or overlap take registers for addresses, and kernels per rank for a
+    mixing matrix of all ranks.
     """
-    rank, outputs, inputs = geometry
+    rank, outputs, inputs, per_rank = geometry
     most = _MAX_COLUMNS[itemsize]
-    if not all(_is_contiguous(side) for side in (outputs, inputs)):
+    if per_rank or not all(_is_contiguous(side) for side in (outputs, inputs)):
         most //= 2
     for count in range(1, rank + 1):
         size = -(-rank // count)
@@ -90,6 +92,7 @@ def _slices(adapter: Adapter, itemsize: int) -> Iterator[tuple[Adapter, slice]]:
         part = adapter._replace(
             A=adapter.A[start:stop],
             B=adapter.B[:, start:stop],
+            C=adapter.C[start:stop] if geometry.per_rank else adapter.C,
             geometry=geometry._replace(rank=stop - start),
         )
         yield part, slice(start * width, stop * width)
@@ -101,7 +104,7 @@ def _shrink_expand_kernel(
     u_ptr, stride_ut,
     A_ptr, stride_ak, stride_al,
     B_ptr, stride_bk, stride_bl,
-    C_ptr, stride_cq, stride_cp,
+    C_ptr, stride_ck, stride_cq, stride_cp,
     bias_ptr, stride_bias,
     base_ptr, stride_baset, stride_basem,
     y_ptr, stride_yt, stride_ym,
@@ -110,7 +113,7 @@ def _shrink_expand_kernel(
     K: tl.constexpr, KP: tl.constexpr,
     W_IN: tl.constexpr, S_IN: tl.constexpr, WP_IN: tl.constexpr, L_IN: tl.constexpr,
     W_OUT: tl.constexpr, S_OUT: tl.constexpr, WP_OUT: tl.constexpr, L_OUT: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_T: tl.constexpr,
+    GROUP: tl.constexpr, PER_RANK: tl.constexpr, BLOCK_T: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +123,8 @@ def _shrink_expand_kernel(
     | --- | --- | --- |
     | `x` | `[T, n]` | read once |
     | `U` | `[T, K*W_IN]` | written, in its own dtype |
-    | `A`, `B`, `C` | `[K, I]`, `[J, K]`, `[W_OUT, W_IN]` | any float dtype |
+    | `A`, `B` | `[K, I]`, `[J, K]` | any float dtype |
+    | `C` | `[W_OUT, W_IN]`, or `[K, W_OUT, W_IN]` (`PER_RANK`) | any float dtype |
     | `bias`, `base` | `[m]`, `[T, m]` | optional |
     | `y` | `[T, m]` | written once |
 
@@ -151,7 +155,10 @@ def _shrink_expand_kernel(
     u_offsets, u_valid = rank_columns(t, stride_ut, W_IN, K, WP_IN, KP)
     tl.store(u_ptr + u_offsets, u.to(u_ptr.dtype.element_ty), mask=inside & u_valid)
 
-    C = mixing_matrix(C_ptr, stride_cp, stride_cq, scaling, W_IN, W_OUT, WP_IN, WP_OUT, GROUP)
+    C = mixing_matrix(
+        C_ptr, stride_ck, stride_cp, stride_cq, scaling,
+        W_IN, W_OUT, WP_IN, WP_OUT, K, GROUP, PER_RANK,
+    )  # fmt: skip
     v = mix(u, C, WP_IN, WP_OUT, KP, GROUP, BLOCK_T, PRECISION).to(dtype)
     for tile in range(expand_tiles(J, m, W_OUT, S_OUT, WP_OUT, L_OUT)):
         features, valid, matrix = expand_matrix(
@@ -215,7 +222,7 @@ def _shape_constants(geometry: Geometry, tile: Tile) -> dict[str, int]:
         "L_IN": windows_per_tile(tile.features, layout.WP_IN),
         "W_OUT": outputs.width, "S_OUT": outputs.stride, "WP_OUT": layout.WP_OUT,
         "L_OUT": windows_per_tile(tile.features, layout.WP_OUT),
-        "GROUP": layout.GROUP, "BLOCK_T": tile.tokens,
+        "GROUP": layout.GROUP, "PER_RANK": geometry.per_rank, "BLOCK_T": tile.tokens,
     }  # fmt: skip
 
 
@@ -251,7 +258,7 @@ def _prepare_forward(
             PER_CALL, strides(u, 2)[0],
             PER_CALL, *strides(A, 2),
             PER_CALL, *strides(B, 2)[::-1],
-            PER_CALL, *strides(C, 2),
+            PER_CALL, *kernel_strides(C),
             PER_CALL, *strides(bias, 1),
             PER_CALL, *strides(base, 2),
             PER_CALL, *strides(y, 2),
@@ -285,15 +292,22 @@ def _add_to_partial(
 def _store_mixing_gradient(
     gC_ptr, ranks,
     W_IN: tl.constexpr, W_OUT: tl.constexpr, WP_IN: tl.constexpr, WP_OUT: tl.constexpr,
-    GROUP: tl.constexpr,
+    K: tl.constexpr, GROUP: tl.constexpr, PER_RANK: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of `C`, `[W_OUT, W_IN]`: the sum of the ranks' blocks on the diagonal.
+    """Write the gradient of `C`: the blocks on the diagonal (`PER_RANK`), or else their sum.
 
     `ranks [GROUP*WP_OUT, GROUP*WP_IN]` is `Vb^T U` of ranks that were multiplied side by side.
     """
     position_q = tl.arange(0, GROUP * WP_OUT)[:, None]
     position_p = tl.arange(0, GROUP * WP_IN)[None, :]
-    same = position_q // WP_OUT == position_p // WP_IN
+    kappa = position_q // WP_OUT
+    same = kappa == position_p // WP_IN
+    if PER_RANK:
+        q = position_q % WP_OUT
+        r = position_p % WP_IN
+        where = gC_ptr + (kappa * W_OUT + q) * W_IN + r
+        tl.store(where, ranks, mask=same & (kappa < K) & (q < W_OUT) & (r < W_IN))
+        return
     blocks = tl.reshape(tl.where(same, ranks, 0.0), [GROUP, WP_OUT, GROUP, WP_IN])
     total = tl.sum(tl.sum(blocks, axis=2), axis=0)  # [WP_OUT, WP_IN]
     q = tl.arange(0, WP_OUT)[:, None]
@@ -308,7 +322,7 @@ def _backward_kernel(
     u_ptr, stride_ut,
     A_ptr, stride_ak, stride_al,
     B_ptr, stride_bk, stride_bl,
-    C_ptr, stride_cq, stride_cp,
+    C_ptr, stride_ck, stride_cq, stride_cp,
     gx_ptr, stride_gxt, stride_gxn,
     partial_ptr, stride_partial, offset_b, offset_c,
     seed_ptr, p, scaling,
@@ -316,7 +330,7 @@ def _backward_kernel(
     K: tl.constexpr, KP: tl.constexpr,
     W_IN: tl.constexpr, S_IN: tl.constexpr, WP_IN: tl.constexpr, L_IN: tl.constexpr,
     W_OUT: tl.constexpr, S_OUT: tl.constexpr, WP_OUT: tl.constexpr, L_OUT: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_T: tl.constexpr,
+    GROUP: tl.constexpr, PER_RANK: tl.constexpr, BLOCK_T: tl.constexpr,
     WRITE_GX: tl.constexpr, ADD_GX: tl.constexpr,
     NEED_A: tl.constexpr, NEED_B: tl.constexpr, NEED_C: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -324,7 +338,7 @@ def _backward_kernel(
     """All that the adapter's backward pass does with a block of rows.
 
         Vb = scaling * shrink(g, B^T)     gB^T = factor_grad(g, V),  V = scaling * C U
-        gC = sum over t, κ of Vb U        Ub = C^T Vb
+        gC = sum over t, κ of Vb U        Ub = C^T Vb       (`PER_RANK`: gC_κ, sums over t)
         gA = factor_grad(dropout(x), Ub)  gx = mask * expand(Ub, A)
 
     | tensor | shape | |
@@ -333,7 +347,7 @@ def _backward_kernel(
     | `x` | `[T, n]` | read once (`NEED_A`) |
     | `U` | `[T, K*W_IN]` | `adapter.dtype_of_U`; read (`NEED_B` or `NEED_C`) |
     | `gx` | `[T, n]` | written once (`WRITE_GX`), added to what it holds (`ADD_GX`) |
-    | `partial` | `[programs, ...]` | float32: of A `[K, I]`, B `[J, K]`, C `[W_OUT, W_IN]` |
+    | `partial` | `[programs, ...]` | float32: of A `[K, I]`, B `[J, K]`, and C |
 
     Grid: `(programs,)`, each owning every programs-th block of `BLOCK_T` whole rows. All sums are
     in float32; `V`, `Vb` and `Ub` are rounded to the tokens' dtype for the matrix unit, except that
@@ -358,8 +372,9 @@ def _backward_kernel(
             u = tl.load(u_ptr + u_offsets, mask=inside & u_valid, other=0.0)
         if NEED_B:
             C = mixing_matrix(
-                C_ptr, stride_cp, stride_cq, scaling, W_IN, W_OUT, WP_IN, WP_OUT, GROUP
-            )
+                C_ptr, stride_ck, stride_cp, stride_cq, scaling,
+                W_IN, W_OUT, WP_IN, WP_OUT, K, GROUP, PER_RANK,
+            )  # fmt: skip
             v = mix(u.to(tl.float32), C, WP_IN, WP_OUT, KP, GROUP, BLOCK_T, PRECISION)
             v = v.to(dtype)
         vb = tl.zeros([BLOCK_T, KP * WP_OUT], tl.float32)
@@ -392,7 +407,10 @@ def _backward_kernel(
                 else PRECISION,
             )
         if NEED_UB:
-            CT = mixing_matrix(C_ptr, stride_cq, stride_cp, 1.0, W_OUT, W_IN, WP_OUT, WP_IN, GROUP)
+            CT = mixing_matrix(
+                C_ptr, stride_ck, stride_cq, stride_cp, 1.0,
+                W_OUT, W_IN, WP_OUT, WP_IN, K, GROUP, PER_RANK,
+            )  # fmt: skip
             ub = mix(vb, CT, WP_OUT, WP_IN, KP, GROUP, BLOCK_T, PRECISION).to(dtype)
 
         if NEED_A:
@@ -437,7 +455,9 @@ def _backward_kernel(
         tl.debug_barrier()
 
     if NEED_C:
-        _store_mixing_gradient(partial_ptr + offset_c, grad_C, W_IN, W_OUT, WP_IN, WP_OUT, GROUP)
+        _store_mixing_gradient(
+            partial_ptr + offset_c, grad_C, W_IN, W_OUT, WP_IN, WP_OUT, K, GROUP, PER_RANK
+        )
 
 
 def backward(
@@ -512,7 +532,7 @@ def _backward_by_slices(
     return (
         torch.cat(grads_A) if needs_A else None,
         torch.cat(grads_B, dim=1) if needs_B else None,
-        sum(grads_C) if needs_C else None,
+        (torch.cat(grads_C) if adapter.geometry.per_rank else sum(grads_C)) if needs_C else None,
     )
 
 
@@ -562,7 +582,7 @@ def _prepare_backward(
             PER_CALL, strides(u, 2)[0],
             PER_CALL, *strides(A, 2),
             PER_CALL, *strides(B, 2)[::-1],
-            PER_CALL, *strides(C, 2),
+            PER_CALL, *kernel_strides(C),
             PER_CALL, *strides(gx, 2),
             PER_CALL, max(1, sums.columns), sums.offset_b, sums.offset_c,
             PER_CALL, PER_CALL, PER_CALL,

@@ -50,7 +50,7 @@ def why_not(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> str
         return _why_no_gemm
     if dtype != torch.bfloat16:
         return f"it takes tokens in bfloat16, not {str(dtype).removeprefix('torch.')}"
-    rank, outputs, inputs = geometry
+    rank, outputs, inputs, _ = geometry
     for side in (outputs, inputs):
         reason = _why_not_side(side)
         if reason is not None:
@@ -65,10 +65,10 @@ def why_not(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> str
 
 
 def why_not_constant(
-    dtype: torch.dtype, device: torch.device, rank: int, *sides: int
+    dtype: torch.dtype, device: torch.device, per_rank: bool, rank: int, *sides: int
 ) -> str | None:
     """`why_not` for compilers, which take the result as a constant and cannot pass a geometry."""
-    return why_not(Geometry(rank, Side(*sides[:4]), Side(*sides[4:])), dtype, device)
+    return why_not(Geometry(rank, Side(*sides[:4]), Side(*sides[4:]), per_rank), dtype, device)
 
 
 # See `why_unavailable`.
@@ -100,7 +100,7 @@ def forward(
     """`y [T, m]` and `U [T, k*d_in]`; at least one token."""
     x, weight, adapter = _aligned(x), _aligned(weight), _contiguous(adapter)
     bias = None if bias is None else bias.contiguous()
-    rank, outputs, inputs = adapter.geometry
+    rank, outputs, inputs, _ = adapter.geometry
     u = x.new_empty(x.shape[0], rank * inputs.width)
     spread = x.new_empty(outputs.size, rank * inputs.width)
     y = x.new_empty(x.shape[0], outputs.size)
@@ -120,7 +120,7 @@ def backward(
     """The gradients of `x` and of the factors that `needs` asks for; at least one token."""
     g, weight, adapter = _aligned(g), _aligned(weight), _contiguous(adapter)
     x = _aligned(saved(x)) if needs.A else None
-    rank, _, inputs = adapter.geometry
+    rank, _, inputs, _ = adapter.geometry
     tokens, columns = g.shape[0], rank * inputs.width
     ub = g.new_empty(tokens, columns)
     spread = g.new_empty(columns, inputs.size)

@@ -15,6 +15,7 @@ widths; tokens have 16 bits; tokens' columns, `U`, `Ub` and factors are contiguo
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -65,14 +66,18 @@ def _load_rows(
 @triton.jit
 def _write_output_factor(
     q_ptr, B_ptr, C_ptr, block, scaling, m,
-    K: tl.constexpr, W_IN: tl.constexpr, W_OUT: tl.constexpr, BLOCK_M: tl.constexpr,
+    K: tl.constexpr, W_IN: tl.constexpr, W_OUT: tl.constexpr, PER_RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """A block of rows of `Q [m, K*W_IN]`: `Q[j*W_OUT+q, κ*W_IN+p] = scaling * B[j,κ] C[q,p]`."""
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < m
     p = tl.arange(0, W_IN)[None, :]
-    C = tl.load(C_ptr + (row % W_OUT)[:, None] * W_IN + p).to(tl.float32) * scaling
+    where_C = C_ptr + (row % W_OUT)[:, None] * W_IN + p
+    C = tl.load(where_C).to(tl.float32) * scaling
     for kappa in tl.static_range(K):
+        if PER_RANK and kappa > 0:
+            C = tl.load(where_C + kappa * (W_OUT * W_IN)).to(tl.float32) * scaling
         b = tl.load(B_ptr + row // W_OUT * K + kappa, mask=valid, other=0.0).to(tl.float32)
         where = q_ptr + row[:, None] * (K * W_IN) + kappa * W_IN + p
         tl.store(where, (b[:, None] * C).to(q_ptr.dtype.element_ty), mask=valid[:, None])
@@ -102,7 +107,7 @@ def _shrink_kernel(
     u_ptr, q_ptr,
     scaling, T, m,
     stride_xt: tl.constexpr, n: tl.constexpr, I: tl.constexpr,
-    K: tl.constexpr, W_IN: tl.constexpr, W_OUT: tl.constexpr,
+    K: tl.constexpr, W_IN: tl.constexpr, W_OUT: tl.constexpr, PER_RANK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, STEPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`U[t,p,κ] = Σ_i x[t,i,p] A[κ,i]`; `Q[j*W_OUT+q, κ*W_IN+p] = scaling * B[j,κ] C[q,p]`.
@@ -110,7 +115,8 @@ def _shrink_kernel(
     | tensor | shape | |
     | --- | --- | --- |
     | `x` | `[T, n]` | read once |
-    | `A`, `B`, `C` | `[K, I]`, `[J, K]`, `[W_OUT, W_IN]` | any float dtype |
+    | `A`, `B` | `[K, I]`, `[J, K]` | any float dtype |
+    | `C` | `[W_OUT, W_IN]`, or `[K, W_OUT, W_IN]` (`PER_RANK`) | any float dtype |
     | `U` | `[T, K*W_IN]` | written once, in its own dtype |
     | `Q` | `[m, K*W_IN]` | written once, in its own dtype |
 
@@ -142,7 +148,7 @@ def _shrink_kernel(
             tl.store(where, tl.sum(u[kappa], axis=1).to(u_ptr.dtype.element_ty), mask=inside)
     else:
         _write_output_factor(
-            q_ptr, B_ptr, C_ptr, program - blocks, scaling, m, K, W_IN, W_OUT, BLOCK_L
+            q_ptr, B_ptr, C_ptr, program - blocks, scaling, m, K, W_IN, W_OUT, PER_RANK, BLOCK_L
         )
 
 
@@ -187,7 +193,7 @@ def _prepare_forward(
     tensors: tuple[Signature, ...],
 ) -> _ForwardPlan:
     """The launch for `x`, `A`, `B`, `C`, `U` and `Q` with these signatures."""
-    rank, outputs, inputs = geometry
+    rank, outputs, inputs, _ = geometry
     tile = lookup(architecture(device), "shrink", 2, inputs.size).for_tokens(bucket)
     windows = _windows_per_step(tile, inputs)
     launch = Launch(
@@ -201,7 +207,7 @@ def _prepare_forward(
         ],
         tile,
         stride_xt=strides(tensors[0], 2)[0], n=inputs.size, I=inputs.windows,
-        K=rank, W_IN=inputs.width, W_OUT=outputs.width,
+        K=rank, W_IN=inputs.width, W_OUT=outputs.width, PER_RANK=geometry.per_rank,
         BLOCK_T=tile.tokens, BLOCK_L=windows, STEPS=-(-inputs.windows // windows),
         OVERLAP=may_overlap(device),
     )  # fmt: skip
@@ -216,13 +222,14 @@ def _shrink_backward_kernel(
     partial_ptr, stride_partial, offset_c,
     row_programs, scaling, T, n, I,
     stride_gt: tl.constexpr, m: tl.constexpr, J: tl.constexpr,
-    K: tl.constexpr, W_IN: tl.constexpr, W_OUT: tl.constexpr,
+    K: tl.constexpr, W_IN: tl.constexpr, W_OUT: tl.constexpr, PER_RANK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, STEPS: tl.constexpr, BLOCK_N: tl.constexpr,
     NEED_B: tl.constexpr, NEED_C: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """All that the adapter's backward pass does with `g`.
 
-        Vb[t,q,κ] = scaling * Σ_j g[t,j,q] B[j,κ]    gC[q,p] = Σ_t,κ Vb[t,q,κ] U[t,p,κ]
+        Vb[t,q,κ] = scaling * Σ_j g[t,j,q] B[j,κ]    gC[q,p] = Σ_t,κ Vb[t,q,κ] U[t,p,κ],
+                                                     `PER_RANK`: gC_κ[q,p], sums over t
         Ub[t,p,κ] = Σ_q C[q,p] Vb[t,q,κ]
         gB[j,κ] = Σ_t,q g[t,j,q] V[t,q,κ],  V[t,q,κ] = scaling * Σ_p C[q,p] U[t,p,κ]
         P[κ*W_IN+p, i*W_IN+p] = A[κ,i], elsewhere zero
@@ -231,10 +238,11 @@ def _shrink_backward_kernel(
     | --- | --- | --- |
     | `g` | `[T, m]` | read once |
     | `U` | `[T, K*W_IN]` | any float dtype; read once (`NEED_B` or `NEED_C`) |
-    | `A`, `B`, `C` | `[K, I]`, `[J, K]`, `[W_OUT, W_IN]` | any float dtype |
+    | `A`, `B` | `[K, I]`, `[J, K]` | any float dtype |
+    | `C` | `[W_OUT, W_IN]`, or `[K, W_OUT, W_IN]` (`PER_RANK`) | any float dtype |
     | `Ub` | `[T, K*W_IN]` | written once, in its own dtype |
     | `P` | `[K*W_IN, n]` | written once, in its own dtype |
-    | `partial` | `[row_programs, ...]` | float32: of B `[J, K]`, C `[W_OUT, W_IN]` |
+    | `partial` | `[row_programs, ...]` | float32: of B `[J, K]`, and of C as `C` |
 
     Grid: `(row_programs + cdiv(n, BLOCK_N),)`, the first ones each owning every row_programs-th
     block of `BLOCK_T` whole rows, the others columns of `P`. All sums and products are in float32.
@@ -249,13 +257,20 @@ def _shrink_backward_kernel(
     p = tl.arange(0, W_IN)
     if program < row_programs:
         q = tl.arange(0, W_OUT)
-        C = tl.load(C_ptr + q[:, None] * W_IN + p[None, :]).to(tl.float32) * scaling
+        offsets_C = q[:, None] * W_IN + p[None, :]
+        KERNELS: tl.constexpr = K if PER_RANK else 1
+        C = ()
+        for kernel in tl.static_range(KERNELS):
+            values = tl.load(C_ptr + kernel * (W_OUT * W_IN) + offsets_C)
+            C += (values.to(tl.float32) * scaling,)
         if NEED_B:
             grad_B = ()
             for _ in tl.static_range(STEPS * K):
                 grad_B += (tl.zeros([BLOCK_T, BLOCK_L], tl.float32),)
         if NEED_C:
-            grad_C = tl.zeros([BLOCK_T, W_OUT, W_IN], tl.float32)
+            grad_C = ()
+            for _ in tl.static_range(KERNELS):
+                grad_C += (tl.zeros([BLOCK_T, W_OUT, W_IN], tl.float32),)
         for block in range(program, tl.cdiv(T, BLOCK_T), row_programs):
             t = tl.cast(block, tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
             inside = (t < T)[:, None]
@@ -269,7 +284,7 @@ def _shrink_backward_kernel(
                     values = tl.load(u_ptr + column + kappa * W_IN, mask=inside, other=0.0)
                     u += (values.to(tl.float32)[:, None, :],)
                 if NEED_B:
-                    v += (tl.sum(C[None, :, :] * u[kappa], axis=2)[:, None, :],)
+                    v += (tl.sum(C[kappa % KERNELS][None, :, :] * u[kappa], axis=2)[:, None, :],)
                 vb += (tl.zeros([BLOCK_T, BLOCK_L, W_OUT], tl.float32),)
             sums_B = ()
             for step in tl.static_range(STEPS):
@@ -284,12 +299,19 @@ def _shrink_backward_kernel(
                 vb = sums
             if NEED_B:
                 grad_B = sums_B
+            sums_C = ()
             for kappa in tl.static_range(K):
                 total = tl.sum(vb[kappa], axis=1)[:, :, None]  # Vb / scaling
                 if NEED_C:
-                    grad_C += total * u[kappa]
-                ub = tl.sum(C[None, :, :] * total, axis=1).to(ub_ptr.dtype.element_ty)
+                    if PER_RANK:
+                        sums_C += (grad_C[kappa] + total * u[kappa],)
+                    else:
+                        grad_C = (grad_C[0] + total * u[kappa],)
+                ub = tl.sum(C[kappa % KERNELS][None, :, :] * total, axis=1)
+                ub = ub.to(ub_ptr.dtype.element_ty)
                 tl.store(ub_ptr + column + kappa * W_IN, ub, mask=inside)
+            if NEED_C and PER_RANK:
+                grad_C = sums_C
         if NEED_B or NEED_C:
             partial_ptr += program.to(tl.int64) * stride_partial
         if NEED_B:
@@ -299,8 +321,9 @@ def _shrink_backward_kernel(
                     total = tl.sum(grad_B[step * K + kappa], axis=0)
                     tl.store(partial_ptr + window * K + kappa, total, mask=window < J)
         if NEED_C:
-            where = partial_ptr + offset_c + q[:, None] * W_IN + p[None, :]
-            tl.store(where, tl.sum(grad_C, axis=0) * scaling)
+            for kernel in tl.static_range(KERNELS):
+                where = partial_ptr + offset_c + kernel * (W_OUT * W_IN) + offsets_C
+                tl.store(where, tl.sum(grad_C[kernel], axis=0) * scaling)
     else:
         _write_input_factor(p_ptr, A_ptr, program - row_programs, n, I, K, W_IN, BLOCK_N)
 
@@ -317,7 +340,7 @@ def why_not(geometry: Geometry, arch: str) -> str | None:
 
 def _products(geometry: Geometry) -> int:
     """What the backward pass holds of a row: itself and its share of gB, or `C` and gC."""
-    rank, outputs, inputs = geometry
+    rank, outputs, inputs, _ = geometry
     return rank * max(outputs.size, 4 * outputs.width * inputs.width)
 
 
@@ -338,8 +361,8 @@ def partial_shape(g: Tensor, adapter: Adapter, needs: tuple[bool, bool]) -> tupl
 
 def _columns(geometry: Geometry, needs: tuple[bool, bool]) -> tuple[int, int]:
     """Columns of `partial` for the gradients of `B` and `C`."""
-    rank, outputs, inputs = geometry
-    return rank * outputs.windows * needs[0], outputs.width * inputs.width * needs[1]
+    windows = geometry.rank * geometry.outputs.windows
+    return windows * needs[0], math.prod(geometry.shape_C) * needs[1]
 
 
 def shrink_backward(
@@ -393,7 +416,7 @@ def _prepare_backward(
     tensors: tuple[Signature, ...],
 ) -> _BackwardPlan:
     """The launch for `g`, `U`, `A`, `B`, `C`, `Ub` and `P` with these signatures."""
-    rank, outputs, inputs = geometry
+    rank, outputs, inputs, _ = geometry
     tile = _backward_tile(geometry, bucket, device)
     windows = _windows_per_step(tile, outputs)
     columns_B, columns_C = _columns(geometry, needs)
@@ -410,7 +433,7 @@ def _prepare_backward(
         ],
         tile,
         stride_gt=strides(tensors[0], 2)[0], m=outputs.size, J=outputs.windows,
-        K=rank, W_IN=inputs.width, W_OUT=outputs.width,
+        K=rank, W_IN=inputs.width, W_OUT=outputs.width, PER_RANK=geometry.per_rank,
         BLOCK_T=tile.tokens, BLOCK_L=windows, STEPS=-(-outputs.windows // windows),
         BLOCK_N=block_n,
         NEED_B=needs[0], NEED_C=needs[1], OVERLAP=may_overlap(device),

@@ -32,7 +32,7 @@ class Layout(NamedTuple):
     KP: int  # ranks
     WP_IN: int  # features of an input window
     WP_OUT: int  # features of an output window
-    GROUP: int  # ranks that are mixed by C in one product
+    GROUP: int  # ranks that are mixed by C in one product; with a kernel per rank all of them
 
     @property
     def columns(self) -> int:
@@ -49,7 +49,8 @@ def layout_of(geometry: Geometry) -> Layout:
     rank = max(rank, _MIN_COLUMNS // max(width_in, width_out))
     width_in = max(width_in, _MIN_COLUMNS // rank)
     width_out = max(width_out, _MIN_COLUMNS // rank)
-    return Layout(rank, width_in, width_out, max(1, _MIN_COLUMNS // min(width_in, width_out)))
+    group = rank if geometry.per_rank else max(1, _MIN_COLUMNS // min(width_in, width_out))
+    return Layout(rank, width_in, width_out, group)
 
 
 def windows_per_tile(features: int, padded_width: int) -> int:
@@ -156,21 +157,28 @@ def expand_matrix(
 
 @triton.jit
 def mixing_matrix(
-    C_ptr, stride_from, stride_to,
+    C_ptr, stride_ck, stride_from, stride_to,
     scaling,
     WIDTH_FROM: tl.constexpr, WIDTH_TO: tl.constexpr,
-    WP_FROM: tl.constexpr, WP_TO: tl.constexpr, GROUP: tl.constexpr,
+    WP_FROM: tl.constexpr, WP_TO: tl.constexpr,
+    K: tl.constexpr, GROUP: tl.constexpr, PER_RANK: tl.constexpr,
 ):  # fmt: skip
     """`scaling * kron(I, C)` over `GROUP` ranks, `[GROUP*WP_FROM, GROUP*WP_TO]`, in float32.
 
-    `GROUP` ranks together have the 16 columns that a matrix product takes; see `mix`.
+    `GROUP` ranks together have the 16 columns that a matrix product takes; see `mix`. With a
+    kernel per rank the blocks on the diagonal are `C_κ`, of all ranks.
     """
     row = tl.arange(0, GROUP * WP_FROM)[:, None]
     column = tl.arange(0, GROUP * WP_TO)[None, :]
     source = row % WP_FROM
     target = column % WP_TO
     same = (row // WP_FROM == column // WP_TO) & (source < WIDTH_FROM) & (target < WIDTH_TO)
-    C = tl.load(C_ptr + source * stride_from + target * stride_to, mask=same, other=0.0)
+    where = C_ptr + source * stride_from + target * stride_to
+    if PER_RANK:
+        kappa = row // WP_FROM
+        where += kappa * stride_ck
+        same = same & (kappa < K)
+    C = tl.load(where, mask=same, other=0.0)
     return C.to(tl.float32) * scaling
 
 

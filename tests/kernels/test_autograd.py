@@ -43,7 +43,7 @@ def check_operators(inputs: Inputs, case: AdapterShape, strategy: str, seed: Ten
     """`opcheck` of both directions, with a base layer and without one."""
     x, weight, bias, *factors = inputs.requiring().operands
     geometry = case.geometry
-    flat = [geometry.rank, *geometry.outputs, *geometry.inputs]
+    flat = [geometry.rank, *geometry.outputs, *geometry.inputs, geometry.per_rank]
     adapter = (*factors, seed, 0.7, flat, 0.0 if seed is None else 0.3)
     y = inputs.grad.clone().requires_grad_()
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
@@ -112,7 +112,7 @@ def test_backward_of_delta_weight_inside_autocast(device, backend) -> None:
 def test_opcheck_of_delta_weight_and_merge(device, backend, case) -> None:
     inputs = drawn(case, 1, device, backend).requiring()
     geometry = case.geometry
-    flat = [geometry.rank, *geometry.outputs, *geometry.inputs]
+    flat = [geometry.rank, *geometry.outputs, *geometry.inputs, geometry.per_rank]
     factors = (inputs.A, inputs.B, inputs.C, 0.7, flat)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(OPS.delta_weight.default, factors, test_utils=tests)

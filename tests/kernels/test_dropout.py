@@ -45,7 +45,7 @@ def arguments(case: AdapterShape, A: Tensor) -> tuple:
     """An adapter, all of ones except for `A`, as operators take it."""
     geometry = case.geometry
     B, C = (torch.ones(shape, device=A.device) for shape in (geometry.shape_B, geometry.shape_C))
-    flat = [geometry.rank, *geometry.outputs, *geometry.inputs]
+    flat = [geometry.rank, *geometry.outputs, *geometry.inputs, geometry.per_rank]
     return (A, B, C, torch.tensor(SEED, device=A.device), 1.0, flat, P)
 
 

@@ -24,6 +24,8 @@ WIDE = [
     AdapterShape(70, 20, 2, (1, 64), (1, 64)),
     AdapterShape(20, 70, 2, (64, 1), (64, 1)),
     AdapterShape(35, 35, 3, (6, 6), (4, 3)),
+    AdapterShape(64, 72, 16, (8, 8), (8, 8), True),
+    AdapterShape(40, 24, 40, (1, 2), (1, 1), True),
 ]
 PAPER, RAGGED, OVERLAP = CASES[0], CASES[3], CASES[6]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

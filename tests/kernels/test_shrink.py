@@ -73,7 +73,8 @@ def problem(
 def computed(p: Problem) -> dict[str, Tensor]:
     """Everything in plain PyTorch, in the problem's dtype."""
     A, B, C, scaling, geometry, *_ = p.adapter
-    rank, outputs, inputs = geometry
+    rank, outputs, inputs, per_rank = geometry
+    C = C if per_rank else C.expand(rank, -1, -1)
 
     def windows(tokens: Tensor, width: int) -> Tensor:
         padded = torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % width))
@@ -81,15 +82,15 @@ def computed(p: Problem) -> dict[str, Tensor]:
 
     g = windows(p.g, outputs.width)
     U = p.U.unflatten(1, (rank, inputs.width))
-    V = scaling * torch.einsum("qp,tkp->tkq", C, U)
+    V = scaling * torch.einsum("kqp,tkp->tkq", C, U)
     Vb = scaling * torch.einsum("tjq,jk->tkq", g, B)
     return {
         "U": torch.einsum("tip,ki->tkp", windows(p.x, inputs.width), A).flatten(1),
-        "Q": scaling * torch.einsum("jk,qp->jqkp", B, C).flatten(2).flatten(0, 1)[: outputs.size],
+        "Q": scaling * torch.einsum("jk,kqp->jqkp", B, C).flatten(2).flatten(0, 1)[: outputs.size],
         "P": torch.kron(A, torch.eye(inputs.width, dtype=A.dtype))[:, : inputs.size],
-        "Ub": torch.einsum("qp,tkq->tkp", C, Vb).flatten(1),
+        "Ub": torch.einsum("kqp,tkq->tkp", C, Vb).flatten(1),
         "gB": torch.einsum("tjq,tkq->jk", g, V),
-        "gC": torch.einsum("tkq,tkp->qp", Vb, U),
+        "gC": torch.einsum(f"tkq,tkp->{'k' * per_rank}qp", Vb, U),
     }
 
 

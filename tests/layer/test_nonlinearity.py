@@ -35,7 +35,8 @@ def by_equation(
     inner, outer = case.geometry.inputs, case.geometry.outputs
     windows = F.pad(adapter_x, (0, inner.span - inner.size)).unfold(1, inner.width, inner.stride)
     U = torch.einsum("tip,ki->tkp", windows, inputs.A)
-    V = scaling * torch.einsum("qp,tkp->tkq", inputs.C, FUNCTIONS[nonlinearity](U))
+    C = inputs.C.expand(case.rank, *case.kernel_size)
+    V = scaling * torch.einsum("kqp,tkp->tkq", C, FUNCTIONS[nonlinearity](U))
     increment = x.new_zeros(x.shape[0], outer.span)
     for j in range(outer.windows):
         first = j * outer.stride
