@@ -1,7 +1,8 @@
 """A model's adapters to and from disk: which tensors are saved, and which models they fit.
 
 The weights file holds `<layer>.dcft_A`, `.dcft_B` and `.dcft_C`, the config the layers' settings.
-In version 2, the weights file also holds the tensors that the config's "modules_to_save" names.
+From version 2 on, the weights file also holds the tensors that the config's "modules_to_save"
+names; in version 3, layers may have a kernel per rank. A save has the lowest version that holds it.
 Names are those of the model without wrappers (see `wrappers`).
 """
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dcft_kernels import adapter_folder, validation
-from dcft_kernels.adapter import Geometry
+from dcft_kernels.adapter import PER_RANK, SHARED, Geometry
 from dcft_kernels.adapter_folder import CONFIG_FILE
 from dcft_kernels.linear import DCFTLinear, DCFTOptions, linear_sizes, why_not_adaptable
 from dcft_kernels.model import dcft_layers, find_dcft_layers, is_or_is_inside, swap_each
@@ -39,6 +40,7 @@ from dcft_kernels.wrappers import (
 _NO_TENSOR = "no parameter or persistent buffer of the model; if pruned or parametrised, undo that"
 _SIZES = ("in_features", "out_features")
 _SETTINGS = ("rank", "kernel_size", "stride", "alpha", "dropout", "init")
+_OPTIONAL = {"nonlinearity", "kernels"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +56,21 @@ class LayerRecord:
         """The adapter's shapes."""
         kernel_size = validation.pair("kernel_size", self.options.kernel_size)
         stride = validation.stride_pair(self.options.stride, kernel_size)
+        per_rank = self.options.kernels == PER_RANK
         return Geometry.build(
-            self.in_features, self.out_features, self.options.rank, kernel_size, stride
+            self.in_features, self.out_features, self.options.rank, kernel_size, stride, per_rank
         )
 
     def to_json(self) -> dict[str, Any]:
         """The layer's entry in the config."""
         record = {name: getattr(self, name) for name in _SIZES}
         record |= {name: getattr(self.options, name) for name in _SETTINGS}
-        # Only if it is set: versions without nonlinearities read all other files, and refuse these,
-        # which they would compute wrongly.
+        # Only if they are set: versions without these options read all other files, and refuse
+        # these, which they would compute wrongly.
         if self.options.nonlinearity is not None:
             record["nonlinearity"] = self.options.nonlinearity
+        if self.options.kernels != SHARED:
+            record["kernels"] = self.options.kernels
         return record
 
     @classmethod
@@ -75,7 +80,7 @@ class LayerRecord:
             found = reprlib.repr(record)
             raise ValueError(f"expected an object with the layer's settings, got {found}")
         known = {*_SIZES, *_SETTINGS}
-        missing, unknown = known - record.keys(), record.keys() - known - {"nonlinearity"}
+        missing, unknown = known - record.keys(), record.keys() - known - _OPTIONAL
         if missing or unknown:
             what = [f"has no {name!r}" for name in sorted(missing)]
             what += [f"has an unknown setting {name!r}" for name in sorted(unknown)]
@@ -147,7 +152,10 @@ def write_adapter(
 ) -> None:
     """Write what `read_adapter` reads; the tensors as for `adapter_folder.write`."""
     layers = {name: record.to_json() for name, record in records.items()}
-    config: dict[str, Any] = {"format_version": 2 if others else 1, "layers": layers}
+    version = 2 if others else 1
+    if any(record.geometry.per_rank for record in records.values()):
+        version = 3
+    config: dict[str, Any] = {"format_version": version, "layers": layers}
     config |= {"modules_to_save": sorted(others)} if others else {}
     adapter_folder.write(folder, config, factors | others)
 
@@ -213,7 +221,7 @@ def _copied(name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return values.cpu().clone(memory_format=torch.contiguous_format)
 
 
-def factor_shapes(geometry: Geometry) -> dict[str, tuple[int, int]]:
+def factor_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
     """The shape of each factor, by its name."""
     shapes = (geometry.shape_A, geometry.shape_B, geometry.shape_C)
     return dict(zip(FACTORS, shapes, strict=True))

@@ -47,7 +47,7 @@ if sys.platform != "win32":
 
 CONFIG_FILE = "dcft_config.json"
 FORMAT = "dcft_adapter"
-FORMAT_VERSIONS = (1, 2)
+FORMAT_VERSIONS = (1, 2, 3)
 _ENTRIES = {"format", "format_version", "weights", "layers", "modules_to_save", "sha256"}
 _WEIGHTS = re.compile(rf"{FORMAT}-[0-9a-f]{{12}}\.safetensors")
 _TEMPORARY = re.compile(rf"\.({_WEIGHTS.pattern}|{re.escape(CONFIG_FILE)})\.[0-9a-f]{{8}}\.tmp")
@@ -58,8 +58,8 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> N
 
     Args:
         folder: other files in it are left alone.
-        config: "format_version", "layers" and, in version 2, "modules_to_save"; "format", "weights"
-            and "sha256" are added.
+        config: "format_version", "layers" and, from version 2 on, "modules_to_save"; "format",
+            "weights" and "sha256" are added.
         tensors: contiguous, on the CPU, sharing no memory.
 
     Raises:
@@ -92,7 +92,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What one call of `write` saved to `folder`, also while other processes save to it.
 
     Returns:
-        The config and the tensors. "format_version" is 1 or 2, "layers" a non-empty object, and
+        The config and the tensors. "format_version" is 1, 2 or 3, "layers" a non-empty object, and
         "modules_to_save", if present, a list of strings. The checksum may be missing in version 1.
 
     Raises:
@@ -136,7 +136,7 @@ def _parse_config(path: Path, content: bytes) -> dict[str, Any]:
     version = config.get("format_version")
     if version not in FORMAT_VERSIONS:
         raise ValueError(
-            f"{path}: expected format_version 1 or 2, got {reprlib.repr(version)}; "
+            f"{path}: expected format_version 1, 2 or 3, got {reprlib.repr(version)}; "
             "it needs another version of dcft_kernels"
         )
     # Otherwise a changed bit in the name "sha256" would switch off the check.

@@ -12,6 +12,7 @@ from typing import Any
 from peft.config import PeftConfig
 
 from dcft_kernels import validation
+from dcft_kernels.adapter import PER_RANK, SHARED
 from dcft_kernels.initialization import INITS
 
 # The settings that can differ between layers, and the fields with the values of single layers.
@@ -49,6 +50,8 @@ class DCFTConfig(PeftConfig):
         kernel_size: `d`, an int or a pair `(out, in)`; need not divide the layers' sizes.
         stride: distance between windows, an int or a pair `(out, in)`; None is the kernel size.
         alpha: `scaling = alpha / r`; None takes the scaling that belongs to `init_weights`.
+        kernels: `"shared"`: one kernel `dcft_C` for all ranks, as in the paper; `"per_rank"`: each
+            rank has its own.
         dropout: probability of zeroing an element of the adapter's own view of the input.
         init_weights: True or `"balanced"`, `"zero"`: start at the base model; `"paper"`: near it
             (see `dcft_kernels.initialization`). False: start away from it, for tests.
@@ -74,6 +77,7 @@ class DCFTConfig(PeftConfig):
     kernel_size: int | list[int] = 8
     stride: int | list[int] | None = None
     alpha: float | None = None
+    kernels: str = SHARED
     dropout: float = 0.0
     init_weights: bool | str = True
     target_modules: list[str] | set[str] | str | None = None
@@ -112,6 +116,7 @@ class DCFTConfig(PeftConfig):
             validation.pair(f"layer_sizes[{layer!r}]", size)
         if not (self.kernel_size_pattern or self.stride_pattern):
             validation.stride_pair(self.stride, validation.pair("kernel_size", self.kernel_size))
+        validation.one_of("kernels", self.kernels, (SHARED, PER_RANK))
         validation.probability("dropout", self.dropout)
         if not isinstance(self.init_weights, bool) and self.init_weights not in INITS:
             raise ValueError(

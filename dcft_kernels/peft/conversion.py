@@ -33,7 +33,7 @@ def convert_adapter(source: str | os.PathLike[str], target: str | os.PathLike[st
     Raises:
         ValueError: files that are truncated or of another method; a target with an adapter of
             another kind; or what PEFT cannot express: nonlinearities, modules trained in part, and
-            dropout or initialisations that differ between layers.
+            dropout, initialisations or kinds of kernels that differ between layers.
         FileNotFoundError, NotADirectoryError, OSError: folders that cannot be read or written.
         What was in `target` is intact then.
     """
@@ -147,6 +147,7 @@ def _config(adapter: saved.SavedAdapter) -> DCFTConfig:
         **fields,
         dropout=_shared("dropout", {n: o.dropout for n, o in options.items()}),
         init_weights=_shared("init", {n: o.init for n, o in options.items()}),
+        kernels=_shared("kernels", {n: o.kernels for n, o in options.items()}),
         target_modules=names_alone(options),
         modules_to_save=adapter.modules_to_save or None,
         bias="dcft_only" if any(f"{name}.bias" in adapter.others for name in options) else "none",

@@ -17,7 +17,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from dcft_kernels import validation
-from dcft_kernels.adapter import Adapter, Geometry
+from dcft_kernels.adapter import PER_RANK, Adapter, Geometry
 from dcft_kernels.functional import dcft_linear, dcft_update, delta_weight, merged_weight
 from dcft_kernels.initialization import initialize, scaling_of
 from dcft_kernels.linear import is_conv1d
@@ -30,8 +30,8 @@ BASE_ONLY = "__base__"  # in `adapter_names`: no adapter for this row
 class DCFTLinearLayer(nn.Module, BaseTunerLayer):
     """A base layer plus the increments of its active adapters (equations 5, 6 of arXiv 2503.01419).
 
-    Each adapter has `dcft_A[name] [k, I]`, `dcft_B[name] [J, k]` and `dcft_C[name] [d_out, d_in]`,
-    as in `dcft_kernels.DCFTLinear`, and is computed by the same functions.
+    Each adapter has `dcft_A[name] [k, I]`, `dcft_B[name] [J, k]` and `dcft_C[name] [d_out, d_in]`
+    (or `[k, d_out, d_in]`), as in `dcft_kernels.DCFTLinear`, and is computed by the same functions.
 
     Args:
         base_layer: an `nn.Linear`, a `Conv1D` of transformers, a quantised layer that PEFT knows,
@@ -87,7 +87,12 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
         kernel_size = validation.pair("kernel_size", settings["kernel_size"])
         stride = validation.stride_pair(settings["stride"], kernel_size)
         geometry = Geometry.build(
-            self.in_features, self.out_features, settings["r"], kernel_size, stride
+            self.in_features,
+            self.out_features,
+            settings["r"],
+            kernel_size,
+            stride,
+            config.kernels == PER_RANK,
         )
         self.geometry[adapter_name] = geometry
         self.scaling[adapter_name] = scaling_of(geometry, config.init, settings["alpha"])

@@ -155,10 +155,11 @@ class DCFTModel(BaseTuner):
     ) -> None:
         """Add an adapter whose increment is the weighted sum of others', up to rounding.
 
-        In each layer, the ranks of the others are concatenated; they share one `dcft_C`.
+        In each layer, the ranks of the others are concatenated. If their kernels `dcft_C` differ,
+        the sum has a kernel per rank.
 
         Args:
-            adapters: adapters of this model; in each layer all with the same kernel `dcft_C`.
+            adapters: adapters of this model; in each layer with equal kernel sizes and strides.
             weights: one for each adapter, of any sign.
             adapter_name: the name of the new adapter, which does not become active.
             combination_type: only `"cat"`.

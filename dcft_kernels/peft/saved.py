@@ -209,7 +209,7 @@ def _record(
     settings = layer_settings(config, name)
     options = DCFTOptions(
         settings["r"], settings["kernel_size"], settings["stride"], settings["alpha"],
-        config.dropout, config.init, adapter_dtype=dtype,
+        config.dropout, config.init, adapter_dtype=dtype, kernels=config.kernels,
     )  # fmt: skip
     record = LayerRecord(in_features, out_features, options)
     if options.alpha is None:

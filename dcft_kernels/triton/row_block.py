@@ -69,7 +69,9 @@ def ranks_per_launch(geometry: Geometry, itemsize: int) -> int:
     """
     rank, outputs, inputs, per_rank = geometry
     most = _MAX_COLUMNS[itemsize]
-    if per_rank or not all(_is_contiguous(side) for side in (outputs, inputs)):
+    if per_rank:
+        most //= 4
+    if not all(_is_contiguous(side) for side in (outputs, inputs)):
         most //= 2
     for count in range(1, rank + 1):
         size = -(-rank // count)
@@ -536,8 +538,9 @@ def _backward_by_slices(
     )
 
 
-# From this many rows on, a tile of the backward pass has half of them with dropout.
-_DROPOUT_ROWS = 64
+# From this many rows on, a tile of the backward pass has half of them with dropout or kernels per
+# rank: the mask and the mixing matrices take registers.
+_MANY_ROWS = 64
 
 
 class _BackwardPlan(NamedTuple):
@@ -567,7 +570,7 @@ def _prepare_backward(
         return None
     inputs, outputs = geometry.inputs, geometry.outputs
     tile = lookup(architecture(device), "backward", itemsize, layout_of(geometry).columns)
-    if seed is not None and tile.tokens >= _DROPOUT_ROWS:  # the mask takes registers
+    if (seed is not None or geometry.per_rank) and tile.tokens >= _MANY_ROWS:
         tile = tile._replace(tokens=tile.tokens // 2)
     tile = tile.for_tokens(bucket)
     needs_A, needs_B, needs_C = needs

@@ -175,6 +175,7 @@ def test_parity_at_a_real_size(device, in_features: int, dropout_p: float) -> No
         # Nothing that a tile divides, of either width of tiles; and tens of tiles per program.
         (AdapterShape(1032, 4104, 2, (16, 8), (16, 8)), 777),
         (AdapterShape(2056, 3080, 4, (8, 16), (8, 16)), 4100),
+        (AdapterShape(2056, 3080, 4, (8, 16), (8, 16), True), 4100),
         (AdapterShape(4096, 4104, 1, (8, 8), (8, 8)), 16390),
         (AdapterShape(14336, 4096, 1, (8, 8), (8, 8)), 130),
     ],

@@ -92,6 +92,7 @@ def drawn(
         (RAGGED, 70),
         (shape(256, 256), 1),
         (shape(320, 264, 3), 127),
+        (shape(320, 264, 3)._replace(per_rank=True), 65),
         (shape(264, 272, 4, (4, 8)), 33),
         (shape(272, 264, 2, (32, 4)), 17),
         (shape(320, 328, 1, 64), 5),
@@ -126,7 +127,8 @@ def shapes(draw) -> tuple[AdapterShape, int]:
     d_out = draw(st.sampled_from([4, 8, 16, 32, 64]))
     rank = draw(st.integers(1, min(4, 64 // d_in)).filter(lambda rank: rank * d_in % 8 == 0))
     n, m = (8 * draw(st.integers(32, 48)) for _ in range(2))
-    return shape(n, m, rank, (d_out, d_in)), draw(st.integers(1, 140))
+    case = shape(n, m, rank, (d_out, d_in))._replace(per_rank=draw(st.booleans()))
+    return case, draw(st.integers(1, 140))
 
 
 # On a GPU, the kernels are recompiled for every example.

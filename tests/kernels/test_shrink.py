@@ -26,6 +26,7 @@ SCALING = 0.7
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 PAPER = AdapterShape(600, 1048, 1, (8, 8), (8, 8))  # several steps a row, on either side
 RAGGED = AdapterShape(72, 136, 3, (64, 16), (64, 16))
+PER_RANK = AdapterShape(264, 328, 4, (8, 8), (8, 8), True)
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
@@ -138,7 +139,7 @@ def check(results: dict[str, Tensor], p: Problem) -> None:
 
 @both_dtypes
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [PAPER, RAGGED], ids=str)
+@pytest.mark.parametrize("case", [PAPER, RAGGED, PER_RANK], ids=str)
 def test_all_results(case: AdapterShape, adapter_dtype: torch.dtype, dtype: torch.dtype) -> None:
     # 11 tokens: more blocks of rows than programs, and the last one is not full.
     for u_dtype in (torch.float32, dtype):
@@ -153,7 +154,8 @@ def shapes(draw) -> tuple[AdapterShape, int]:
     width = st.sampled_from([4, 8, 16, 32, 64])
     kernel = (draw(width), draw(width))
     sizes = [8 * draw(st.integers(1, 80)) for _ in range(2)]
-    return AdapterShape(*sizes, draw(st.integers(1, 4)), kernel, kernel), draw(st.integers(1, 9))
+    rank, per_rank = draw(st.integers(1, 4)), draw(st.booleans())
+    return AdapterShape(*sizes, rank, kernel, kernel, per_rank), draw(st.integers(1, 9))
 
 
 # On a GPU, the kernels are recompiled for every example.

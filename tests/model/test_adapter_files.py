@@ -149,6 +149,22 @@ def test_round_trip_into_a_base_and_into_a_swapped_model(base, adapted, tmp_path
     assert trainable == [f"{n}.dcft_{f}" for n in ("query", "dense") for f in "ABC"]
 
 
+def test_round_trip_of_kernels_per_rank(base, adapted, tmp_path):
+    """Earlier versions refuse such files; an adapter of the other kind does not fit."""
+    model = copy.deepcopy(base)
+    swap_linear(model, **OPTIONS, kernels="per_rank")
+    _randomize(model)
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["format_version"] == 3
+    lines = _load_fails(adapted, tmp_path, ValueError, r"\(2 differences; nothing was loaded\)")
+    assert lines[2] == "  block.query: kernels is None in the model, per_rank in the file"
+    with pytest.raises(RuntimeError, match=r"size mismatch for block\.query\.dcft_C"):
+        adapted.load_state_dict(model.state_dict())
+    assert load_adapter(base, tmp_path) == LAYERS
+    assert base.block["query"].dcft_C.shape == (2, 4, 8)
+    assert torch.equal(base(X), model(X))
+
+
 def test_each_factor_keeps_its_dtype_in_a_base_model(base, adapted, tmp_path):
     """Also where those of one layer differ. A model that is swapped already keeps its own."""
     wide, layer = copy.deepcopy(base), adapted.block["query"]
@@ -348,7 +364,7 @@ def _outside(folder: Path) -> None:
 NOT_JSON = rf"{CONFIG}: truncated or not JSON"
 CHANGED = r"safetensors: truncated or changed .*SHA-256.*copy the folder again"
 FOREIGN = r'not a DCFT adapter: expected "format": "dcft_adapter".*written by another library'
-VERSION = "expected format_version 1 or 2, got"
+VERSION = "expected format_version 1, 2 or 3, got"
 PLAIN = r"expected a weights file dcft_adapter-<12 hex.*>\.safetensors, got"
 LAYER = r"layer 'block\.query'"
 SIZE = "expected a positive int, got"
@@ -365,8 +381,8 @@ DAMAGES = {
     "truncated-weights": (_weights_bytes(lambda c: c[: len(c) // 2], False), CHANGED),
     "flipped-bit": (_weights_bytes(lambda c: c[:-1] + bytes([c[-1] ^ 1]), False), CHANGED),
     "no-tensors": (_weights_bytes(lambda c: b"nothing", True), "safetensors: not a safetensors"),
-    "newer-version": (_config(lambda c: c.update(format_version=3)),
-                      rf"{VERSION} 3; it needs another version of dcft_kernels"),
+    "newer-version": (_config(lambda c: c.update(format_version=4)),
+                      rf"{VERSION} 4; it needs another version of dcft_kernels"),
     "no-version": (_config(lambda c: c.pop("format_version")), rf"{VERSION} None"),
     "no-weights-entry": (_config(lambda c: c.pop("weights")), r'expected "weights" with "file"'),
     "no-digest": (_config(lambda c: c["weights"].pop("sha256")), r'"file" and "sha256"'),
@@ -389,6 +405,10 @@ DAMAGES = {
     "other-init": (_query(init="ones"), rf"{LAYER}: init: expected one of 'balanced', .*'ones'"),
     "other-nonlinearity": (_query(nonlinearity="swish"),
                            rf"{LAYER}: nonlinearity: expected one of .*'swish'"),
+    "other-kernels": (_query(kernels="each"),
+                      rf"{LAYER}: kernels: expected one of 'shared', 'per_rank', got 'each'"),
+    "kernels-per-rank": (_query(kernels="per_rank"),
+                         r"query\.dcft_C: expected shape \[2, 4, 8\], got \[4, 8\]"),
     "missing-tensor": (_tensors(lambda t: t.pop("block.query.dcft_C")),
                        rf"has no tensor block\.query\.dcft_C, which {CONFIG} names"),
     "surplus-tensor": (_tensors(lambda t: t.update(head=torch.ones(1))),

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from dcft_kernels.peft import DCFTConfig
+from dcft_kernels.peft import DCFTConfig, export_lora, hotswap_adapter
 from tests.peft_method.models import TARGETS, adapted, base
 
 
@@ -24,6 +24,7 @@ from tests.peft_method.models import TARGETS, adapted, base
         ({"alpha": float("inf")}, ValueError, r"^alpha: expected a finite number, got inf"),
         ({"dropout": 1.0}, ValueError, r"^dropout: expected a probability in \[0, 1\), got 1\.0"),
         ({"init_weights": "gaussian"}, ValueError, r"^init_weights: expected True, False or"),
+        ({"kernels": "each"}, ValueError, r"^kernels: expected one of 'shared', 'per_rank', got"),
         ({"rank_pattern": {"q": 0}}, ValueError, r"^rank_pattern\['q'\]: expected a positive int"),
         ({"alpha_pattern": {"q": "1"}}, TypeError, r"^alpha_pattern\['q'\]: expected a number"),
         ({"kernel_size_pattern": 8}, TypeError, r"^kernel_size_pattern: expected a dict"),
@@ -127,6 +128,21 @@ def test_weights_of_another_method_or_in_part(tmp_path):
         peft.set_peft_model_state_dict(model, state)
 
 
+def test_weights_of_the_other_kind_of_kernels(tmp_path):
+    for kernels, other in (("shared", "per_rank"), ("per_rank", "shared")):
+        model = adapted(r=2, kernels=kernels)
+        state = peft.get_peft_model_state_dict(adapted(r=2, kernels=other))
+        with pytest.raises(RuntimeError, match=r"size mismatch for .*query\.dcft_C\.default"):
+            peft.set_peft_model_state_dict(model, state)
+        adapted(r=2, kernels=other).save_pretrained(tmp_path / other)
+        with pytest.raises(ValueError, match=r"^folder: .* differs from .* in 3 layers.*per_rank"):
+            hotswap_adapter(model, tmp_path / other)
+        config = tmp_path / other / "adapter_config.json"
+        config.write_text(config.read_text().replace(f'"{other}"', f'"{kernels}"'))
+        with pytest.raises(ValueError, match=r"query\.dcft_C: expected floats \["):
+            export_lora(tmp_path / other, tmp_path / "lora")
+
+
 def test_unknown_adapters():
     model = adapted()
     with pytest.raises(ValueError, match="Adapter absent not found"):
@@ -154,8 +170,7 @@ def test_truncated_weights(tmp_path):
         ([], [], "sum", {}, r"^weights: expected one for each of at least one adapter"),
         (["default"], [1.0], "other", {}, r"Adapter with name 'other' already exists"),
         (["default"], [1.0], "a/b", {}, r"^adapter_name: expected a name without"),
-        (["default", "other"], [1.0, 1.0], "sum", {}, r"^adapters: their kernels dcft_C differ"),
-        (["default", "wide"], [1.0, 1.0], "sum", {}, r"^adapters: their kernels dcft_C differ"),
+        (["default", "wide"], [1.0, 1.0], "sum", {}, r"^adapters: their kernel sizes or strides"),
         (["default"], [1.0], "sum", {"combination_type": "svd"}, r"^combination_type: expected"),
         (["heads"], [1.0], "sum", {}, r"^adapters: 'heads' has modules_to_save or biases"),
     ],

@@ -19,12 +19,12 @@ from tests.peft_method.models import TOKENS, adapted, base
 WEIGHTS = "adapter_model.safetensors"
 
 
-def swapped() -> nn.Module:
+def swapped(kernels: str = "shared") -> nn.Module:
     """Layers of different settings, one in another dtype, and a trained head."""
-    model = base()
-    dcft.swap_linear(model, ["query"], rank=2, kernel_size=(4, 5), stride=(2, 5))
-    dcft.swap_linear(model, ["value"], alpha=0.25, adapter_dtype=torch.float64)
-    dcft.swap_linear(model, ["dense"])
+    model, common = base(), {"kernels": kernels}
+    dcft.swap_linear(model, ["query"], rank=2, kernel_size=(4, 5), stride=(2, 5), **common)
+    dcft.swap_linear(model, ["value"], alpha=0.25, adapter_dtype=torch.float64, **common)
+    dcft.swap_linear(model, ["dense"], **common)
     dcft.freeze_base(model, trainable=["head", "query.bias"])
     with torch.no_grad():
         for parameter in model.parameters():
@@ -38,8 +38,9 @@ def saved_tensors(folder):
     return load_file(path)
 
 
-def test_from_save_adapter_to_peft_and_back(tmp_path):
-    model = swapped()
+@pytest.mark.parametrize("kernels", ["shared", "per_rank"])
+def test_from_save_adapter_to_peft_and_back(tmp_path, kernels):
+    model = swapped(kernels)
     dcft.save_adapter(model, tmp_path / "dcft")
     convert_adapter(tmp_path / "dcft", tmp_path / "peft")
     loaded = peft.PeftModel.from_pretrained(base(), tmp_path / "peft").eval()
@@ -64,6 +65,7 @@ def test_from_save_adapter_to_peft_and_back(tmp_path):
         {"init_weights": "zero", "r": 3, "kernel_size_pattern": {"dense": (2, 3)}},
         {"stride": 4, "alpha_pattern": {"query": 5.0}, "modules_to_save": ["head"]},
         {"bias": "all"},
+        {"r": 2, "kernels": "per_rank"},
     ],
 )
 def test_from_peft_to_save_adapter(tmp_path, settings):
@@ -84,6 +86,7 @@ def test_from_peft_to_save_adapter(tmp_path, settings):
     [
         (lambda m: m.query.__setattr__("nonlinearity", "relu"), "query: PEFT's DCFT has no nonlin"),
         (lambda m: m.query.__setattr__("dropout", 0.5), "^dropout: PEFT has one for all layers"),
+        (lambda m: dcft.swap_linear(m, ["head"], kernels="per_rank"), "^kernels: PEFT has one for"),
         (lambda m: m.head.weight.requires_grad_(False), r"^head\.weight: not in the adapter"),
     ],
 )

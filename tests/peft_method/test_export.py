@@ -23,6 +23,7 @@ PREFIX = "base_model.model."
     [
         {},
         {"r": 3, "kernel_size": (3, 5), "stride": (2, 4)},
+        {"r": 3, "kernel_size": (3, 5), "kernels": "per_rank"},
         {"r": 2, "kernel_size": (16, 4), "rank_pattern": {r".*\.0\..*": 1}},
     ],
 )
@@ -169,12 +170,13 @@ def test_merged_models_export_the_adapter(tmp_path):
     assert_close(logits(served, small_inputs("bert")), expected)
 
 
-def test_lora_exports_add_up_where_kernels_differ(tmp_path):
+def test_lora_exports_add_up_where_kernel_sizes_differ(tmp_path):
     """What `add_weighted_adapter` advises."""
-    first, second = adapted(seed=2), adapted(seed=3)
+    first, second = adapted(seed=2), adapted(seed=3, kernel_size=4)
     model = adapted(seed=2)
-    model.add_adapter("other", DCFTConfig(target_modules=TARGETS, init_weights=False))
-    with pytest.raises(ValueError, match=r"kernels dcft_C differ in 'query', .* export_lora"):
+    config = DCFTConfig(target_modules=TARGETS, init_weights=False, kernel_size=4)
+    model.add_adapter("other", config)
+    with pytest.raises(ValueError, match=r"kernel sizes or strides differ in 'query', .* export_l"):
         model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
     assert list(model.peft_config) == ["default", "other"]
     for name, source in (("first", first), ("second", second)):

@@ -31,6 +31,7 @@ SETTINGS = [
     {"r": 3, "kernel_size": 5, "alpha": 2.0},
     {"kernel_size": (4, 6), "stride": (2, 3), "init_weights": "paper"},
     {"r": 2, "rank_pattern": {"query": 1}, "kernel_size_pattern": {"dense": [3, 16]}},
+    {"r": 3, "kernels": "per_rank"},
 ]
 
 
@@ -39,10 +40,11 @@ def swapped_like(model: nn.Module) -> nn.Module:
     plain = base()
     for name, layer in layers(model).items():
         adapter = layer.adapter("default")
-        _, outputs, inputs = adapter.geometry
+        geometry = adapter.geometry
         dcft.swap_linear(
-            plain, [name], rank=adapter.geometry.rank, kernel_size=(outputs.width, inputs.width),
-            stride=(outputs.stride, inputs.stride), alpha=adapter.scaling * adapter.geometry.rank,
+            plain, [name], rank=geometry.rank, kernel_size=geometry.kernel_size,
+            stride=geometry.stride, alpha=adapter.scaling * geometry.rank,
+            kernels="per_rank" if geometry.per_rank else "shared",
         )  # fmt: skip
         with torch.no_grad():
             for factor in ("dcft_A", "dcft_B", "dcft_C"):
@@ -338,12 +340,15 @@ def test_get_delta_weight_is_what_merging_adds():
         assert layer.supports_lora_conversion(), name
 
 
-def test_a_weighted_sum_is_exact_for_equal_kernels():
+@pytest.mark.parametrize("kernels", ["equal", "shared", "per_rank"])
+def test_a_weighted_sum_is_exact(kernels):
+    """With one kernel where all adapters have the same, else with a kernel per rank."""
     model = adapted(r=2, alpha=3.0)
-    config = DCFTConfig(target_modules=["query", "dense"], init_weights=False)
+    options = {} if kernels == "equal" else {"kernels": kernels}
+    config = DCFTConfig(target_modules=["query", "dense"], init_weights=False, **options)
     model.add_adapter("other", config)
     for layer in layers(model).values():
-        if "other" in layer.dcft_C:
+        if kernels == "equal" and "other" in layer.dcft_C:
             layer.dcft_C["other"].data.copy_(layer.dcft_C["default"])
     model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "sum")
     assert model.active_adapters == ["default"]
@@ -354,6 +359,7 @@ def test_a_weighted_sum_is_exact_for_equal_kernels():
         assert_close(layer.get_delta_weight("sum"), expected)
         assert layer.geometry["sum"].rank == (2 if name == "value" else 3)
         assert layer.scaling["sum"] == 1.0
+        assert layer.geometry["sum"].per_rank == (kernels != "equal")
     model.set_adapter("sum")
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         name for name in factors(model) if name.endswith(".sum")
