@@ -139,7 +139,7 @@ def test_weights_of_the_other_kind_of_kernels(tmp_path):
             hotswap_adapter(model, tmp_path / other)
         config = tmp_path / other / "adapter_config.json"
         config.write_text(config.read_text().replace(f'"{other}"', f'"{kernels}"'))
-        with pytest.raises(ValueError, match=r"query\.dcft_C: expected floats \["):
+        with pytest.raises(ValueError, match=r"\.dcft_C: expected floats \["):
             export_lora(tmp_path / other, tmp_path / "lora")
 
 
