@@ -41,6 +41,10 @@ slices of the training splits of STS-B and SST-2: `benchmarks/quality`, study `i
 the highest rate `s_loss` diverges on both, at the lowest `s_output` is far behind on one. An
 explicit `alpha` replaces this scaling.
 
+With a kernel per rank both comparisons come out the same: an entry of `gB` sums as many entries
+with `C_κ` as with a shared `C`, and the ranks' parts of an output are independent either way, since
+the rows of `A` are.
+
 `"zero"`: B is zero as well, and A and C have the variances that pass the input on at its own size,
 for a scaling of one. For inputs of variance v, `U` sums I of them and `V` sums d_in of `U`:
 

@@ -56,6 +56,25 @@ def test_reference_is_the_sum_over_windows(case, seed):
         close(full, sum(terms))
 
 
+@given(case=any_case(), p=st.sampled_from([0.0, 0.4]), seed=seeds)
+def test_one_rank_with_its_own_kernel_is_a_shared_kernel_to_the_bit(case, p, seed):
+    """Drawn factors, output and gradients."""
+    sizes = (case.in_features, case.out_features)
+    results = []
+    for kernels in ("shared", "per_rank"):
+        torch.manual_seed(seed)
+        layer = DCFTLinear(
+            *sizes, kernel_size=case.kernel_size, stride=case.stride, dropout=p, init="paper",
+            kernels=kernels,
+        )  # fmt: skip
+        x = torch.randn(3, case.in_features, requires_grad=True)
+        y = layer(x)
+        factors = (layer.dcft_A, layer.dcft_B, layer.dcft_C)
+        gradients = torch.autograd.grad(y.square().sum(), (x, *factors))
+        results.append([y, layer.delta_weight(), *gradients, *factors])
+    assert all(torch.equal(a, b.view_as(a)) for a, b in zip(*results, strict=True))
+
+
 @given(
     case=any_case(),
     leading=st.lists(st.integers(0, 4), max_size=3).map(tuple),

@@ -35,8 +35,9 @@ def _assert_normal(sample: Tensor, std: float) -> None:
 
 
 @pytest.mark.parametrize("stride", [(64, 64), (16, 32)], ids=["tiling", "overlapping"])
+@pytest.mark.parametrize("kernels", ["shared", "per_rank"])
 @pytest.mark.parametrize("init", ["paper", "zero", "balanced"])
-def test_factors_are_normal_with_the_derived_variances(init, stride):
+def test_factors_are_normal_with_the_derived_variances(init, kernels, stride):
     """`"paper"`: N(0, 0.02^2), as the code published with arXiv 2503.01419 draws them.
 
     `"zero"` passes the input on at its own size: Var(U) = I Var(A) and Var(V) = d_in Var(C) Var(U),
@@ -44,7 +45,7 @@ def test_factors_are_normal_with_the_derived_variances(init, stride):
     on +-1 / sqrt(n).
     """
     n = 16384
-    layer = _adapter(n, 8192, rank=4, kernel_size=64, stride=stride, init=init)
+    layer = _adapter(n, 8192, rank=4, kernel_size=64, stride=stride, init=init, kernels=kernels)
     std_A, std_C = {
         "paper": (0.02, 0.02),
         "zero": (layer.dcft_A.shape[1] ** -0.5, (stride[0] / (64 * 64)) ** 0.5),
@@ -94,6 +95,7 @@ def test_balanced_is_the_default_and_alpha_replaces_its_scaling(make):
         (48, 256, {"kernel_size": 2}),
         (64, 48, {"kernel_size": (4, 16)}),
         (64, 64, {"rank": 4}),
+        (64, 64, {"rank": 4, "kernels": "per_rank"}),
         (64, 64, {"stride": (8, 2)}),
         (75, 61, {"kernel_size": (6, 8), "stride": (3, 4), "rank": 3}),  # ragged and overlapping
     ],
