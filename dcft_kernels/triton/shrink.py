@@ -261,8 +261,8 @@ def _shrink_backward_kernel(
         KERNELS: tl.constexpr = K if PER_RANK else 1
         C = ()
         for kernel in tl.static_range(KERNELS):
-            values = tl.load(C_ptr + kernel * (W_OUT * W_IN) + offsets_C)
-            C += (values.to(tl.float32) * scaling,)
+            where_C = C_ptr + kernel * (W_OUT * W_IN) + offsets_C
+            C += (tl.load(where_C).to(tl.float32) * scaling,)
         if NEED_B:
             grad_B = ()
             for _ in tl.static_range(STEPS * K):
