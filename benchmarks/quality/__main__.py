@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         "METHOD.NAME=VALUE for one")  # fmt: skip
     add("--study", help=f"comma-separated: {', '.join(studies.STUDIES)}")
     add("--variants", default="*", help="only these lines of the study, * as a wildcard (*)")
-    add("--seeds", type=count, help="how many (1)")
+    add("--seeds", type=count, help="how many, from 0 (1)")
     add("--lr", type=lambda text: text if text == "search" else rate(text), default="search",
         help="a learning rate, or the best one on a slice of train (search)")  # fmt: skip
     add("--data", type=Path, help="the folder or the text file of the task")
@@ -150,6 +150,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--scored-size", type=count, help="number of scored examples, evenly spread (all)")
     add("--max-tokens", type=count, help="truncate texts there (the task's own limit)")
     add("--evaluations", type=count, help="how often to score, the last time at the end (1)")
+    add("--weight-decay", type=float, help="AdamW's, of all that is trained (0)")
+    add("--replicate", type=int, help="number of another dropout stream of the same seeds (0)")
+    add("--stopping", action="store_const", const=True, help="score at the evaluation with the "
+        "lowest loss on a slice of train, which is left out")  # fmt: skip
     add("--precision", choices=("fp32", "bf16"), help="bf16: autocast (fp32)")
     add("--results", type=Path, default=FOLDER, help=f"folder of the results ({FOLDER})")
     return parser

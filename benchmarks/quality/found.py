@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.quality import metrics, tasks
-from benchmarks.quality.methods.table import by_name
-from benchmarks.quality.runs import SLICE, Result, Run
+from benchmarks.quality import tasks
+from benchmarks.quality.metrics import LOWER_IS_BETTER
+from benchmarks.quality.runs import Result, Run
 from benchmarks.quality.studies import Study, Variant
 
 
@@ -18,23 +16,14 @@ class StoredRuns:
     """Results by their settings; of equal runs the last one counts."""
 
     def __init__(self, results: Iterable[Result]) -> None:
-        self.results = list({result.run.key(): result for result in results}.values())
-        self._by_settings: dict[str, list[Result]] = {}
-        for result in self.results:
-            self._by_settings.setdefault(_settings(result.run), []).append(result)
+        self._by_key = {result.run.key(): result for result in results}
 
-    def like(self, run: Run) -> list[Result]:
-        """The results that differ from `run` only in the seed and the learning rate."""
-        return self._by_settings.get(_settings(run), [])
+    def __len__(self) -> int:
+        return len(self._by_key)
 
-
-def _settings(run: Run) -> str:
-    settings = dataclasses.asdict(run)
-    # Trials on the slice of train have their own size and are scored once.
-    trial = ("scored_size", "evaluations") if run.scored == SLICE else ()
-    for name in ("seed", "learning_rate", *trial):
-        del settings[name]
-    return json.dumps(settings, sort_keys=True)
+    def of(self, runs: Iterable[Run]) -> list[Result]:
+        """The results of those runs that have one."""
+        return [self._by_key[run.key()] for run in runs if run.key() in self._by_key]
 
 
 @dataclass(frozen=True)
@@ -42,14 +31,15 @@ class Cell:
     """What is stored of a variant on a task."""
 
     results: Sequence[Result]  # by seed, at the learning rate that was chosen
-    trials: Sequence[Result]  # the candidates for it, each scored on a slice of train
+    trials: Sequence[Result]  # of all candidates for it, each scored on a slice of train
+    scores: Mapping[float, float | None]  # means of a candidate's trials; None if one failed
     learning_rate: float | None  # None until all candidates were tried, and if all of them failed
 
     @property
     def failed(self) -> bool:
-        """Whether a run failed, or all trials did."""
+        """Whether a run failed, or every candidate did."""
         runs = [result.value is None for result in self.results]
-        return any(runs) or bool(self.trials and all(t.value is None for t in self.trials))
+        return any(runs) or bool(self.scores and all(s is None for s in self.scores.values()))
 
     @property
     def values(self) -> dict[int, float]:
@@ -63,28 +53,31 @@ class Cell:
         return statistics.fmean(values) if values and len(values) == len(self.results) else None
 
 
-def _cell(stored: StoredRuns, run: Run, variant: Variant) -> Cell:
-    rates = variant.rates or by_name(variant.method).learning_rates
+def find(stored: StoredRuns, study: Study, task: str, variant: Variant) -> Cell:
+    """Look up a variant on a task, with exactly the study's settings."""
+    rates, criterion = study.rates(variant), study.criterion(task)
     trials: list[Result] = []
+    scores: dict[float, float | None] = {}
     chosen: float | None = rates[0]
     if len(rates) > 1:
-        found = stored.like(dataclasses.replace(run, scored=SLICE))
-        by_rate = {r.run.learning_rate: r for r in found if r.run.seed == run.seed}
-        trials = [by_rate[rate] for rate in rates if rate in by_rate]
-        best = best_of(trials) if len(trials) == len(rates) else None
-        chosen = None if best is None else best.run.learning_rate
-    results = [r for r in stored.like(run) if r.run.learning_rate == chosen]
-    return Cell(sorted(results, key=lambda r: r.run.seed), trials, chosen)
+        for rate in rates:
+            runs = study.trials(task, variant, rate)
+            # A trial from before its criterion was measured does not count.
+            found = [r for r in stored.of(runs) if r.error or criterion in r.values]
+            if len(found) == len(runs):
+                values = [r.values[criterion] for r in found if not r.error]
+                scores[rate] = statistics.fmean(values) if len(values) == len(runs) else None
+            trials += found
+        chosen = _best(scores, criterion) if len(scores) == len(rates) else None
+    results = stored.of(study.runs(task, variant, chosen)) if chosen is not None else []
+    return Cell(results, trials, scores, chosen)
 
 
-def best_of(trials: Sequence[Result]) -> Result | None:
-    """The best result, of equal ones the first; None if all failed."""
-    valued = [(trial.value, trial) for trial in trials if trial.value is not None]
-    if not valued:
-        return None
-    lowest = valued[0][1].metric in metrics.LOWER_IS_BETTER
-    choose = min if lowest else max  # both return the first of equal ones
-    return choose(valued, key=lambda pair: pair[0])[1]
+def _best(scores: Mapping[float, float | None], metric: str) -> float | None:
+    """The rate with the best score, of equal ones the first; None if all failed."""
+    valued = {rate: score for rate, score in scores.items() if score is not None}
+    choose = min if metric in LOWER_IS_BETTER else max  # both return the first of equal ones
+    return choose(valued, key=valued.__getitem__) if valued else None
 
 
 @dataclass(frozen=True)
@@ -96,9 +89,9 @@ class Found:
 
     @classmethod
     def of(cls, stored: StoredRuns, study: Study) -> Found:
-        """Look up every variant on every task, with exactly the study's settings."""
+        """Look up every variant on every task."""
         pairs = [(variant, task) for variant in study.variants for task in study.tasks]
-        return cls(study, {(v.label, t): _cell(stored, study.run(t, v), v) for v, t in pairs})
+        return cls(study, {(v.label, t): find(stored, study, t, v) for v, t in pairs})
 
     def cell(self, variant: Variant, task: str) -> Cell:
         """What is stored of a variant on a task."""
@@ -116,5 +109,4 @@ class Found:
 
     def metric(self, task: str) -> str:
         """The metric that a task is compared by."""
-        known = tasks.TASKS.get(task)
-        return known.metric if known else "accuracy"  # of a folder
+        return tasks.of_run(task).metric

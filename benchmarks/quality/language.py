@@ -80,9 +80,9 @@ def _block_losses(output: Any, blocks: Sequence[Feature]) -> list[float]:
     return list(losses.mean(1).cpu().numpy())
 
 
-def _score(losses: list[float]) -> Mapping[str, float]:
+def _score(losses: list[float], kept: Any = slice(None)) -> Mapping[str, float]:
     with np.errstate(over="ignore"):
-        perplexity = float(np.exp(np.mean(losses, dtype=np.float64)))
+        perplexity = float(np.exp(np.mean(np.asarray(losses, dtype=np.float64)[kept])))
     if not math.isfinite(perplexity):
         raise DivergedError("the perplexity is not finite")
     return {"perplexity": perplexity}

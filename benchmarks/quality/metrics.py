@@ -1,4 +1,4 @@
-"""The official metric of every task, from predictions and labels."""
+"""The metrics of every task, from predictions and labels."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ def accuracy(predictions: Values, labels: Values) -> float:
 
 def pearson(predictions: Values, labels: Values) -> float:
     """Pearson correlation; 0 if either side is constant."""
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
-        return 0.0
-    return float(np.corrcoef(predictions.astype(np.float64), labels.astype(np.float64))[0, 1])
+    x, y = predictions.astype(np.float64), labels.astype(np.float64)
+    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) and np.ptp(y) else 0.0
 
 
 def f1(predictions: Values, labels: Values) -> float:
@@ -31,6 +30,40 @@ def f1(predictions: Values, labels: Values) -> float:
     both = float(np.sum((predictions == 1) & (labels == 1)))
     either = float(np.sum(predictions == 1) + np.sum(labels == 1))
     return 2 * both / either if either else 0.0
+
+
+def of_logits(logits: Values, labels: Values, prior: float) -> dict[str, float]:
+    """Metrics of class logits `[examples, classes]`: the NLL, and for two classes two more.
+
+    Args:
+        prior: class 1's share of the training split, the threshold of `matthews_at_prior`.
+    """
+    shifted = logits - logits.max(-1, keepdims=True)
+    chosen = np.take_along_axis(shifted, labels[:, None], -1)[:, 0]
+    found = {"nll": float(np.mean(np.log(np.exp(shifted).sum(-1)) - chosen))}
+    if logits.shape[1] == 2:
+        margin = logits[:, 1] - logits[:, 0]
+        probability = 0.5 * (1.0 + np.tanh(0.5 * margin))
+        found["auc"] = auc(margin, labels)
+        found["matthews_at_prior"] = pearson(probability > prior, labels)
+    return found
+
+
+def auc(scores: Values, labels: Values) -> float:
+    """Area under the ROC curve of class 1, ties counted half; 0.5 if there is only one class."""
+    _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - 0.5 * (counts - 1))[places]
+    ones = labels == 1
+    positive, negative = int(ones.sum()), int((~ones).sum())
+    if not positive or not negative:
+        return 0.5
+    above = ranks[ones].sum() - 0.5 * positive * (positive + 1)
+    return float(above / (positive * negative))
+
+
+def mse(predictions: Values, labels: Values) -> float:
+    """Mean squared error."""
+    return float(np.mean((predictions - labels) ** 2))
 
 
 def answers(
@@ -74,4 +107,4 @@ METRICS: Mapping[str, Callable[[Values, Values], float]] = {
 }
 """Higher is better, 1 is perfect."""
 
-LOWER_IS_BETTER = frozenset({"perplexity"})
+LOWER_IS_BETTER = frozenset({"perplexity", "nll", "mse"})

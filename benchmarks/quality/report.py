@@ -86,7 +86,7 @@ def _introduction(found: Sequence[Found], stored: StoredRuns, file: str) -> str:
     return template.strip().format(
         file=file,
         count=len(used),
-        others=len(stored.results) - len(used),
+        others=len(stored) - len(used),
         provenance="; ".join(provenance),
         digests=_distinct(f"{result.run.task} {result.data}" for result in used),
         names=", ".join(f"`{one.study.name}`" for one in found),
@@ -152,7 +152,7 @@ def _value(found: Found, variant: Variant, task: str) -> str:
 def _rate(cell: Cell) -> str:
     if cell.learning_rate is None or not cell.results:
         return NONE
-    tried = sorted(trial.run.learning_rate for trial in cell.trials)
+    tried = sorted(cell.scores)
     at_edge = len(tried) > 1 and cell.learning_rate in (tried[0], tried[-1])
     return f"{cell.learning_rate:g}" + "†" * at_edge
 
@@ -205,15 +205,14 @@ def _difference(found: Found, one: str, other: str, task: str) -> str:
 
 def trials_table(found: Found) -> str:
     """Every candidate's score on the slice of train, the chosen one bold; "" without trials."""
-    lines = [(v.label, partial(_trials, found, v)) for v in found.study.variants]
+    lines = [(v.label, partial(_trials, found, v)) for v in found.study.variants if not v.rates_of]
     return _by_task(found, "rate → score", lines)
 
 
 def _trials(found: Found, variant: Variant, task: str) -> str:
     cell, shown = found.cell(variant, task), []
-    for trial in cell.trials:
-        rate = trial.run.learning_rate
-        score = "failed" if trial.value is None else _figure(trial.metric, trial.value)
+    for rate, value in cell.scores.items():
+        score = "failed" if value is None else _figure(found.study.criterion(task), value)
         bold = "**" * (rate == cell.learning_rate)
         shown.append(f"{bold}{rate:g} → {score}{bold}")
     return ", ".join(shown) or NONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 from collections.abc import Mapping
@@ -43,10 +44,16 @@ class Run:
     max_tokens: int | None = None  # None for the task's or the model's own limit
     precision: str = "fp32"
     evaluations: int = 1  # the last one is at the end
+    replicate: int = 0  # another dropout stream with the same head, factors and batches
+    stopping: bool = False  # hold out a slice of train; its lowest loss decides what is scored
 
     def key(self) -> str:
-        """A digest of the settings."""
-        settings = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """A digest of the settings, without those that are newer than the first results."""
+        values = dataclasses.asdict(self)
+        for name in ("replicate", "stopping"):
+            if not values[name]:
+                del values[name]
+        settings = json.dumps(values, sort_keys=True)
         return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
     def label(self) -> str:
@@ -57,7 +64,10 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished run; `value` is the task's `metric` at the end, None if the run failed."""
+    """A finished run; `value` is the task's `metric`, None if the run failed.
+
+    Values are those at the end, or with `Run.stopping` those after `scored_step`.
+    """
 
     key: str
     study: str  # that asked for it first
@@ -65,6 +75,9 @@ class Result:
     metric: str
     value: float | None = None
     values: Mapping[str, float] = field(default_factory=dict)  # all metrics
+    # Each metric without one of the groups of scored examples, for every group.
+    jackknife: Mapping[str, list[float]] = field(default_factory=dict)
+    scored_step: int | None = None  # None in older results
     constant_value: float  # of the best constant answer
     trainable_parameters: int = 0  # the method's own, without the head's
     head_parameters: int = 0
@@ -110,8 +123,11 @@ class Store:
         return found[-1] if found and not found[-1].error and found[-1].data == data else None
 
     def add(self, result: Result) -> None:
-        """Append a result; it is on disk when this returns."""
-        rows.append_line(self.path, result.as_line())
+        """Append a result; it is on disk when this returns. Other processes may add some too."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            rows.append_line(self.path, result.as_line())
 
 
 def read(path: Path) -> list[Result]:

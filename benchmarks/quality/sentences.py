@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.quality import tasks
 from benchmarks.quality.errors import DivergedError, QualityError
-from benchmarks.quality.metrics import METRICS, Values
+from benchmarks.quality.metrics import METRICS, Values, mse, of_logits
 from benchmarks.quality.tasks import Feature, Prepared, Splits, Task
 
 # STS-B's scores are 0 to 5; the model predicts 0 to 1. Correlations do not change.
@@ -156,14 +156,18 @@ def prepare(task: Task, splits: Splits[Example], tokenizer: Any, max_tokens: int
     known = [example.label for example in splits.train]
     constant = sum(known) / len(known) if regression else Counter(known).most_common(1)[0][0]
 
-    def scores_of(predictions: Values) -> dict[str, float]:
+    def scores_of(predictions: Values, labels: Values) -> dict[str, float]:
         return {metric: METRICS[metric](predictions, labels) for metric in task.metrics}
 
-    def score(logits: list[Any]) -> Mapping[str, float]:
-        outputs = np.stack(logits)
+    def score(logits: list[Any], kept: Any = slice(None)) -> Mapping[str, float]:
+        outputs, expected = np.stack(logits).astype(np.float64)[kept], labels[kept]
         if not np.isfinite(outputs).all():  # argmax would take NaN for a class
             raise DivergedError("the model's outputs are not finite")
-        return scores_of(outputs.reshape(len(labels)) if regression else outputs.argmax(-1))
+        if regression:
+            predictions = outputs.reshape(len(expected))
+            return {**scores_of(predictions, expected), "mse": mse(predictions, expected)}
+        official = scores_of(outputs.argmax(-1), expected)
+        return {**official, **of_logits(outputs, expected, known.count(1) / len(known))}
 
     return Prepared(
         train=train,
@@ -171,7 +175,7 @@ def prepare(task: Task, splits: Splits[Example], tokenizer: Any, max_tokens: int
         collate=DataCollatorWithPadding(tokenizer),
         reduce=lambda output, _: list(output.logits.float().cpu().numpy()),
         score=score,
-        constant_score=scores_of(np.full(len(labels), constant)),
+        constant_score=scores_of(np.full(len(labels), constant), labels),
         outputs=max(1, task.classes),
         digest=splits.digest,
     )

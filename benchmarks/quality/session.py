@@ -13,14 +13,14 @@ from rich.progress import Progress
 
 from benchmarks.quality import errors, language, sentences, squad, tasks, training
 from benchmarks.quality.errors import QualityError
-from benchmarks.quality.found import best_of
+from benchmarks.quality.found import StoredRuns, find
 from benchmarks.quality.methods.table import by_name
 from benchmarks.quality.models import TARGETS, load_tokenizer
-from benchmarks.quality.runs import SLICE, Result, Run, Store
-from benchmarks.quality.studies import Study, Variant
+from benchmarks.quality.runs import SLICE, Result, Run, Store, read
+from benchmarks.quality.studies import Study
 from benchmarks.quality.tasks import Prepared, Task, spread
 
-_SLICE_SIZE = 600  # at most so many examples are scored to choose a learning rate
+_HELD_OUT = 600  # at most so many examples of the slice decide when to stop
 
 
 class Session:
@@ -38,10 +38,14 @@ class Session:
         self._check(study)
         for task in study.tasks:
             for variant in study.variants:
-                run = study.run(task, variant)
-                rate = self._learning_rate(run, variant, study.name)
-                for seed in range(study.seeds) if rate else ():
-                    self.result(dataclasses.replace(run, learning_rate=rate, seed=seed), study.name)
+                rates = study.rates(variant)
+                for rate in rates if len(rates) > 1 else ():
+                    for trial in study.trials(task, variant, rate):
+                        self.result(trial, study.name, study.criterion(task))
+                chosen = find(StoredRuns(read(self._store.path)), study, task, variant)
+                if chosen.learning_rate is not None:
+                    for run in study.runs(task, variant, chosen.learning_rate):
+                        self.result(run, study.name)
 
     def _check(self, study: Study) -> None:
         """Report mistakes in any line before the first one is trained."""
@@ -52,22 +56,11 @@ class Session:
             for name in study.tasks:
                 self._prepare(study.run(name, variant))
 
-    def _learning_rate(self, run: Run, variant: Variant, study: str) -> float:
-        """The only rate, or the best on a slice of the training split, which those trials leave
-        out; the dev split is not used. 0 if all trials diverge."""
-        rates = variant.rates or by_name(variant.method).learning_rates
-        if len(rates) == 1:
-            return rates[0]
-        trial = dataclasses.replace(run, scored=SLICE, scored_size=_SLICE_SIZE, evaluations=1)
-        trials = [dataclasses.replace(trial, learning_rate=rate) for rate in rates]
-        best = best_of([self.result(trial, study) for trial in trials])
-        return 0.0 if best is None else best.run.learning_rate
-
-    def result(self, run: Run, study: str) -> Result:
-        """The stored result of a run, or a new one, which is stored."""
+    def result(self, run: Run, study: str, needed: str = "") -> Result:
+        """The stored result of a run if it has the metric `needed`, or a new one, then stored."""
         task, prepared = self._prepare(run)
         result = self._store.find(run, prepared.digest)
-        if result is None:
+        if result is None or (needed and needed not in result.values):
             method = by_name(run.method)
             with Progress(console=self._console, transient=True) as bars:
                 bar = bars.add_task(escape(run.label()), total=run.steps)
@@ -86,8 +79,15 @@ class Session:
             task = tasks.by_name(run.task)
         if data is None:
             raise QualityError(f"--data: expected the folder or file of {task.name}, got nothing")
-        key = (run.task, run.scored, run.scored_size, run.model, run.max_tokens)
-        if key not in self._prepared:
+        key = (run.task, run.scored, run.scored_size, run.model, run.max_tokens, run.stopping)
+        if key not in self._prepared and run.stopping:
+            in_slice = dataclasses.replace(run, scored=SLICE, scored_size=_HELD_OUT, stopping=False)
+            _, held_out = self._prepare(in_slice)
+            _, whole = self._prepare(dataclasses.replace(run, stopping=False))
+            self._prepared[key] = dataclasses.replace(
+                whole, train=held_out.train, held_out=held_out
+            )
+        elif key not in self._prepared:
             self._prepared[key] = self._read(run, task, data)
         return task, self._prepared[key]
 

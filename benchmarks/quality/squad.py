@@ -168,6 +168,7 @@ def prepare(task: Task, splits: Splits[Question], tokenizer: Any, max_tokens: in
         constant_score=figures([""] * len(splits.dev)),
         outputs=2,
         digest=splits.digest,
+        by_example=False,  # a question may have several windows
     )
 
 

@@ -11,17 +11,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from benchmarks.quality import errors
-from benchmarks.quality.runs import Run
+from benchmarks.quality import errors, tasks
+from benchmarks.quality.methods.table import by_name as method_by_name
+from benchmarks.quality.runs import SLICE, Run
 
 
 @dataclass(frozen=True)
 class Variant:
     """A method with its options, and the learning rates to choose from.
 
-    A single rate is used without a search; without rates the method has its own.
+    A single rate is used without a search; without rates the method has its own. `rates_of` is a
+    variant whose trials choose the rate of this one too.
     """
 
     label: str
@@ -29,6 +31,9 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     targets: str = "ALL"
     rates: tuple[float, ...] | None = None
+    rates_of: Variant | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of `Run`, instead of the study's
+    seeds: int | None = None  # fewer than the study's
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,41 @@ class Study:
     settings: Run
     paired: bool = False  # whether the variants differ only in rounding; their losses are compared
     differences: tuple[tuple[str, str], ...] = ()  # labels; by default DCFT minus LoRA r=1
+    metrics: tuple[str, ...] = ()  # shown next to the one that is compared
+    # How a learning rate is chosen on a slice of train: by the mean over the trials' seeds.
+    chosen_by: Literal["loss", "metric"] = "loss"
+    trial_seeds: int = 2
+    trial_steps: int | None = None  # None for the run's own
+    trial_size: int = 600  # at most so many examples are scored
 
     def run(self, task: str, variant: Variant) -> Run:
         """A variant's run on a task, with the settings' seed and learning rate."""
         method, options, targets = variant.method, dict(variant.options), variant.targets
-        return replace(self.settings, task=task, method=method, options=options, targets=targets)
+        run = replace(self.settings, task=task, method=method, options=options, targets=targets)
+        return replace(run, **variant.settings)
+
+    def runs(self, task: str, variant: Variant, learning_rate: float) -> list[Run]:
+        """A variant's runs on a task, one per seed."""
+        run = replace(self.run(task, variant), learning_rate=learning_rate)
+        count = min(self.seeds, variant.seeds or self.seeds)
+        return [replace(run, seed=seed) for seed in range(count)]
+
+    def rates(self, variant: Variant) -> tuple[float, ...]:
+        """The candidates for a variant's learning rate."""
+        chooser = variant.rates_of or variant
+        return chooser.rates or method_by_name(chooser.method).learning_rates
+
+    def trials(self, task: str, variant: Variant, learning_rate: float) -> list[Run]:
+        """The trials of a candidate, which leave a slice of train out and score it."""
+        run = self.run(task, variant.rates_of or variant)
+        run = replace(run, scored=SLICE, scored_size=self.trial_size, evaluations=1, stopping=False)
+        run = replace(run, steps=self.trial_steps or run.steps, learning_rate=learning_rate)
+        return [replace(run, seed=seed) for seed in range(self.trial_seeds)]
+
+    def criterion(self, task: str) -> str:
+        """The metric that learning rates are chosen by."""
+        known = tasks.of_run(task)
+        return known.loss if self.chosen_by == "loss" else known.metric
 
 
 def by_name(name: str) -> Study:
@@ -58,12 +93,17 @@ def by_name(name: str) -> Study:
 
 
 def _study(entry: Mapping[str, Any]) -> Study:
-    variants = [Variant(**{**line, "rates": tuple(line["rates"])}) for line in entry["variants"]]
+    variants: dict[str, Variant] = {}
+    for line in entry["variants"]:  # `rates_of` names one of those before it
+        rates, chooser = line.get("rates"), line.get("rates_of")
+        given = {"rates": rates and tuple(rates), "rates_of": chooser and variants[chooser]}
+        variants[line["label"]] = Variant(**{**line, **given})
     parsed = {
-        "variants": tuple(variants),
+        "variants": tuple(variants.values()),
         "tasks": tuple(entry["tasks"]),
         "settings": Run(task="", method="", **entry["settings"]),
         "differences": tuple(map(tuple, entry.get("differences", ()))),
+        "metrics": tuple(entry.get("metrics", ())),
     }
     return Study(**{**entry, **parsed})
 

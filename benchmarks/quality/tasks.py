@@ -6,10 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
+import numpy as np
+
 from benchmarks.quality import errors
 
 Feature = dict[str, Any]
 Item = TypeVar("Item")
+
+GROUPS = 50
+"""How many groups of scored examples the jackknife leaves out, one at a time."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,12 @@ class Task:
     def metric(self) -> str:
         """The metric that is compared."""
         return self.metrics[0]
+
+    @property
+    def loss(self) -> str:
+        """The metric that learning rates are chosen by; without a loss, the one compared."""
+        losses = {"classification": "nll", "regression": "mse", "language": "perplexity"}
+        return losses.get(self.kind, self.metric)
 
 
 _CLASSES: Literal["classification"] = "classification"
@@ -58,6 +69,11 @@ def by_name(name: str) -> Task:
     return TASKS[known[plain]]
 
 
+def of_run(name: str) -> Task:
+    """The task of a stored run, which may be a folder."""
+    return TASKS.get(name, Task(name, "classification"))
+
+
 @dataclass(frozen=True)
 class Splits(Generic[Item]):
     """A task's examples; `digest` identifies the files, whatever is left out afterwards."""
@@ -82,12 +98,22 @@ class Prepared:
     collate: Callable[[list[Feature]], Any]
     # What `score` needs of the model's output on a batch, for each of its features ...
     reduce: Callable[[Any, Sequence[Feature]], list[Any]]
-    # ... and the task's metrics, of all of `evaluation`.
-    score: Callable[[list[Any]], Mapping[str, float]]
+    # ... and the task's metrics, of `evaluation` or of the examples that a second argument marks.
+    score: Callable[..., Mapping[str, float]]
     # The metrics of the best answer that ignores the input: the most common class, the mean.
     constant_score: Mapping[str, float]
     outputs: int  # width of the head
     digest: str
+    by_example: bool = True  # whether `score` takes the second argument
+    held_out: Prepared | None = None  # decides when to stop: `evaluation` is then not in `train`
+
+    def jackknife(self, outputs: list[Any]) -> dict[str, list[float]]:
+        """The metrics without each group of examples in turn; {} if they cannot be left out."""
+        if not self.by_example or len(outputs) < 2:
+            return {}
+        group = np.random.default_rng(0).permutation(len(outputs)) % GROUPS
+        scores = [self.score(outputs, group != n) for n in range(min(GROUPS, len(outputs)))]
+        return {name: [round(score[name], 6) for score in scores] for name in scores[0]}
 
 
 def spread(items: Sequence[Item], size: int | None) -> Sequence[Item]:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from benchmarks.environment import ROOT, commit, describe
 from benchmarks.quality.errors import DivergedError, QualityError
 from benchmarks.quality.methods import Adapted, Method
+from benchmarks.quality.metrics import LOWER_IS_BETTER
 from benchmarks.quality.models import find_layers, head_parameters, load_model
-from benchmarks.quality.runs import Result, Run
+from benchmarks.quality.runs import DEV, Result, Run
 from benchmarks.quality.tasks import Feature, Prepared, Task, spread
 
 CHECKPOINTS = ROOT / "outputs" / "quality"
@@ -62,13 +63,13 @@ def train(
     groups = [{"params": parameters, "lr": rate} for parameters, rate in rates if parameters]
     # Code of another commit would not continue the same run.
     folder = CHECKPOINTS / f"{run.key()}-{prepared.digest}-{commit(ROOT)}"
-    training = _Training(run, adapted, prepared, groups, folder / "checkpoint.pt")
+    training = _Training(run, task, adapted, prepared, groups, folder / "checkpoint.pt")
     outcome: dict[str, Any]
     try:
         training.fit(on_step)
         outcome = {
-            "value": training.values[task.metric],
-            "values": training.values,
+            "value": training.scored["values"][task.metric],
+            **training.scored,
             "trainable_parameters": sum(p.numel() for p in own),
             "head_parameters": sum(p.numel() for p in head),
             "loss_curve": _curve(training.losses),
@@ -99,13 +100,20 @@ class _Training:
     """The state of a run, and its checkpoint; without parameter groups it only scores."""
 
     def __init__(
-        self, run: Run, adapted: Adapted, prepared: Prepared, groups: list[Any], checkpoint: Path
+        self,
+        run: Run,
+        task: Task,
+        adapted: Adapted,
+        prepared: Prepared,
+        groups: list[Any],
+        checkpoint: Path,
     ) -> None:
         self.losses: list[float] = []  # one per step
-        self.values: dict[str, float] = {}  # the metrics at the last evaluation
+        self.scored: dict[str, Any] = {}  # a result's values, jackknife and scored_step
         self.value_curve: list[tuple[int, float]] = []
         self.seconds = 0.0
-        self._run, self._adapted, self._prepared = run, adapted, prepared
+        self._lowest_loss = math.inf  # on the slice that decides when to stop
+        self._run, self._task, self._adapted, self._prepared = run, task, adapted, prepared
         available = torch.accelerator.current_accelerator(check_available=True)
         self._device = available or torch.device("cpu")
         self._model = adapted.model.to(self._device)
@@ -125,7 +133,8 @@ class _Training:
         order = batch_order(lengths, run.batch_size, run.steps, run.seed)
         scored = {run.steps * n // run.evaluations for n in range(1, run.evaluations)}
         save_every = max(1, min(run.steps // run.evaluations, run.steps // 4))
-        transformers.set_seed(run.seed)  # dropout does not depend on what a method has drawn
+        # Dropout does not depend on what a method has drawn.
+        transformers.set_seed(run.seed + 1000 * run.replicate)
         _advance_generator()
         if self._groups and adapted.after_step is None and self._checkpoint.exists():
             self._load()
@@ -162,20 +171,32 @@ class _Training:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=is_bf16):
             return self._model(**inputs)
 
-    @torch.no_grad()
     def _score(self) -> None:
         prepared, step = self._prepared, len(self.losses)
         self._model.eval()
         _advance_generator()
+        outputs, loss = self._outputs(prepared), 0.0  # the same loss: the last evaluation counts
+        try:
+            values = dict(prepared.score(outputs))
+            if prepared.held_out is not None:
+                held_out = prepared.held_out.score(self._outputs(prepared.held_out))
+                sign = 1.0 if self._task.loss in LOWER_IS_BETTER else -1.0
+                loss = sign * held_out[self._task.loss]
+        except DivergedError as error:
+            raise DivergedError(f"after step {step} of {self._run.steps} {error}") from error
+        self.value_curve.append((step, values[self._task.metric]))
+        if loss <= self._lowest_loss:
+            self._lowest_loss = loss
+            jackknife = prepared.jackknife(outputs) if self._run.scored == DEV else {}
+            self.scored = {"values": values, "jackknife": jackknife, "scored_step": step}
+
+    @torch.no_grad()
+    def _outputs(self, prepared: Prepared) -> list[Any]:
         outputs: list[Any] = []
         for start in range(0, len(prepared.evaluation), _EVALUATION_BATCH):
             features = prepared.evaluation[start : start + _EVALUATION_BATCH]
             outputs += prepared.reduce(self._forward(features), features)
-        try:
-            self.values = dict(prepared.score(outputs))
-        except DivergedError as error:
-            raise DivergedError(f"after step {step} of {self._run.steps} {error}") from error
-        self.value_curve.append((step, next(iter(self.values.values()))))
+        return outputs
 
     def _trained(self) -> list[Tensor]:
         return [p.data for p in self._model.parameters() if p.requires_grad]
@@ -183,6 +204,7 @@ class _Training:
     def _save(self) -> None:
         state = {
             "curves": (self.losses, self.value_curve, self.seconds),
+            "scored": (self.scored, self._lowest_loss),
             "trained": self._trained(),
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
@@ -196,6 +218,7 @@ class _Training:
     def _load(self) -> None:
         state = torch.load(self._checkpoint, weights_only=True)
         self.losses, self.value_curve, self.seconds = state["curves"]
+        self.scored, self._lowest_loss = state["scored"]
         for parameter, stored in zip(self._trained(), state["trained"], strict=True):
             parameter.copy_(stored)
         self._optimizer.load_state_dict(state["optimizer"])

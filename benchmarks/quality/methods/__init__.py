@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.quality.errors import unknown
 
-LOW_RANK_RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+LOW_RANK_RATES = (5e-4, 1e-3, 3e-3, 1e-2)
 
 
 @dataclass

@@ -27,10 +27,22 @@ def _pattern(names: Sequence[str]) -> str:
 
 
 def lora(
-    model: nn.Module, layers: Sequence[str], steps: int, *, r: int = 1, alpha: float | None = None
+    model: nn.Module,
+    layers: Sequence[str],
+    steps: int,
+    *,
+    r: int = 1,
+    alpha: float | None = None,
+    last_blocks: int | None = None,
 ) -> Adapted:
-    """LoRA (Hu et al. 2022): `DW = B A`, scaled by `alpha / r`; None is `alpha = r`."""
+    """LoRA (Hu et al. 2022): `DW = B A`, scaled by `alpha / r`; None is `alpha = r`.
+
+    With `last_blocks` only the layers of so many last transformer blocks are adapted.
+    """
     scale = r if alpha is None else alpha
+    if last_blocks is not None:
+        block = {name: int(next(filter(str.isdigit, name.split(".")))) for name in layers}
+        layers = [name for name in layers if block[name] > max(block.values()) - last_blocks]
     return Adapted(_tuner("Lora", model, layers, r=r, lora_alpha=scale).model)
 
 
@@ -131,3 +143,27 @@ def vera(
     seed = int(torch.randint(2**31, ()))
     tuner = _tuner("Vera", model, layers, r=r, d_initial=d_initial, projection_prng_key=seed)
     return Adapted(tuner.model)
+
+
+def miss(
+    model: nn.Module, layers: Sequence[str], steps: int, *, r: int = 16, mini_r: int | None = 32
+) -> Adapted:
+    """MiSS (arXiv 2409.15371): `DW` repeats one block, `[mini_r, r]` in `nn.Linear`'s layout.
+
+    With `mini_r=None` the block has as many rows as the layer, and only its columns repeat.
+    """
+    mini = {} if mini_r is None else {"mini_r": mini_r, "init_weights": "mini"}
+    return Adapted(_tuner("Miss", model, layers, r=r, **mini).model)
+
+
+def unilora(
+    model: nn.Module, layers: Sequence[str], steps: int, *, r: int = 4, length: int = 16_384
+) -> Adapted:
+    """Uni-LoRA (arXiv 2506.00799): all entries of LoRA's factors come from one trained vector.
+
+    The run's seed determines which entry shares which of the `length` values. Neither factor starts
+    at zero: the increment is small at the start, but not zero.
+    """
+    seed = int(torch.randint(2**31, ()))
+    options = {"r": r, "theta_d_length": length, "proj_seed": seed}
+    return Adapted(_tuner("UniLora", model, layers, **options).model)

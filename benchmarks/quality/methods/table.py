@@ -63,6 +63,8 @@ METHODS: Mapping[str, Method] = {
     "flora": _layerwise(layerwise.flora),
     "lokr": Method(peft_methods.lokr),
     "vera": Method(peft_methods.vera, _SCALES),
+    "miss": Method(peft_methods.miss),
+    "unilora": Method(peft_methods.unilora, _SCALES),
     "ia3": Method(peft_methods.ia3, _SCALES),
     "ssl": _layerwise(layerwise.ssl, _SCALES),
     "ssb": _layerwise(layerwise.ssb, _SCALES),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 
 from benchmarks.quality import language, metrics, sentences, squad, tasks
@@ -123,7 +125,7 @@ def test_sentence_features_and_scores() -> None:
     assert [feature["labels"] for feature in prepared.train] == [e.label for e in examples]
     labels = [feature["labels"] for feature in prepared.evaluation]
     right = [np.eye(2)[label] for label in labels]
-    assert prepared.score(right) == {"matthews": 1.0, "accuracy": 1.0}
+    assert list(prepared.score(right).items())[:2] == [("matthews", 1.0), ("accuracy", 1.0)]
     most = max(labels.count(0), labels.count(1)) / 20
     assert prepared.constant_score == {"matthews": 0.0, "accuracy": most}
     with pytest.raises(DivergedError, match="not finite"):
@@ -144,6 +146,38 @@ def test_metrics_of_classes() -> None:
     constant = np.ones(10)
     assert metrics.METRICS["matthews"](constant, labels) == 0.0
     assert metrics.METRICS["f1"](1 - constant, 1 - constant) == 0.0
+
+
+def test_metrics_of_logits() -> None:
+    generator = np.random.default_rng(1)
+    logits, labels = generator.normal(size=(200, 3)).round(1), generator.integers(3, size=200)
+    losses = F.cross_entropy(torch.tensor(logits), torch.tensor(labels)).item()
+    assert metrics.of_logits(logits, labels, 0.5) == {"nll": pytest.approx(losses)}
+    labels, margin = (labels > 0) * 1, logits[:, 1] - logits[:, 0]
+    found = metrics.of_logits(logits[:, :2], labels, 0.7)
+    # A random example of class 1 has the larger margin, or half of equal ones.
+    above = np.sign(margin[labels == 1][:, None] - margin[labels == 0])
+    assert found["auc"] == pytest.approx(0.5 + above.mean() / 2)
+    predicted = 1 / (1 + np.exp(-margin)) > 0.7
+    assert found["matthews_at_prior"] == pytest.approx(metrics.pearson(predicted, labels))
+    assert metrics.auc(margin, np.ones(200)) == 0.5
+    assert metrics.of_logits(np.array([[0.0, 999.0]]), np.array([0]), 1.0)["nll"] == 999.0
+
+
+def test_the_jackknife_finds_a_means_standard_error() -> None:
+    examples = [Example(("a", "b"), label) for label in np.random.default_rng(2).random(501)]
+    prepared = sentences.prepare(STSB, Splits(examples, examples, ""), small_data.tokenizer(), 6)
+    outputs = [np.zeros(1, dtype=np.float32)] * 501
+    groups = prepared.jackknife(outputs)
+    assert list(groups) == ["pearson", "mse"]
+    squares = np.array([example.label**2 for example in examples])
+    assert prepared.score(outputs)["mse"] == pytest.approx(squares.mean())
+    # Every example is left out once: with groups of 10 and 11 the mean is nearly kept.
+    assert len(groups["mse"]) == 50
+    assert np.mean(groups["mse"]) == pytest.approx(squares.mean(), rel=1e-4)
+    variance = 49 * np.var(groups["mse"])
+    assert variance == pytest.approx(squares.var() / 501, rel=0.6)
+    assert dataclasses.replace(prepared, by_example=False).jackknife(outputs) == {}
 
 
 @pytest.mark.parametrize(

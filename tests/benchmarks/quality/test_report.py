@@ -18,7 +18,9 @@ DCFT = Variant("DCFT", "dcft", {"init": "balanced"}, rates=RATES)
 LORA = Variant("LoRA r=1", "lora", {"r": 1}, rates=RATES[:1])
 FULL = Variant("full", "full", rates=(1e-4,))
 SETTINGS = Run(task="", method="", steps=8, batch_size=4)
-STUDY = Study("small", "How well?", (DCFT, LORA, FULL), ("cola", "shakespeare"), 3, SETTINGS)
+CHOICE: Any = {"chosen_by": "metric", "trial_seeds": 1}
+TASKS = ("cola", "shakespeare")
+STUDY = Study("small", "How well?", (DCFT, LORA, FULL), TASKS, 3, SETTINGS, **CHOICE)
 
 
 def result(variant: Variant, task: str, value: float | None, rate: float, **run: Any) -> Result:
@@ -29,6 +31,7 @@ def result(variant: Variant, task: str, value: float | None, rate: float, **run:
         run=settings,
         metric="matthews" if task == "cola" else "perplexity",
         value=value,
+        values={"matthews" if task == "cola" else "perplexity": value} if value else {},
         constant_value=0.25,
         trainable_parameters=1234,
         loss_curve=[(step, 1 / step) for step in range(1, 9)],

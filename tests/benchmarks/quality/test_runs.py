@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -75,7 +77,7 @@ def test_keys_identify_settings(run: Run) -> None:
     # Stored results are found by it.
     assert Run("cola", "dcft", {"init": "balanced"}, max_tokens=128).key() == "e44acd29d6058bda"
     run = dataclasses.replace(run, train_size=5, scored_size=6, max_tokens=7)
-    others = {str: "other", int: 99, float: 0.5, dict: {"r": 3}}
+    others = {str: "other", int: 99, float: 0.5, bool: True, dict: {"r": 3}}
     changes = {f.name: others[type(getattr(run, f.name))] for f in dataclasses.fields(Run)}
     keys = {dataclasses.replace(run, **{name: value}).key() for name, value in changes.items()}
     assert len(keys - {run.key()}) == len(changes)
@@ -96,8 +98,13 @@ def test_results_are_stored(run: Run, prepared: Prepared, tmp_path: Path) -> Non
     assert found.run.key() == found.key == run.key()
     assert dataclasses.replace(found, run=run) == result
     assert store.find(run, "other data") is None
-    store.add(result)
-    assert len(runs.read(store.path)) == 3
+    with ThreadPoolExecutor() as pool:  # each opens the file, as a process would
+        list(pool.map(store.add, [result] * 8))
+    assert len(runs.read(store.path)) == 10
+    old = result.as_line()
+    for name in ("replicate", "stopping", "jackknife", "scored_step"):
+        del old[name]
+    assert Result.from_line(old).run == run
     for line in ("nothing", "[1]", "7", '{"key": "a", "color": 1}'):
         store.path.write_text(line + "\n", encoding="utf-8")
         with pytest.raises(QualityError, match=r"runs\.jsonl, line 1: not a result: "):
@@ -142,11 +149,23 @@ def test_a_run_trains_and_scores(run: Run, prepared: Prepared) -> None:
 
 
 @pytest.mark.parametrize("killed", [2, 3, 8, 12])
+@pytest.mark.parametrize("stopping", [True, False])
 def test_an_interrupted_run_ends_as_if_it_was_not(
-    run: Run, prepared: Prepared, killed: int
+    run: Run, prepared: Prepared, killed: int, stopping: bool
 ) -> None:
-    run = dataclasses.replace(run, evaluations=3)
+    run = dataclasses.replace(run, evaluations=3, stopping=stopping)
+    losses = iter((0.2, 0.1))  # the second of three evaluations has the lowest
+    seen: dict[float, float] = {}
+
+    def score(outputs: list[Any]) -> dict[str, float]:
+        return {"nll": seen.setdefault(float(np.sum(outputs)), next(losses, 0.3))}
+
+    held_out = dataclasses.replace(prepared, score=score)
+    prepared = dataclasses.replace(prepared, held_out=held_out if stopping else None)
     expected = fine_tune(run, prepared)
+    assert expected.scored_step == (8 if stopping else 12)
+    assert expected.value == dict(expected.value_curve)[expected.scored_step]
+    assert len(expected.jackknife["nll"]) == len(prepared.evaluation)
     with pytest.raises(Killed):
         fine_tune(run, prepared, on_step=kill_after(killed))
     torch.rand(7)
@@ -155,7 +174,25 @@ def test_an_interrupted_run_ends_as_if_it_was_not(
     assert len(steps) == STEPS - killed // 3 * 3
     assert found.loss_curve == expected.loss_curve
     assert found.value_curve == expected.value_curve
+    assert (found.values, found.jackknife) == (expected.values, expected.jackknife)
     assert found.loss_curve != fine_tune(dataclasses.replace(run, seed=1), prepared).loss_curve
+
+
+def test_a_replicate_differs_in_dropout_only(run: Run, prepared: Prepared) -> None:
+    models: list[Any] = []
+
+    def adapt(*arguments: Any, **options: Any) -> Adapted:
+        adapted = METHODS["lora"].adapt(*arguments, **options)
+        models.append(copy.deepcopy(adapted.model).state_dict())
+        return adapted
+
+    method = dataclasses.replace(METHODS["lora"], adapt=adapt)
+    found = [
+        fine_tune(dataclasses.replace(run, replicate=n), prepared, method=method) for n in (0, 1)
+    ]
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+    first, second = (result.loss_curve for result in found)
+    assert first[0][1] != second[0][1]  # the first step's loss
 
 
 @pytest.mark.parametrize("change", ["commit", "method with state"])
@@ -230,12 +267,19 @@ def test_learning_rates_are_chosen_on_a_slice_of_train(cli: Any, capsys: Any) ->
     code, found = cli(*arguments, "--option", "dcft.rank=2")
     assert code == 0
     trials = [result for result in found if result.run.scored == SLICE]
-    assert [t.run.learning_rate for t in trials] == list(METHODS["dcft"].learning_rates)
-    best = max(trials, key=lambda trial: trial.value or -math.inf).run.learning_rate
+    rates = METHODS["dcft"].learning_rates
+    assert [(t.run.learning_rate, t.run.seed) for t in trials] == [
+        (rate, seed) for rate in rates for seed in (0, 1)
+    ]
+    assert not any(trial.jackknife for trial in trials)
+    nll = {
+        rate: sum(t.values["nll"] for t in trials if t.run.learning_rate == rate) for rate in rates
+    }
+    best = min(nll, key=nll.__getitem__)
     final = [r.run for r in found if r.run.scored != SLICE and r.run.method == "dcft"]
     assert [(r.seed, r.learning_rate) for r in final] == [(0, best), (1, best)]
     assert final[0].options == {"rank": 2, "init": "balanced"}
-    assert len(found) == 5 + 2 + 2
+    assert len(found) == 4 * 2 + 2 + 2
     assert cli(*arguments, "--option", "dcft.rank=2")[1] == found  # stored runs are not repeated
     shown = capsys.readouterr().out
     assert "| dcft | " in shown
