@@ -48,7 +48,7 @@ CASES = [
     AdapterShape(1, 1, 1, (1, 1), (1, 1)),
     AdapterShape(64, 48, 3, (8, 8), (8, 8), True),  # a kernel per rank
     AdapterShape(33, 29, 4, (5, 7), (2, 3), True),
-    AdapterShape(50, 37, 1, (4, 8), (4, 8), True),
+    AdapterShape(50, 37, 2, (4, 8), (4, 8), True),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
