@@ -37,6 +37,7 @@ SMALL = [
     AdapterShape(8, 12, 1, (4, 4), (4, 4)),
     AdapterShape(7, 9, 2, (3, 4), (3, 4)),  # ragged, rectangular
     AdapterShape(10, 8, 2, (4, 4), (2, 1)),  # overlapping
+    AdapterShape(7, 9, 2, (3, 4), (3, 4), True),  # a kernel per rank
 ]
 SUBSETS = [(True,) * 3, (True, False, False), (False, True, False), (False, False, True)]
 small_case = pytest.mark.parametrize("case", SMALL, ids=str)
@@ -369,6 +370,7 @@ LAYERS = {
     "bf16-base": {"dtype": torch.bfloat16},
     "overlap": {"stride": 4},
     "ragged": {"kernel_size": 5},
+    "per_rank": {"rank": 2, "kernels": "per_rank"},
 }
 
 

@@ -22,11 +22,12 @@ OPTIONS = {
     "tiling": {"rank": 2, "kernel_size": 5},
     "ragged": {"kernel_size": (3, 4)},
     "overlap": {"rank": 2, "kernel_size": (4, 5), "stride": (2, 3)},
+    "per_rank": {"rank": 2, "kernel_size": (4, 5), "kernels": "per_rank"},
     "nonlinear": {"rank": 2, "kernel_size": 5, "nonlinearity": "gelu"},
 }
 every_layer = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 every_linear_layer = pytest.mark.parametrize(
-    "options", [OPTIONS[name] for name in ("tiling", "ragged", "overlap")], ids=str
+    "options", [OPTIONS[name] for name in ("tiling", "ragged", "overlap", "per_rank")], ids=str
 )
 FACTORS = ("dcft_A", "dcft_B", "dcft_C")
 
