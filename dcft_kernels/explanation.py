@@ -149,8 +149,12 @@ def _kernels_work(
         backward_flops = 4 * tokens * (rank * m + r * n) + 3 * mixing
     else:
         # Forward: read x, add to y. Backward: read g and x, add to gx. U is written and read once.
+        from dcft_kernels.triton.row_block import ranks_per_launch
+
+        launches = -(-rank // ranks_per_launch(layer.geometry, dtype.itemsize))
         u = tokens * r * dtype_of_U(dtype).itemsize // dtype.itemsize
-        forward, backward = tokens * (n + 2 * m) + u, tokens * (3 * n + m) + u
+        forward = launches * tokens * (n + 2 * m) + u
+        backward = launches * tokens * (3 * n + m) + u
         # Sums over a window's features: U and y; then Vb, gB, gA and gx.
         sums = sum(2 * tokens * rank * s.size * s.width // s.stride for s in (inputs, outputs))
         forward_flops, backward_flops = sums + mixing, 2 * sums + 3 * mixing

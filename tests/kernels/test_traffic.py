@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts accesses in the 
 TOKENS = 150  # more row blocks than programs
 # Adapters that a launch takes whole: each slice of the others reads the tokens.
 WHOLE = [case for case in CASES if ranks_per_launch(case.geometry, 4) >= case.rank]
-TILING = [case for case in WHOLE if case.stride == case.kernel_size]
+TILING = [case for case in CASES if case.stride == case.kernel_size]
 ALL = (True, True, True)
 
 
@@ -320,6 +320,7 @@ def test_explain_counts_these_bytes(case: AdapterShape, monkeypatch: pytest.Monk
     # The base's products read what they add to.
     elements += layer.y.numel() + layer.gx.numel()
     module = DCFTLinear(
-        case.in_features, case.out_features, rank=case.rank, kernel_size=case.kernel_size
-    )
+        case.in_features, case.out_features, rank=case.rank, kernel_size=case.kernel_size,
+        kernels="per_rank" if case.per_rank else "shared",
+    )  # fmt: skip
     assert explain(module, tokens=TOKENS).adapter.bytes == 4 * elements
