@@ -17,12 +17,11 @@ from rich.console import Console
 
 from benchmarks.quality import report, studies, tasks
 from benchmarks.quality.errors import QualityError
-from benchmarks.quality.found import Found, StoredRuns
 from benchmarks.quality.methods.table import METHODS, by_name
-from benchmarks.quality.models import MINILM, SMOLLM2, TARGETS
-from benchmarks.quality.runs import FOLDER, Run, Store, read
+from benchmarks.quality.models import PACKAGED, TARGETS
+from benchmarks.quality.runs import FOLDER, RUNS_FILE, Run, by_key, read
 from benchmarks.quality.session import Session
-from benchmarks.quality.studies import Study, Variant
+from benchmarks.quality.studies import Found, Study, Variant
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,18 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(soft_wrap=True, markup=False, highlight=False)
     try:
         asked = _studies(options, parser)
-        store = Store(options.results)
-        session = Session(options.data, store, console)
+        path = options.results / RUNS_FILE
+        session = Session(options.data, path, console)
         for study in asked:
             session.study(study)
     except QualityError as error:
         console.print(f"error: {error}", style="red")
         return 2
-    stored = StoredRuns(read(store.path))
-    found = [Found.of(stored, study) for study in asked]
+    found = [Found.of(by_key(read(path)), study) for study in asked]
     for one in found:
         console.print(f"\n{report.results_table(one)}\n")
-    console.print(f"stored in {store.path}")
+    console.print(f"stored in {path}")
     return 1 if any(cell.failed for one in found for cell in one.cells.values()) else 0
 
 
@@ -103,13 +101,10 @@ def _overridden(study: Study, options: argparse.Namespace) -> Study:
         for name in (options.task.split(",") if options.task else study.tasks)
     ]
     of_a_run = {entry.name for entry in fields(Run)} - {"task", "method", "targets"}
-    given = {name: getattr(options, name, None) for name in of_a_run}
+    given = {name: value for name, value in vars(options).items() if name in of_a_run}
     changes = {name: value for name, value in given.items() if value is not None}
-    settings = replace(study.settings, **changes)
-    seeds = options.seeds or study.seeds
-    return replace(
-        study, variants=tuple(variants), tasks=tuple(names), settings=settings, seeds=seeds
-    )
+    study = replace(study, settings=replace(study.settings, **changes), variants=tuple(variants))
+    return replace(study, tasks=tuple(names), seeds=options.seeds or study.seeds)
 
 
 def _positive(kind: type[float]) -> Callable[[str], float]:
@@ -141,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lr", type=lambda text: text if text == "search" else rate(text), default="search",
         help="a learning rate, or the best one on a slice of train (search)")  # fmt: skip
     add("--data", type=Path, help="the folder or the text file of the task")
-    add("--model", help=f"{MINILM} or {SMOLLM2} from PyPI packages, a folder, or a name on the hub")
+    add("--model", help=f"from PyPI packages {', '.join(PACKAGED)}; a folder, or a name on the hub")
     add("--targets", default="ALL", help=f"layers: {', '.join(TARGETS)} (ALL)")
     add("--steps", type=count, help="optimizer steps (250)")
     add("--batch-size", type=count, help="examples per step (32)")

@@ -35,8 +35,7 @@ def f1(predictions: Values, labels: Values) -> float:
 def of_logits(logits: Values, labels: Values, prior: float) -> dict[str, float]:
     """Metrics of class logits `[examples, classes]`: the NLL, and for two classes two more.
 
-    Args:
-        prior: class 1's share of the training split, the threshold of `matthews_at_prior`.
+    `prior` is class 1's share of the training split, the threshold of `matthews_at_prior`.
     """
     shifted = logits - logits.max(-1, keepdims=True)
     chosen = np.take_along_axis(shifted, labels[:, None], -1)[:, 0]
@@ -107,4 +106,5 @@ METRICS: Mapping[str, Callable[[Values, Values], float]] = {
 }
 """Higher is better, 1 is perfect."""
 
-LOWER_IS_BETTER = frozenset({"perplexity", "nll", "mse"})
+LOWER_IS_BETTER: Mapping[str, int] = {"perplexity": 2, "nll": 3, "mse": 4}
+"""The losses, with the decimals that a report shows."""

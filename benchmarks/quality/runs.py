@@ -6,7 +6,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,27 +107,12 @@ class Result:
         return cls(run=run, **rest)
 
 
-class Store:
-    """The results of a folder; a run with a stored result is not repeated."""
-
-    def __init__(self, folder: Path = FOLDER) -> None:
-        self.path = folder / RUNS_FILE
-        read(self.path)  # a broken line is reported before anything is trained
-
-    def find(self, run: Run, data: str) -> Result | None:
-        """The stored result of these settings on this data, unless the run failed.
-
-        The file is read again each time: another process may have added results.
-        """
-        found = [result for result in read(self.path) if result.run.key() == run.key()]
-        return found[-1] if found and not found[-1].error and found[-1].data == data else None
-
-    def add(self, result: Result) -> None:
-        """Append a result; it is on disk when this returns. Other processes may add some too."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            rows.append_line(self.path, result.as_line())
+def add(path: Path, result: Result) -> None:
+    """Append a result to a file; it is on disk when this returns. Processes may share the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        rows.append_line(path, result.as_line())
 
 
 def read(path: Path) -> list[Result]:
@@ -139,3 +124,8 @@ def read(path: Path) -> list[Result]:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise QualityError(f"{path}, line {number}: not a result: {error}") from error
     return results
+
+
+def by_key(results: Iterable[Result]) -> dict[str, Result]:
+    """Results by their settings; of equal runs the last one counts."""
+    return {result.run.key(): result for result in results}

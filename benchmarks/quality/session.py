@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,19 @@ from rich.progress import Progress
 
 from benchmarks.quality import errors, language, sentences, squad, tasks, training
 from benchmarks.quality.errors import QualityError
-from benchmarks.quality.found import StoredRuns, find
 from benchmarks.quality.methods.table import by_name
 from benchmarks.quality.models import TARGETS, load_tokenizer
-from benchmarks.quality.runs import SLICE, Result, Run, Store, read
-from benchmarks.quality.studies import Study
+from benchmarks.quality.runs import SLICE, Result, Run, add, by_key, read
+from benchmarks.quality.studies import Study, find
 from benchmarks.quality.tasks import Prepared, Task, spread
-
-_HELD_OUT = 600  # at most so many examples of the slice decide when to stop
 
 
 class Session:
     """What runs share: the data, the stored results, the terminal."""
 
-    def __init__(self, data: Path | None, store: Store, console: Console) -> None:
-        self._data = data
-        self._store = store
-        self._console = console
+    def __init__(self, data: Path | None, results: Path, console: Console) -> None:
+        read(results)  # a broken line is reported before anything is trained
+        self._data, self._results, self._console = data, results, console
         self._prepared: dict[tuple[object, ...], Prepared] = {}
         self._tokenizers: dict[str, Any] = {}
 
@@ -42,10 +38,9 @@ class Session:
                 for rate in rates if len(rates) > 1 else ():
                     for trial in study.trials(task, variant, rate):
                         self.result(trial, study.name, study.criterion(task))
-                chosen = find(StoredRuns(read(self._store.path)), study, task, variant)
-                if chosen.learning_rate is not None:
-                    for run in study.runs(task, variant, chosen.learning_rate):
-                        self.result(run, study.name)
+                chosen = find(by_key(read(self._results)), study, task, variant).learning_rate
+                for run in [] if chosen is None else study.runs(task, variant, chosen):
+                    self.result(run, study.name)
 
     def _check(self, study: Study) -> None:
         """Report mistakes in any line before the first one is trained."""
@@ -57,16 +52,21 @@ class Session:
                 self._prepare(study.run(name, variant))
 
     def result(self, run: Run, study: str, needed: str = "") -> Result:
-        """The stored result of a run if it has the metric `needed`, or a new one, then stored."""
+        """The stored result of a run, or a new one, which is stored.
+
+        A stored one has to be of the same data, not failed, and to have the metric `needed`. Other
+        processes may have added it: the file is read each time.
+        """
         task, prepared = self._prepare(run)
-        result = self._store.find(run, prepared.digest)
-        if result is None or (needed and needed not in result.values):
+        result = by_key(read(self._results)).get(run.key())
+        lacks = result is None or result.error or (needed and needed not in result.values)
+        if result is None or lacks or result.data != prepared.digest:
             method = by_name(run.method)
             with Progress(console=self._console, transient=True) as bars:
                 bar = bars.add_task(escape(run.label()), total=run.steps)
                 advance = functools.partial(bars.advance, bar)
                 result = training.train(run, task, method, prepared, study, advance)
-            self._store.add(result)
+            add(self._results, result)
         self._console.print(_line(result))
         return result
 
@@ -81,12 +81,11 @@ class Session:
             raise QualityError(f"--data: expected the folder or file of {task.name}, got nothing")
         key = (run.task, run.scored, run.scored_size, run.model, run.max_tokens, run.stopping)
         if key not in self._prepared and run.stopping:
-            in_slice = dataclasses.replace(run, scored=SLICE, scored_size=_HELD_OUT, stopping=False)
+            # 600 examples at most decide when to stop.
+            in_slice = replace(run, scored=SLICE, scored_size=600, stopping=False)
             _, held_out = self._prepare(in_slice)
-            _, whole = self._prepare(dataclasses.replace(run, stopping=False))
-            self._prepared[key] = dataclasses.replace(
-                whole, train=held_out.train, held_out=held_out
-            )
+            _, whole = self._prepare(replace(run, stopping=False))
+            self._prepared[key] = replace(whole, train=held_out.train, held_out=held_out)
         elif key not in self._prepared:
             self._prepared[key] = self._read(run, task, data)
         return task, self._prepared[key]
@@ -108,7 +107,7 @@ class Session:
         reader: Any = squad if task.kind == "answers" else sentences
         splits = reader.read(task, data)
         splits = reader.slice_of_train(splits) if in_slice else splits
-        splits = dataclasses.replace(splits, dev=spread(splits.dev, size))
+        splits = replace(splits, dev=spread(splits.dev, size))
         prepared: Prepared = reader.prepare(task, splits, tokenizer, max_tokens)
         return prepared
 
@@ -118,5 +117,5 @@ def _line(result: Result) -> str:
     start = f"{run.label()} seed {run.seed} ({run.scored}): "
     if result.value is None:
         return f"{start}failed: {result.error}"
-    value = f"{result.value:.4f} (constant answer {result.constant_value:.4f})"
-    return f"{start}{result.metric} {value}, {result.seconds:.0f} s"
+    values = ", ".join(f"{metric} {value:.4f}" for metric, value in result.values.items())
+    return f"{start}{values}, {result.seconds:.0f} s"

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from benchmarks.quality import metrics
 from benchmarks.quality.errors import DivergedError, QualityError
+from benchmarks.quality.metrics import Values, answers
 from benchmarks.quality.tasks import Feature, Prepared, Splits, Task
 
 _VERSIONS = {"squad": "v1.1", "squad_v2": "v2.0"}
@@ -32,8 +31,7 @@ _ANSWER_TOKENS = 30  # longer answers are not considered
 _SHARE = 3
 _CHUNK = 256  # questions that are tokenized together
 
-_Array = npt.NDArray[Any]
-_Logits = tuple[_Array, _Array]  # start and end, of every token
+_Logits = tuple[Values, Values]  # start and end, of every token
 
 
 class Answer(NamedTuple):
@@ -116,7 +114,7 @@ class _Window(NamedTuple):
 
     question: int
     first: int
-    offsets: _Array
+    offsets: Values
 
     def find(self, answer: Answer) -> tuple[int, int] | None:
         """The answer's first and last token, if all of it is in the window."""
@@ -128,7 +126,7 @@ class _Window(NamedTuple):
         tokens = np.flatnonzero((begins < end) & (ends > begin)) + self.first
         return (int(tokens[0]), int(tokens[-1])) if len(tokens) else None
 
-    def best_span(self, starts: _Array, ends: _Array) -> tuple[float, int, int]:
+    def best_span(self, starts: Values, ends: Values) -> tuple[float, int, int]:
         """The score of the best span of at most `_ANSWER_TOKENS`, and its place in the text."""
         inside = slice(self.first, self.first + len(self.offsets))
         scores = starts[inside, None] + ends[inside]  # [first token, last token]
@@ -152,18 +150,16 @@ def prepare(task: Task, splits: Splits[Question], tokenizer: Any, max_tokens: in
     scored = list(_windows(splits.dev, tokenizer, max_tokens))
     scored.sort(key=lambda pair: len(pair[0]["input_ids"]))
     windows = [window for _, window in scored]
-    answers = [[answer.text for answer in question.answers] for question in splits.dev]
+    expected = [[answer.text for answer in question.answers] for question in splits.dev]
 
     def figures(predictions: list[str]) -> dict[str, float]:
-        return metrics.answers(predictions, answers, may_be_empty=task.name == _UNANSWERABLE)
+        return answers(predictions, expected, may_be_empty=task.name == _UNANSWERABLE)
 
     return Prepared(
         train=train,
         evaluation=[feature for feature, _ in scored],
         collate=DataCollatorWithPadding(tokenizer),
-        reduce=lambda output, _: list(
-            zip(_numbers(output.start_logits), _numbers(output.end_logits), strict=True)
-        ),
+        reduce=_logits,
         score=lambda logits: figures(_predictions(task, splits.dev, windows, logits)),
         constant_score=figures([""] * len(splits.dev)),
         outputs=2,
@@ -172,8 +168,9 @@ def prepare(task: Task, splits: Splits[Question], tokenizer: Any, max_tokens: in
     )
 
 
-def _numbers(logits: Any) -> _Array:
-    return logits.double().cpu().numpy()
+def _logits(output: Any, _: Sequence[Feature]) -> list[_Logits]:
+    sides = (side.double().cpu().numpy() for side in (output.start_logits, output.end_logits))
+    return list(zip(*sides, strict=True))
 
 
 def _windows(

@@ -2,20 +2,22 @@
 
 A study has tasks, settings that all its runs share, and variants, the lines of its table. The
 options of a variant state the initialization, so that a stored run names it even if the default
-changes. Equal runs of different studies are stored once.
+changes. Equal runs of different studies are stored once. `Found` looks a study's results up.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.quality import errors, tasks
 from benchmarks.quality.methods.table import by_name as method_by_name
-from benchmarks.quality.runs import SLICE, Run
+from benchmarks.quality.metrics import LOWER_IS_BETTER
+from benchmarks.quality.runs import SLICE, Result, Run
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Study:
     seeds: int
     settings: Run
     paired: bool = False  # whether the variants differ only in rounding; their losses are compared
-    differences: tuple[tuple[str, str], ...] = ()  # labels; by default DCFT minus LoRA r=1
+    differences: tuple[tuple[str, str], ...] = ()  # of labels
     metrics: tuple[str, ...] = ()  # shown next to the one that is compared
     # How a learning rate is chosen on a slice of train: by the mean over the trials' seeds.
     chosen_by: Literal["loss", "metric"] = "loss"
@@ -111,3 +113,94 @@ def _study(entry: Mapping[str, Any]) -> Study:
 _ENTRIES = json.loads(Path(__file__).with_name("studies.json").read_text(encoding="utf-8"))
 STUDIES: Mapping[str, Study] = {entry["name"]: _study(entry) for entry in _ENTRIES}
 """All studies by name."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is stored of a variant on a task."""
+
+    results: Sequence[Result]  # by seed, at the learning rate that was chosen
+    trials: Sequence[Result]  # of all candidates for it, each scored on a slice of train
+    scores: Mapping[float, float | None]  # means of a candidate's trials; None if one failed
+    learning_rate: float | None  # None until all candidates were tried, and if all of them failed
+
+    @property
+    def failed(self) -> bool:
+        """Whether a run failed, or every candidate did."""
+        runs = [result.value is None for result in self.results]
+        return any(runs) or bool(self.scores and all(s is None for s in self.scores.values()))
+
+    def values(self, metric: str) -> list[float]:
+        """A metric of every run that has it."""
+        return [r.values[metric] for r in self.results if metric in r.values]
+
+    def mean(self, metric: str) -> float | None:
+        """The mean over seeds; None if there is no result or one lacks the metric."""
+        values = self.values(metric)
+        return statistics.fmean(values) if values and len(values) == len(self.results) else None
+
+
+def find(stored: Mapping[str, Result], study: Study, task: str, variant: Variant) -> Cell:
+    """Look up a variant on a task, with exactly the study's settings, in results by key."""
+
+    def of(runs: Sequence[Run]) -> list[Result]:
+        return [stored[key] for key in (run.key() for run in runs) if key in stored]
+
+    rates, criterion = study.rates(variant), study.criterion(task)
+    trials: list[Result] = []
+    scores: dict[float, float | None] = {}
+    chosen: float | None = rates[0]
+    if len(rates) > 1:
+        for rate in rates:
+            runs = study.trials(task, variant, rate)
+            # A trial from before its criterion was measured does not count.
+            found = [r for r in of(runs) if r.error or criterion in r.values]
+            if len(found) == len(runs):
+                values = [r.values[criterion] for r in found if not r.error]
+                scores[rate] = statistics.fmean(values) if len(values) == len(runs) else None
+            trials += found
+        best = min if criterion in LOWER_IS_BETTER else max  # of equal ones the first
+        valued = {rate: score for rate, score in scores.items() if score is not None}
+        complete = valued and len(scores) == len(rates)
+        chosen = best(valued, key=valued.__getitem__) if complete else None
+    results = of(study.runs(task, variant, chosen)) if chosen is not None else []
+    return Cell(results, trials, scores, chosen)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A study with its stored results."""
+
+    study: Study
+    cells: Mapping[tuple[str, str], Cell]  # by the variant's label and the task
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Result], study: Study) -> Found:
+        """Look up every variant on every task, in results by key."""
+        pairs = [(variant, task) for variant in study.variants for task in study.tasks]
+        return cls(study, {(v.label, t): find(stored, study, t, v) for v, t in pairs})
+
+    @property
+    def results(self) -> list[Result]:
+        """All that is stored of the study, trials included."""
+        return [r for cell in self.cells.values() for r in (*cell.results, *cell.trials)]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of any results."""
+        return sorted({r.run.seed for cell in self.cells.values() for r in cell.results})
+
+    def columns(self, *, others: bool = True) -> list[tuple[str, str]]:
+        """Every task with the metric that it is compared by, and with the others that are shown."""
+        known = {(r.run.task, metric) for r in self.results for metric in r.values}
+        columns = []
+        for task in self.study.tasks:
+            shown = [(task, metric) for metric in self.study.metrics if others]
+            columns += [(task, tasks.of_run(task).metric), *(c for c in shown if c in known)]
+        return columns
+
+    def pairs(self, one: str, other: str, task: str) -> list[tuple[Result, Result]]:
+        """The finished runs of two variants with the same seeds."""
+        ours, theirs = (self.cells[variant, task].results for variant in (one, other))
+        same = [(a, b) for a in ours for b in theirs if a.run.seed == b.run.seed]
+        return [(a, b) for a, b in same if not a.error and not b.error]

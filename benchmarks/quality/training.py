@@ -7,14 +7,13 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks.environment import ROOT, commit, describe
+from benchmarks.environment import ROOT, commit, describe, package_version
 from benchmarks.quality.errors import DivergedError, QualityError
 from benchmarks.quality.methods import Adapted, Method
 from benchmarks.quality.metrics import LOWER_IS_BETTER
@@ -61,9 +60,7 @@ def train(
         raise QualityError(f"--method: {run.method} trains nothing of {run.model}")
     rates = ((own, run.learning_rate), (head, run.head_learning_rate))
     groups = [{"params": parameters, "lr": rate} for parameters, rate in rates if parameters]
-    # Code of another commit would not continue the same run.
-    folder = CHECKPOINTS / f"{run.key()}-{prepared.digest}-{commit(ROOT)}"
-    training = _Training(run, task, adapted, prepared, groups, folder / "checkpoint.pt")
+    training = _Training(run, task, adapted, prepared, groups)
     outcome: dict[str, Any]
     try:
         training.fit(on_step)
@@ -78,9 +75,9 @@ def train(
         }
     except DivergedError as error:
         outcome = {"error": f"{error}; a lower --lr may help (it was {run.learning_rate:g})"}
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(training.checkpoint.parent, ignore_errors=True)
     environment = describe("cuda" if torch.cuda.is_available() else "cpu")
-    packages = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {name: package_version(name) for name in ("torch", "transformers", "peft")}
     return Result(
         key=run.key(),
         study=study,
@@ -89,7 +86,7 @@ def train(
         constant_value=prepared.constant_score[task.metric],
         data=prepared.digest,
         device=environment.device,
-        versions={**packages, **({"peft": environment.peft} if environment.peft else {})},
+        versions={name: version for name, version in versions.items() if version},
         commit=environment.commit,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         **outcome,
@@ -100,13 +97,7 @@ class _Training:
     """The state of a run, and its checkpoint; without parameter groups it only scores."""
 
     def __init__(
-        self,
-        run: Run,
-        task: Task,
-        adapted: Adapted,
-        prepared: Prepared,
-        groups: list[Any],
-        checkpoint: Path,
+        self, run: Run, task: Task, adapted: Adapted, prepared: Prepared, groups: list[Any]
     ) -> None:
         self.losses: list[float] = []  # one per step
         self.scored: dict[str, Any] = {}  # a result's values, jackknife and scored_step
@@ -118,7 +109,9 @@ class _Training:
         self._device = available or torch.device("cpu")
         self._model = adapted.model.to(self._device)
         self._groups = groups
-        self._checkpoint = checkpoint
+        # Code of another commit would not continue the same run.
+        folder = CHECKPOINTS / f"{run.key()}-{prepared.digest}-{commit(ROOT)}"
+        self.checkpoint = folder / "checkpoint.pt"
         if groups:
             self._optimizer = torch.optim.AdamW(groups, weight_decay=run.weight_decay)
             self._schedule = transformers.get_linear_schedule_with_warmup(
@@ -135,8 +128,8 @@ class _Training:
         save_every = max(1, min(run.steps // run.evaluations, run.steps // 4))
         # Dropout does not depend on what a method has drawn.
         transformers.set_seed(run.seed + 1000 * run.replicate)
-        _advance_generator()
-        if self._groups and adapted.after_step is None and self._checkpoint.exists():
+        torch.empty((), dtype=torch.int64).random_()  # as when scoring
+        if self._groups and adapted.after_step is None and self.checkpoint.exists():
             self._load()
         started = time.perf_counter() - self.seconds
         for step in range(len(self.losses) + 1, run.steps + 1 if self._groups else 1):
@@ -174,7 +167,8 @@ class _Training:
     def _score(self) -> None:
         prepared, step = self._prepared, len(self.losses)
         self._model.eval()
-        _advance_generator()
+        # Draw a number, as a DataLoader does when it starts: the stored runs used one.
+        torch.empty((), dtype=torch.int64).random_()
         outputs, loss = self._outputs(prepared), 0.0  # the same loss: the last evaluation counts
         try:
             values = dict(prepared.score(outputs))
@@ -210,13 +204,13 @@ class _Training:
             "schedule": self._schedule.state_dict(),
             "generators": (torch.get_rng_state(), torch.cuda.get_rng_state_all()),
         }
-        self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._checkpoint.with_suffix(".part")
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.checkpoint.with_suffix(".part")
         torch.save(state, unfinished)
-        unfinished.replace(self._checkpoint)
+        unfinished.replace(self.checkpoint)
 
     def _load(self) -> None:
-        state = torch.load(self._checkpoint, weights_only=True)
+        state = torch.load(self.checkpoint, weights_only=True)
         self.losses, self.value_curve, self.seconds = state["curves"]
         self.scored, self._lowest_loss = state["scored"]
         for parameter, stored in zip(self._trained(), state["trained"], strict=True):
@@ -227,17 +221,11 @@ class _Training:
         torch.cuda.set_rng_state_all(state["generators"][1])
 
 
-def _advance_generator() -> None:
-    """Draw a number, as a DataLoader does when it starts: the stored runs used one."""
-    torch.empty((), dtype=torch.int64).random_()
-
-
 def _curve(losses: Sequence[float]) -> list[tuple[int, float]]:
     """The mean losses of about `_CURVE_POINTS` pieces of the run, each with its last step."""
     size = max(1, len(losses) // _CURVE_POINTS)
-    pieces = [losses[start : start + size] for start in range(0, len(losses), size)]
-    ends = [min(start + size, len(losses)) for start in range(0, len(losses), size)]
-    return [(end, round(sum(p) / len(p), 8)) for end, p in zip(ends, pieces, strict=True)]
+    pieces = [(n, losses[n : n + size]) for n in range(0, len(losses), size)]
+    return [(n + len(piece), round(sum(piece) / len(piece), 8)) for n, piece in pieces]
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, steps: int, seed: int) -> list[int]:

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from benchmarks.quality.errors import unknown
 
-LOW_RANK_RATES = (5e-4, 1e-3, 3e-3, 1e-2)
-
 
 @dataclass
 class Adapted:
@@ -33,7 +31,7 @@ class Method:
     """
 
     adapt: Callable[..., Adapted]
-    learning_rates: tuple[float, ...] = LOW_RANK_RATES  # candidates, in ascending order
+    learning_rates: tuple[float, ...] = (5e-4, 1e-3, 3e-3, 1e-2)  # candidates, ascending
     uses_layers: bool = True
     options_of: tuple[Callable[..., Any], ...] = ()  # whose keywords are the options; or `adapt`'s
 

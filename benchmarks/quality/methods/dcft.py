@@ -24,9 +24,6 @@ def dcft(
     orthogonality: float = 0.0,
     orthogonality_form: str = "published_code",
     constraint: str = "orthogonal",
-    A_gain: float = 1.0,
-    B_gain: float = 1.0,
-    C_gain: float = 1.0,
     scaling_gain: float = 1.0,
     **options: Any,
 ) -> Adapted:
@@ -35,7 +32,7 @@ def dcft(
     `options` are those of `DCFTLinear`, with the name of a dtype.
     `orthogonality` is the weight of `dcft_kernels.constraint_loss(constraint,
     form=orthogonality_form)` in the loss: equation 4, or with `constraint="diagonal"` MPC_d.
-    The gains multiply the initial factors and the scaling.
+    `scaling_gain` multiplies the scaling.
     """
     if constraint != "orthogonal" and not orthogonality:
         raise ValueError(f"constraint: {constraint!r} needs a weight, the option orthogonality")
@@ -43,8 +40,6 @@ def dcft(
     dtype = getattr(torch, adapter_dtype, adapter_dtype) if adapter_dtype else None
     for name in swap_linear(model, pattern, exclude=exclude, adapter_dtype=dtype, **options):
         layer = model.get_submodule(name)
-        for factor, gain in (("dcft_A", A_gain), ("dcft_B", B_gain), ("dcft_C", C_gain)):
-            layer.get_parameter(factor).data.mul_(gain)
         if isinstance(layer, DCFTLinear) and scaling_gain != 1.0:
             layer.alpha = scaling_gain * layer.scaling * layer.rank
 
@@ -73,19 +68,12 @@ class ScaledDCFT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.dcft
-        return dcft_update(
-            scaled_both_sides(layer.weight, layer.bias, x, self.d1, self.d2),
-            x,
-            layer.dcft_A,
-            layer.dcft_B,
-            layer.dcft_C,
-            scaling=layer.scaling,
-            stride=layer.stride,
-            dropout_p=layer.dropout,
-            training=self.training,
-            backend=layer.backend,
-            nonlinearity=layer.nonlinearity,
-        )
+        y = scaled_both_sides(layer.weight, layer.bias, x, self.d1, self.d2)
+        factors = (layer.dcft_A, layer.dcft_B, layer.dcft_C)
+        options: dict[str, Any] = {"scaling": layer.scaling, "stride": layer.stride}
+        options |= {"dropout_p": layer.dropout, "training": self.training}
+        options |= {"backend": layer.backend, "nonlinearity": layer.nonlinearity}
+        return dcft_update(y, x, *factors, **options)
 
 
 def ssb_dcft(model: nn.Module, layers: Sequence[str], steps: int, **options: Any) -> Adapted:

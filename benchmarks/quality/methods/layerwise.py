@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,10 +99,8 @@ def sam_parser(base: nn.Linear) -> AdaptedLinear:
     """
     weight = base.weight.detach()
     factors = torch.linalg.svd(weight.double(), full_matrices=False)
-    U, sigma0, V = (
-        nn.Parameter(factor.to(weight.dtype).contiguous(), requires_grad=False)
-        for factor in factors
-    )
+    rounded = (factor.to(weight.dtype).contiguous() for factor in factors)
+    U, sigma0, V = (nn.Parameter(factor, requires_grad=False) for factor in rounded)
     sigma = nn.Parameter(sigma0.detach().clone())
 
     def compute(x: Tensor) -> Tensor:
@@ -175,12 +174,7 @@ def _factors(base: nn.Linear, r: int, features: int = 0) -> tuple[nn.Parameter, 
 
 
 def thresholded_sora(
-    model: nn.Module,
-    layers: Sequence[str],
-    steps: int,
-    *,
-    threshold: float = 3e-4,
-    **options: object,
+    model: nn.Module, layers: Sequence[str], steps: int, *, threshold: float = 3e-4, **options: Any
 ) -> Adapted:
     """SoRA on every layer, with gates that are soft-thresholded by `threshold` after every step."""
     adapted = each(sora)(model, layers, steps, **options)

@@ -34,24 +34,18 @@ def lora(
     r: int = 1,
     alpha: float | None = None,
     last_blocks: int | None = None,
+    use_dora: bool = False,
 ) -> Adapted:
     """LoRA (Hu et al. 2022): `DW = B A`, scaled by `alpha / r`; None is `alpha = r`.
 
-    With `last_blocks` only the layers of so many last transformer blocks are adapted.
+    With `last_blocks` only the layers of so many last transformer blocks are adapted. `use_dora`
+    is DoRA (Liu et al. 2024): trained magnitudes, equation 27 of arXiv 2407.05417.
     """
-    scale = r if alpha is None else alpha
     if last_blocks is not None:
         block = {name: int(next(filter(str.isdigit, name.split(".")))) for name in layers}
         layers = [name for name in layers if block[name] > max(block.values()) - last_blocks]
-    return Adapted(_tuner("Lora", model, layers, r=r, lora_alpha=scale).model)
-
-
-def dora(
-    model: nn.Module, layers: Sequence[str], steps: int, *, r: int = 1, alpha: float | None = None
-) -> Adapted:
-    """DoRA (Liu et al. 2024): LoRA with trained magnitudes, equation 27 of arXiv 2407.05417."""
-    scale = r if alpha is None else alpha
-    return Adapted(_tuner("Lora", model, layers, r=r, lora_alpha=scale, use_dora=True).model)
+    options = {"r": r, "lora_alpha": r if alpha is None else alpha, "use_dora": use_dora}
+    return Adapted(_tuner("Lora", model, layers, **options).model)
 
 
 def adalora(
@@ -75,21 +69,11 @@ def adalora(
             f"target_r: expected less than init_r={init_r} and at least 2 steps to cut ranks in, "
             f"got {target_r} and {steps}"
         )
-    initial = int(0.1 * steps)
-    tuner = _tuner(
-        "AdaLora",
-        model,
-        layers,
-        target_r=target_r,
-        init_r=init_r,
-        lora_alpha=init_r if alpha is None else alpha,
-        total_step=steps,
-        tinit=initial,
-        # The last cut comes after the first one, which is not in the first step.
-        tfinal=min(steps // 2, steps - max(initial + 1, 2)),
-        deltaT=max(1, steps // 1000),
-        orth_reg_weight=orthogonality,
-    )
+    first, scale = int(0.1 * steps), init_r if alpha is None else alpha
+    last = min(steps // 2, steps - max(first + 1, 2))  # after the first, which is not in step 1
+    ranks = {"target_r": target_r, "init_r": init_r, "lora_alpha": scale}
+    cuts = {"total_step": steps, "tinit": first, "tfinal": last, "deltaT": max(1, steps // 1000)}
+    tuner = _tuner("AdaLora", model, layers, **ranks, **cuts, orth_reg_weight=orthogonality)
     tall = []  # the factors as [n, r] and [m, r]
     for name, parameter in tuner.model.named_parameters():
         if ".ranknum." in name:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from benchmarks.quality.errors import unknown
-from benchmarks.quality.methods import (
-    LOW_RANK_RATES,
-    Adapted,
-    Method,
-    dcft,
-    layerwise,
-    peft_methods,
-)
+from benchmarks.quality.methods import Adapted, Method, dcft, layerwise, peft_methods
 from benchmarks.quality.models import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT
 from dcft_kernels import DCFTLinear
 
@@ -39,11 +34,9 @@ def _bitfit(model: nn.Module, layers: Sequence[str], steps: int) -> Adapted:
 
 
 def _layerwise(
-    build: Callable[..., layerwise.AdaptedLinear],
-    rates: tuple[float, ...] = LOW_RANK_RATES,
-    roles: tuple[str, ...] = (),
+    build: Callable[..., layerwise.AdaptedLinear], *roles: str, **settings: Any
 ) -> Method:
-    return Method(layerwise.each(build, *roles), rates, options_of=(build,))
+    return Method(layerwise.each(build, *roles), options_of=(build,), **settings)
 
 
 METHODS: Mapping[str, Method] = {
@@ -54,7 +47,7 @@ METHODS: Mapping[str, Method] = {
     "ssb_dcft": Method(dcft.ssb_dcft, options_of=(dcft.dcft, DCFTLinear)),
     "lora": Method(peft_methods.lora),
     "lora_fa": _layerwise(layerwise.lora_fa),
-    "dora": Method(peft_methods.dora),
+    "dora": Method(functools.partial(peft_methods.lora, use_dora=True)),
     "adalora": Method(peft_methods.adalora),
     "sora": Method(
         layerwise.thresholded_sora, options_of=(layerwise.sora, layerwise.thresholded_sora)
@@ -66,11 +59,11 @@ METHODS: Mapping[str, Method] = {
     "miss": Method(peft_methods.miss),
     "unilora": Method(peft_methods.unilora, _SCALES),
     "ia3": Method(peft_methods.ia3, _SCALES),
-    "ssl": _layerwise(layerwise.ssl, _SCALES),
-    "ssb": _layerwise(layerwise.ssb, _SCALES),
+    "ssl": _layerwise(layerwise.ssl, learning_rates=_SCALES),
+    "ssb": _layerwise(layerwise.ssb, learning_rates=_SCALES),
     "sam_parser": _layerwise(layerwise.sam_parser),
-    "houlsby": _layerwise(layerwise.houlsby, roles=(ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT)),
-    "pfeiffer": _layerwise(layerwise.pfeiffer, roles=(FEED_FORWARD_OUTPUT,)),
+    "houlsby": _layerwise(layerwise.houlsby, ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT),
+    "pfeiffer": _layerwise(layerwise.pfeiffer, FEED_FORWARD_OUTPUT),
     "parallel_adapter": _layerwise(layerwise.parallel_adapter),
 }
 

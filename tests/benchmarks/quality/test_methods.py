@@ -148,7 +148,9 @@ def test_exactly_its_parameters_are_trained(name: str) -> None:
 
 
 def test_the_table_describes_every_method() -> None:
-    assert METHODS["lora"].options == {"r": 1, "alpha": None, "last_blocks": None}
+    lora = {"r": 1, "alpha": None, "last_blocks": None}
+    assert METHODS["lora"].options == {**lora, "use_dora": False}
+    assert METHODS["dora"].options == {**lora, "use_dora": True}
     assert METHODS["sora"].options == {"r": 8, "alpha": None, "threshold": 3e-4}
     assert METHODS["ssb_dcft"].options == METHODS["dcft"].options
     assert METHODS["dcft"].options["init"] == "balanced"
@@ -376,16 +378,6 @@ def test_dcft_adds_a_weighted_constraint(name: str) -> None:
             adapted_bert(name, **options, **wrong)
     with pytest.raises(ValueError, match=r"constraint: 'diagonal' needs a weight"):
         adapted_bert(name, constraint="diagonal")
-
-
-def test_gains_multiply_the_initial_factors() -> None:
-    options = {"init": "paper", "backend": "torch"}
-    gains = {"A_gain": 2.0, "B_gain": 0.5, "C_gain": -3.0}
-    torch.manual_seed(6)
-    plain = trainable(adapted_bert("dcft", **options)[0].model)
-    torch.manual_seed(6)
-    for name, factor in trainable(adapted_bert("dcft", **options, **gains)[0].model).items():
-        assert torch.equal(factor, gains[f"{name[-1]}_gain"] * plain[name])
 
 
 def test_options_of_the_library_reach_dcft() -> None:

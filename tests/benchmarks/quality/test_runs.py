@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
 from benchmarks.quality import __main__, runs, training
 from benchmarks.quality.errors import QualityError
 from benchmarks.quality.methods import Adapted, Method
 from benchmarks.quality.methods.table import METHODS
-from benchmarks.quality.runs import SLICE, Result, Run, Store
+from benchmarks.quality.runs import SLICE, Result, Run
 from benchmarks.quality.sentences import prepare, read
+from benchmarks.quality.session import Session
 from benchmarks.quality.tasks import TASKS, Prepared
 from tests.benchmarks.quality import small_data
 
@@ -87,28 +90,50 @@ def test_results_are_stored(run: Run, prepared: Prepared, tmp_path: Path) -> Non
     run = dataclasses.replace(run, steps=1, options={"r": (2, 3)})
     unfinished = dataclasses.replace(run, options={})
     result = dataclasses.replace(fine_tune(unfinished, prepared), run=run, key=run.key())
-    store = Store(tmp_path)
-    assert store.find(run, result.data) is None
-    store.add(dataclasses.replace(result, value=None, error="diverged"))
-    assert store.find(run, result.data) is None  # a failed run is repeated
-    store.add(result)
-    store.path.write_bytes(store.path.read_bytes() + b'{"key": "unfini')
-    found = Store(tmp_path).find(run, result.data)
-    assert found is not None
+    path = tmp_path / "new" / runs.RUNS_FILE
+    runs.add(path, result)
+    path.write_bytes(path.read_bytes() + b'{"key": "unfini')
+    (found,) = runs.read(path)
     assert found.run.key() == found.key == run.key()
     assert dataclasses.replace(found, run=run) == result
-    assert store.find(run, "other data") is None
     with ThreadPoolExecutor() as pool:  # each opens the file, as a process would
-        list(pool.map(store.add, [result] * 8))
-    assert len(runs.read(store.path)) == 10
+        list(pool.map(functools.partial(runs.add, path), [result] * 8))
+    assert len(runs.read(path)) == 9
     old = result.as_line()
     for name in ("replicate", "stopping", "jackknife", "scored_step"):
         del old[name]
     assert Result.from_line(old).run == run
     for line in ("nothing", "[1]", "7", '{"key": "a", "color": 1}'):
-        store.path.write_text(line + "\n", encoding="utf-8")
+        path.write_text(line + "\n", encoding="utf-8")
         with pytest.raises(QualityError, match=r"runs\.jsonl, line 1: not a result: "):
-            Store(tmp_path)
+            Session(None, path, Console())
+
+
+def test_stored_results_are_reused(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / runs.RUNS_FILE
+    session = Session(folder / "data", path, Console(quiet=True))
+    first = session.result(dataclasses.replace(run, steps=1), "")
+    assert runs.read(path) == [first]
+    monkeypatch.setattr(training, "train", lambda *_: first)
+    for stored in (
+        first,
+        dataclasses.replace(first, value=None, error="diverged"),
+        dataclasses.replace(first, data="other"),
+        dataclasses.replace(first, values={"matthews": 0.0}),
+    ):
+        runs.add(path, stored)
+        count = len(runs.read(path))
+        assert session.result(first.run, "", "nll") == first
+        assert len(runs.read(path)) == count + (stored is not first)
+
+
+def test_a_slice_of_train_decides_when_to_stop(cli: Any) -> None:
+    stopping = ("--stopping", "--evaluations", "2", "--steps", "4", "--weight-decay", "0.1")
+    code, (found,) = cli("--task", "cola", "--lr", "1e-2", *stopping, "--replicate", "2")
+    assert (code, found.scored_step in (2, 4), len(found.jackknife["auc"])) == (0, True, 24)
+    assert (found.run.weight_decay, found.run.replicate, found.run.stopping) == (0.1, 2, True)
 
 
 def test_batches_depend_on_the_seed_alone() -> None:
