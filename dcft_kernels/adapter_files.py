@@ -358,7 +358,9 @@ def _differences_of_swapped(
         if name not in swapped:
             differences.append(f"{name}: adapted in the file, not in the model")
             continue
-        here, there = LayerRecord.of(swapped[name]).to_json(), record.to_json()
+        here, there = (
+            {"kernels": SHARED} | each.to_json() for each in (LayerRecord.of(swapped[name]), record)
+        )
         # Neither changes what a loaded adapter computes.
         for setting in ("dropout", "init"):
             del here[setting], there[setting]

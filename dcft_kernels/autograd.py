@@ -119,7 +119,8 @@ def _unflatten(
 
 @functools.lru_cache(maxsize=4096)
 def _geometry(rank: int, *numbers: int) -> Geometry:
-    return Geometry(rank, Side(*numbers[:4]), Side(*numbers[4:8]), bool(numbers[8]))
+    per_rank = bool(numbers[8:] and numbers[8])  # exports of earlier versions lack it
+    return Geometry(rank, Side(*numbers[:4]), Side(*numbers[4:8]), per_rank)
 
 
 def _passes(strategy: str) -> Any:

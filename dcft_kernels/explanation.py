@@ -74,9 +74,10 @@ def explain(layer: DCFTLinear, *, tokens: int, dtype: torch.dtype | None = None)
     tokens = validation.positive_int("tokens", tokens)
     dtype = layer.weight.dtype if dtype is None else validation.float_dtype("dtype", dtype)
     strategy, backward, reason = _choice(layer, tokens, dtype)
-    rank, outputs, inputs, _ = layer.geometry
+    rank, outputs, inputs, per_rank = layer.geometry
     m, n = outputs.size, inputs.size
-    name = f"DCFT layer {n} -> {m}, rank {rank}, kernel {outputs.width}x{inputs.width}, {dtype}"
+    kernel = f"kernel {outputs.width}x{inputs.width}" + " per rank" * per_rank
+    name = f"DCFT layer {n} -> {m}, rank {rank}, {kernel}, {dtype}"
     # y = x W^T and gx = g W, each reading two matrices and writing one.
     frozen = Work(2 * dtype.itemsize * (tokens * (n + m) + m * n), 4 * tokens * m * n)
     adapter = _adapter_work(layer, tokens, dtype, strategy, backward)

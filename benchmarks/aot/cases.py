@@ -160,6 +160,7 @@ _ROWS = {
     "width32": _geometry(width=32),
     "width64": _geometry(width=64),
     "per_rank4": _geometry(rank=4, per_rank=True),
+    "per_rank4-4096": _geometry(n=4096, m=4096, rank=4, per_rank=True),
     "per_rank4-width16": _geometry(width=16, rank=4, per_rank=True),
 }
 

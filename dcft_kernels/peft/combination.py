@@ -76,7 +76,7 @@ def _weighted_sum(
                 "is no DCFT adapter; export each with export_lora and add those with LoRA's "
                 "add_weighted_adapter(combination_type='cat')"
             )
-        kernels.append(term.C if term.geometry.per_rank else term.C.expand(rank, -1, -1))
+        kernels.append(term.C.expand(rank, -1, -1))
     A = torch.cat([term.A for term, _ in terms])
     B = torch.cat([term.scaling * weight * term.B for term, weight in terms], 1)
     C = torch.cat(kernels) if per_rank else terms[0][0].C.clone()

@@ -162,6 +162,7 @@ def _shared(name: str, values: Mapping[str, Hashable]) -> Any:
     first, *others = set(values.values())
     if others:
         raise ValueError(
-            f"{name}: PEFT has one for all layers, the adapter several: {dict(values)}"
+            f"{name}: PEFT has one for all layers, the adapter several: {dict(values)}; save an "
+            "adapter whose layers agree"
         )
     return first

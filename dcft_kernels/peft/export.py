@@ -60,10 +60,11 @@ def export_lora(
     """Write a DCFT adapter as a plain LoRA adapter with the same increments, up to rounding.
 
     In closed form, without SVD: for windows that tile the layer, `lora_A = kron(A, I)` and
-    `lora_B = s kron(B, C)`; overlapping windows are added, ragged ones cropped. The rank is `k d`,
-    and the adapter is as large as a LoRA of that rank. All layers are padded with zeros to one `r`,
-    the smallest that vLLM can be set to. Stock PEFT, vLLM, SGLang and llama.cpp's converter read
-    the result: `lora_alpha = r`, no patterns, an explicit list of `target_modules`.
+    `lora_B = s kron(B, C)`, rank by rank if each has its own kernel; overlapping windows are added,
+    ragged ones cropped. The rank is `k d`, and the adapter is as large as a LoRA of that rank. All
+    layers are padded with zeros to one `r`, the smallest that vLLM can be set to. Stock PEFT, vLLM,
+    SGLang and llama.cpp's converter read the result: `lora_alpha = r`, no patterns, an explicit
+    list of `target_modules`.
 
     Args:
         model_or_dir: a PEFT model with a DCFT adapter, a model with `DCFTLinear` layers, or a

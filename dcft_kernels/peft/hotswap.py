@@ -24,7 +24,8 @@ def hotswap_adapter(
 
     Args:
         model: a PEFT model, possibly compiled, with the adapter `adapter_name`.
-        folder: of `PeftModel.save_pretrained`; same layers, ranks, kernel sizes and strides.
+        folder: of `PeftModel.save_pretrained`; same layers, ranks, kernel sizes,
+            strides and `kernels`.
         adapter_name: the adapter to overwrite.
 
     Raises:

@@ -303,8 +303,9 @@ class DCFTLinearLayer(nn.Module, BaseTunerLayer):
         """The quantisation, if any, and the adapters' settings."""
         lines = [quantization_extra_repr(self)] if self.quantization_backend is not None else []
         for name, geometry in self.geometry.items():
+            kernels = f"kernels={PER_RANK!r}, " if geometry.per_rank else ""
             lines.append(
-                f"({name}): r={geometry.rank}, kernel_size={geometry.kernel_size}, "
+                f"({name}): r={geometry.rank}, kernel_size={geometry.kernel_size}, {kernels}"
                 f"stride={geometry.stride}, scaling={self.scaling[name]:g}"
             )
         return "\n".join(lines)

@@ -166,7 +166,8 @@ class DCFTModel(BaseTuner):
 
         Raises:
             ValueError: unknown adapters, an adapter of that name, different numbers of adapters and
-                weights, kernels that differ, or an adapter with `modules_to_save` or biases.
+                weights, kernel sizes or strides that differ, or an adapter with `modules_to_save`
+                or biases.
             The model is unchanged then.
         """
         if combination_type != "cat":

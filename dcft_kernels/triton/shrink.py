@@ -339,9 +339,13 @@ def why_not(geometry: Geometry, arch: str) -> str | None:
 
 
 def _products(geometry: Geometry) -> int:
-    """What the backward pass holds of a row: itself and its share of gB, or `C` and gC."""
-    rank, outputs, inputs, _ = geometry
-    return rank * max(outputs.size, 4 * outputs.width * inputs.width)
+    """What the backward pass holds of a row: itself and its share of gB, or `C` and gC.
+
+    Both with a kernel per rank, which has as many of `C` and gC.
+    """
+    rank, outputs, inputs, per_rank = geometry
+    held = outputs.size, 4 * outputs.width * inputs.width
+    return rank * (sum(held) if per_rank else max(held))
 
 
 def _backward_tile(geometry: Geometry, bucket: TokenBucket, device: torch.device) -> Tile:

@@ -46,7 +46,7 @@ def test_main_cases_fit(job: Job) -> None:
         assert record.registers > 0
 
 
-@pytest.mark.parametrize("case", ["dropout", "overlap", "sliced"])
+@pytest.mark.parametrize("case", ["dropout", "overlap", "sliced", "per_rank4"])
 @pytest.mark.parametrize("launcher", ["shrink_expand", "backward"])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_cases_with_most_registers_fit(architecture: str, launcher: str, case: str) -> None:

@@ -363,6 +363,16 @@ def test_float16_gradients_are_finite_where_the_output_is(backend, device, monke
 # Compilation, autocast, checkpointing
 
 
+def test_operators_take_the_geometry_of_earlier_exports() -> None:
+    """Which ends before the number that says whether there is a kernel per rank."""
+    case = SMALL[1]
+    inputs, geometry = random_inputs(case), case.geometry
+    x, weight, bias, *factors = inputs.operands
+    flat = [geometry.rank, *geometry.outputs, *geometry.inputs]
+    y, _ = OPS.forward(x, weight, bias, None, *factors, None, 0.7, flat, 0.0, "torch")
+    assert torch.equal(y, dcft_linear(*inputs.operands, stride=case.stride, scaling=0.7))
+
+
 LAYERS = {
     "plain": {},
     "balanced": {"rank": 2},

@@ -223,3 +223,4 @@ def test_repr_describes_the_adapter(layer):
     layer.strategy = "torch"
     assert "backend='auto', strategy='torch', " in repr(layer)
     assert "merged=True" in repr(layer)
+    assert "kernels='per_rank', stride" in repr(DCFTLinear(20, 13, kernels="per_rank"))

@@ -157,7 +157,7 @@ def test_round_trip_of_kernels_per_rank(base, adapted, tmp_path):
     save_adapter(model, tmp_path)
     assert json.loads((tmp_path / CONFIG).read_text())["format_version"] == 3
     lines = _load_fails(adapted, tmp_path, ValueError, r"\(2 differences; nothing was loaded\)")
-    assert lines[2] == "  block.query: kernels is None in the model, per_rank in the file"
+    assert lines[2] == "  block.query: kernels is shared in the model, per_rank in the file"
     with pytest.raises(RuntimeError, match=r"size mismatch for block\.query\.dcft_C"):
         adapted.load_state_dict(model.state_dict())
     assert load_adapter(base, tmp_path) == LAYERS

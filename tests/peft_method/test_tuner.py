@@ -343,9 +343,9 @@ def test_get_delta_weight_is_what_merging_adds():
 @pytest.mark.parametrize("kernels", ["equal", "shared", "per_rank"])
 def test_a_weighted_sum_is_exact(kernels):
     """With one kernel where all adapters have the same, else with a kernel per rank."""
-    model = adapted(r=2, alpha=3.0)
     options = {} if kernels == "equal" else {"kernels": kernels}
-    config = DCFTConfig(target_modules=["query", "dense"], init_weights=False, **options)
+    model = adapted(r=2, alpha=3.0, **options)
+    config = DCFTConfig(target_modules=["query", "dense"], init_weights=False)
     model.add_adapter("other", config)
     for layer in layers(model).values():
         if kernels == "equal" and "other" in layer.dcft_C:
@@ -365,6 +365,7 @@ def test_a_weighted_sum_is_exact(kernels):
         name for name in factors(model) if name.endswith(".sum")
     }
     model.add_weighted_adapter(["default"], [1.0], "alone")
+    assert layers(model)["query"].geometry["alone"].per_rank == (kernels == "per_rank")
     assert_close(layers(model)["value"].get_delta_weight("alone"),
                  layers(model)["value"].get_delta_weight("default"))  # fmt: skip
 
