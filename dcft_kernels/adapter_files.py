@@ -152,9 +152,8 @@ def write_adapter(
 ) -> None:
     """Write what `read_adapter` reads; the tensors as for `adapter_folder.write`."""
     layers = {name: record.to_json() for name, record in records.items()}
-    version = 2 if others else 1
-    if any(record.geometry.per_rank for record in records.values()):
-        version = 3
+    per_rank = any(record.geometry.per_rank for record in records.values())
+    version = 3 if per_rank else 2 if others else 1
     config: dict[str, Any] = {"format_version": version, "layers": layers}
     config |= {"modules_to_save": sorted(others)} if others else {}
     adapter_folder.write(folder, config, factors | others)

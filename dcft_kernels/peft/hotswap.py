@@ -24,8 +24,8 @@ def hotswap_adapter(
 
     Args:
         model: a PEFT model, possibly compiled, with the adapter `adapter_name`.
-        folder: of `PeftModel.save_pretrained`; same layers, ranks, kernel sizes,
-            strides and `kernels`.
+        folder: of `PeftModel.save_pretrained`; same layers, ranks, kernel sizes, strides and kinds
+            of kernels.
         adapter_name: the adapter to overwrite.
 
     Raises:

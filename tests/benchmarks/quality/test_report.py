@@ -133,17 +133,21 @@ def test_a_differences_error_is_that_of_seeds_and_examples() -> None:
     ours, theirs = (dataclasses.replace(v, rates=RATES[:1]) for v in (DCFT, LORA))
     replicate = dataclasses.replace(ours, label="again", rates_of=ours, settings={"replicate": 1})
     study = dataclasses.replace(STUDY, tasks=("cola",), variants=(ours, theirs, replicate))
-    results = [scored(theirs, seed, [0.5, 0.5]) for seed in (0, 1)]
-    results += [scored(ours, 0, [0.51, 0.53]), scored(ours, 1, [0.55, 0.57])]
+    results = [scored(theirs, seed, [0.5, 0.5, 0.5]) for seed in (0, 1)]
+    results += [scored(ours, 0, [0.5, 0.52, 0.54]), scored(ours, 1, [0.54, 0.56, 0.58])]
     found = Found.of(by_key(results), study)
-    # Seeds: 0.02 and 0.06 have the variance 0.0008, halved. Examples: two groups, 0.53 and 0.55.
+    # Seeds: 0.02 and 0.06 have the variance 0.0008, halved. Examples: without each of three groups
+    # 0.02, 0.04 and 0.06; the jackknife takes (3 - 1) / 3 of the sum of their squared deviations.
+    examples = 2 / 3 * (0.02**2 + 0.02**2)
     shown = lines(report.difference_table(found))["DCFT − LoRA r=1"]
-    assert shown == [f"+4.0 ± {100 * (0.0004 + 0.0001) ** 0.5:.1f}"]
+    assert shown == [f"+4.0 ± {100 * (0.0004 + examples) ** 0.5:.1f}"]
     one = Found.of(by_key([results[0], results[2]]), study)
-    assert lines(report.difference_table(one))["DCFT − LoRA r=1"] == ["+2.0 ± 1.0"]
+    assert lines(report.difference_table(one))["DCFT − LoRA r=1"] == [
+        f"+2.0 ± {100 * examples**0.5:.1f}"
+    ]
     results += [
-        scored(ours, 0, [0.55, 0.55], replicate=1),
-        scored(ours, 1, [0.6, 0.6], replicate=1),
+        scored(ours, 0, [0.55] * 3, replicate=1),
+        scored(ours, 1, [0.6] * 3, replicate=1),
     ]
     noise = lines(report.noise_table(Found.of(by_key(results), study)))["again"]
     assert noise == [f"{100 * ((0.03**2 + 0.04**2) / 2) ** 0.5:.1f}"]
